@@ -1,0 +1,48 @@
+# `make help` lists the commands. Each creates the environment it needs, once, in .venv.
+# Only python3 (3.10 or newer, with venv and pip) and make must be there.
+
+PYTHON ?= python3
+# Another Transformers release, in an environment of its own: make test TRANSFORMERS='5.17.*'
+TRANSFORMERS ?=
+# pytest processes; each computes with one thread.
+WORKERS ?= 2
+# Passed on to the command behind a target: make test ARGS='-k attention'
+ARGS ?=
+# Which benchmark `make bench` runs.
+BENCH ?= op
+
+VENV := .venv$(if $(TRANSFORMERS),-transformers-$(subst *,x,$(TRANSFORMERS)))
+RUN := $(VENV)/bin/python -m
+# Touched last, so an interrupted installation is not taken for a ready one.
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench figures clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it back
+	$(VENV)/bin/python examples/demo.py $(ARGS)
+
+test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY) ## check style and format
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+bench: $(READY) ## time against the rivals (BENCH=op), write benchmarks/results/*.json
+	$(RUN) benchmarks.run $(BENCH) $(ARGS)
+
+figures: $(READY) ## rebuild every table and plot from benchmarks/results/*.json
+	$(RUN) benchmarks.figures $(ARGS)
+
+clean: ## remove the environments and caches
+	rm -rf .venv .venv-transformers-* .pytest_cache .ruff_cache .hypothesis *.egg-info build
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[examples,dev]' \
+		$(if $(TRANSFORMERS),'transformers==$(TRANSFORMERS)')
+	touch $@
