@@ -1,0 +1,79 @@
+"""The two pieces everything is built from: attention on the rows of one branch, and the merge of two results."""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attend_flash import backward as flash_backward
+from .attend_flash import forward as flash_forward
+from .attend_flash import unavailable as flash_unavailable
+from .attend_torch import backward as torch_backward
+from .attend_torch import forward as torch_forward
+from .attend_torch import unavailable as torch_unavailable
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(NamedTuple):
+    """Attention on (B, H, L, D) views of one branch's rows.
+
+    `forward(q, k, v, is_causal, scale) -> (out, lse)`; `backward(grad_out, q, k, v, out, lse, is_causal, scale) ->
+    (dq, dk, dv)`, exact for these keys' part of a softmax over more keys when out and lse are merged ones;
+    `unavailable(q)` says why it cannot run.
+    """
+
+    forward: Callable
+    backward: Callable
+    unavailable: Callable
+
+
+BACKENDS = {
+    "torch": Backend(torch_forward, torch_backward, torch_unavailable),
+    "flash_attn": Backend(flash_forward, flash_backward, flash_unavailable),
+}
+BACKEND_NAMES = ("auto", "eager", *BACKENDS)
+
+
+@lru_cache
+def _say_choice(name: str, device: str, dtype: torch.dtype, reason: str | None) -> None:
+    logger.info(
+        "dilated attention on %s, %s: backend 'auto' is %r (%s)",
+        device,
+        dtype,
+        name,
+        reason or "fast path",
+    )
+
+
+def choose_backend(name: str, query: Tensor) -> str:
+    """The backend that serves `query`; a named one that cannot run raises ValueError with its reason.
+
+    Only "auto" may choose: PyTorch's kernels where they exist, the dense reference elsewhere (logged once).
+    """
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, BACKEND_NAMES))}.")
+    if name == "eager":
+        return name
+    reason = BACKENDS["torch" if name == "auto" else name].unavailable(query)
+    if name == "auto":
+        name = "eager" if reason else "torch"
+        _say_choice(name, query.device.type, query.dtype, reason)
+    elif reason:
+        raise ValueError(f"backend={name!r} cannot run: {reason}.")
+    return name
+
+
+def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Put the softmax over a union of two multisets of keys into `out`, `lse`, from the softmax over each (Eq. 9-10).
+
+    Args:
+        out: (..., D) accumulator, 0 where lse is -inf. lse: (...), -inf where no key was seen yet.
+        other_out, other_lse: the same for the other keys, each query having seen at least one.
+    """
+    weight = torch.sigmoid(other_lse - lse)  # other's share of both denominators
+    out.lerp_(other_out.to(out.dtype), weight[..., None])
+    lse.copy_(torch.logaddexp(lse, other_lse))

@@ -1,0 +1,96 @@
+"""Attention on the rows of one branch by PyTorch's own kernels, which return the log-sum-exp and take strides.
+
+`forward` and `backward` have the same signature in every backend module. All tensors are (B, H, L, D) views of
+any strides with D contiguous, key and value may have fewer heads (G divides H), lse is (B, H, L).
+"""
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def unavailable(query: Tensor) -> str | None:
+    """Why this backend cannot serve such a query tensor, None if it can."""
+    if query.device.type not in ("cpu", "cuda"):
+        return f"PyTorch has no attention kernel with a log-sum-exp on device {query.device.type!r}; use 'eager'"
+    if not query.is_floating_point():
+        return f"dtype {query.dtype} is no floating-point type"
+    if query.device.type == "cuda" and query.dtype == torch.float64:
+        return "PyTorch's CUDA kernels have no float64; use float32, or 'eager'"
+    return None
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
+    if query.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+    return _cuda_forward(query, key, value, is_causal, scale)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. `out` and `lse` may be those of a softmax over more keys than these (merged)."""
+    if query.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
+        )
+    return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
+
+
+def _uses_flash(query: Tensor) -> bool:
+    """Flash takes half precision and head dimensions that are multiples of 8 up to 256."""
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
+    )
+
+
+def _cuda_forward(query, key, value, is_causal, scale):
+    repeat = query.shape[1] // key.shape[1]
+    if _uses_flash(query):
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, False, scale=scale
+        )
+        return out, lse
+    key, value = (_share_heads(x, repeat) for x in (key, value))
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, is_causal, scale=scale
+    )
+    return out, lse[..., : query.shape[2]]  # the kernel pads lse to a multiple of 32 queries
+
+
+def _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale):
+    groups, repeat = key.shape[1], query.shape[1] // key.shape[1]
+    seeds = torch.zeros((), dtype=torch.int64, device=query.device)  # read with dropout only
+    if _uses_flash(query):
+        none = torch.empty(0, device=query.device)
+        return _aten._scaled_dot_product_flash_attention_backward(
+            grad_out, query, key, value, out, lse.contiguous(), none, none, query.shape[2], key.shape[2],
+            0.0, is_causal, seeds, seeds, scale=scale,
+        )  # fmt: skip
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    key, value = (_share_heads(x, repeat) for x in (key, value))
+    dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        grad_out, query, key, value, None, out, padded, seeds, seeds, 0.0, (True, True, True, False), is_causal,
+        scale=scale,
+    )  # fmt: skip
+    dk, dv = (x.unflatten(1, (groups, repeat)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _share_heads(x: Tensor, repeat: int) -> Tensor:
+    """(B, G, L, D) shown as (B, G * repeat, L, D); a copy only where the kernel needs repeated heads."""
+    return x if repeat == 1 else x.repeat_interleave(repeat, 1)

@@ -1,0 +1,414 @@
+"""The bounded cache: of each branch's current segment the rows so far, which is all that later tokens can see.
+
+After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values a head, not t. A branch's row
+at position p has slot `(p mod w) // r`; when p begins a new segment, the branch's slots are free again.
+
+Letters: B batch, L new columns, G key/value heads, D head dimension, P slots of all branches.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .branches import Branch, Chunk, chunk_rows, count_rows, make_branches
+from .configuration_longnet import LongNetConfig
+from .dilated_attention import Outside, rows_view
+
+
+class _Undo(NamedTuple):
+    """What a layer was before its last update, and that update: enough to take back some of its columns."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: list[int]
+    columns: int
+    capacity: int
+    step: tuple[Tensor, Tensor, Tensor]
+
+
+class Slots(NamedTuple):
+    """What each of the P slots is for, int64 on the cache's device: its branch's w and r, its number j, its heads' o."""
+
+    w: Tensor  # (P,)
+    r: Tensor  # (P,)
+    number: Tensor  # (P,)
+    offset: Tensor  # (G, P)
+
+
+class Step(NamedTuple):
+    """One decoding step, the same for every layer: which slots are written, and which are seen."""
+
+    written: tuple[Tensor, Tensor, Tensor]  # batch row, head and slot of each new row
+    seen: Tensor  # (B, G, 1, P) bool
+    covered: Tensor | None  # (B, G, 1, 1) bool, None where a branch of rate 1 covers every token
+
+
+class LongNetCacheLayer(CacheLayerMixin):
+    """One layer's slots: keys and values (B, G, P, D), branch after branch, the least dilated first."""
+
+    is_croppable = True
+
+    def __init__(self, branches: tuple[Branch, ...], max_length: int | None = None):
+        super().__init__()
+        self.branches = branches
+        self.max_length = max_length
+        self.lengths: list[int] = []  # real tokens of each row
+        self.columns = 0  # columns fed, padding counted
+        self.capacity = 0  # tokens that the slots are allocated for
+        self.is_recording = False
+        self._undo: _Undo | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take batch, heads, dtype and device from the first (B, L, G, D) keys and values."""
+        batch, _, heads, dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            x.new_zeros(batch, heads, 0, dim) for x in (key_states, value_states)
+        )
+        self.lengths = [0] * batch
+        self.is_initialized = True
+        if self.max_length:
+            self.reserve(self.max_length)
+
+    def slots(self, capacity: int) -> list[int]:
+        """Slots of each branch for a text of `capacity` tokens: ceil(min(w, capacity) / r)."""
+        return [-(-min(b.w, capacity) // b.r) for b in self.branches]
+
+    def held_rows(self) -> list[int]:
+        """Rows that can still be seen, for each batch row, of the head that holds most (all branches)."""
+        return [
+            max(
+                sum(count_rows(t % b.w, b.offsets[g], b.r) for b in self.branches)
+                for g in range(self.keys.shape[1])
+            )
+            for t in self.lengths
+        ]
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for texts of `tokens` tokens; sizes double, so that a text is copied a constant number of times."""
+        longest = max(b.w for b in self.branches)
+        if tokens <= self.capacity or self.capacity >= longest:
+            return
+        capacity = min(longest, max(tokens, 2 * self.capacity, 64))
+        old, new = self.slots(self.capacity), self.slots(capacity)
+        for name in ("keys", "values"):
+            parts = getattr(self, name).split(old, 2)
+            setattr(self, name, torch.cat(
+                [torch.nn.functional.pad(part, (0, 0, 0, n - o)) for part, o, n in zip(parts, old, new, strict=True)], 2
+            ))  # fmt: skip
+        self.capacity = capacity
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.slots(self.capacity), 2)
+
+    def before(self, key_states: Tensor) -> Outside | None:
+        """Each branch's keys and values before the next tokens, as the op takes them; None when there are none.
+
+        Raises:
+            ValueError: the next tokens' (B, L, G, D) keys do not fit those held.
+        """
+        if not self.is_initialized or not any(self.lengths):
+            return None
+        self._check(key_states)
+        return Outside(self._parts(self.keys), self._parts(self.values))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, chunks: Tensor, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the new rows that can still be seen after them.
+
+        Args:
+            key_states, value_states: (B, L, G, D), positions applied.
+            chunks: (N, 6), where the rows' real tokens lie in the L columns, from `packing.pack`.
+
+        Returns:
+            The arguments: a bounded cache has no (B, G, all tokens, D) to give.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states)
+        if self.is_recording:
+            step = key_states, value_states, chunks
+            self._undo = _Undo(
+                self.keys, self.values, self.lengths, self.columns, self.capacity, step
+            )
+        chunk_list = [Chunk(*row) for row in chunks.tolist()]
+        self.reserve(max((c.total for c in chunk_list), default=0))
+        if self.is_recording or torch.is_grad_enabled():
+            # The old slots may be needed to step back, or by a backward pass: leave them as they are.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self.lengths = list(self.lengths)
+        for chunk in chunk_list:
+            self._store(chunk, key_states.detach(), value_states.detach())
+            self.lengths[chunk.row_begin : chunk.row_end] = [chunk.total] * (
+                chunk.row_end - chunk.row_begin
+            )
+        self.columns += key_states.shape[1]
+        return key_states, value_states
+
+    def _store(self, chunk: Chunk, key_states: Tensor, value_states: Tensor) -> None:
+        """Copy the rows of the segment that the chunk ends in, unless it ends with it."""
+        batch = slice(chunk.row_begin, chunk.row_end)
+        slots = zip(self._parts(self.keys), self._parts(self.values), strict=True)
+        for branch, (keys, values) in zip(self.branches, slots, strict=True):
+            last_begin = chunk.length - min(chunk.length, chunk.total % branch.w)
+            for rows in chunk_rows(chunk, branch, False):
+                if rows.begin != last_begin:
+                    continue
+                heads = slice(
+                    rows.head, rows.head + (rows.heads - 1) * rows.head_step + 1, rows.head_step
+                )
+                places = slice(rows.before, rows.before + rows.rows)
+                keys[batch, heads, places] = rows_view(key_states, chunk, branch, rows)[:, 0]
+                values[batch, heads, places] = rows_view(value_states, chunk, branch, rows)[:, 0]
+
+    def _check(self, key_states: Tensor) -> None:
+        batch, _, heads, dim = key_states.shape
+        given = (batch, heads, dim, key_states.dtype, key_states.device)
+        held = (
+            self.keys.shape[0],
+            self.keys.shape[1],
+            self.keys.shape[3],
+            self.keys.dtype,
+            self.keys.device,
+        )
+        if given != held:
+            raise ValueError(
+                "the cache was filled with (batch, key/value heads, head dimension, dtype, device) = "
+                f"{held}, the new tokens have {given}; start a new LongNetCache for another batch, model or dtype."
+            )
+
+    def get_seq_length(self) -> int:
+        """Columns fed, padding counted."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """-1: a text has no longest length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def reset(self) -> None:
+        """Empty the cache, keeping its memory."""
+        super().reset()
+        self.lengths = [0] * len(self.lengths)
+        self.columns = 0
+        self._undo = None
+
+    def activate_past_recording(self) -> None:
+        """From now on keep the state before each update, so that `crop` can take back all of it."""
+        self.is_recording = True
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` columns (negative: take that many back).
+
+        Raises:
+            ValueError: rows of those columns were overwritten by a later segment.
+        """
+        target = int(max_length)
+        back = -target if target < 0 else max(0, self.columns - target)
+        undo, self._undo = self._undo, None
+        if not back:
+            return
+        if back > self.columns:
+            raise ValueError(f"crop({max_length}): the cache holds only {self.columns} columns.")
+        if undo and undo.columns <= self.columns - back:
+            self._redo(undo, self.columns - back - undo.columns)
+            return
+        lengths = [t - back for t in self.lengths]
+        for t, kept in zip(self.lengths, lengths, strict=True):
+            for b in self.branches:
+                if kept < 0 or (kept % b.w and (t - 1) // b.w != kept // b.w):
+                    raise ValueError(
+                        f"crop({max_length}): going back {back} tokens from {t} needs rows that the segment of "
+                        f"{b.w} tokens after them has overwritten; keep a copy of the cache from then, or feed the "
+                        "text again."
+                    )
+        self.lengths, self.columns = lengths, self.columns - back
+
+    def _redo(self, undo: _Undo, columns: int) -> None:
+        """Go back to the state before the last update and take in its first `columns` columns again."""
+        (
+            self.keys,
+            self.values,
+            self.lengths,
+            self.columns,
+            self.capacity,
+            (keys, values, chunks),
+        ) = undo
+        chunks = chunks.clone()
+        removed = (chunks[:, 3] - columns).clamp(min=0)
+        chunks[:, 3] -= removed
+        chunks[:, 5] -= removed
+        if columns:
+            recording, self.is_recording = self.is_recording, False
+            self.update(keys[:, :columns], values[:, :columns], chunks[chunks[:, 3] > chunks[:, 2]])
+            self.is_recording = recording
+
+    def step(
+        self, query: Tensor, key_states: Tensor, value_states: Tensor, step: Step, scale: float
+    ) -> Tensor:
+        """One token: write its rows, then one softmax over every slot its heads see (the multiset of Eq. 9-10).
+
+        Args:
+            query: (B, 1, H, D). key_states, value_states: (B, 1, G, D).
+
+        Returns:
+            (B, 1, H, D).
+        """
+        self._check(key_states)
+        batch, head, _ = step.written
+        self.keys[step.written] = key_states[batch, 0, head]
+        self.values[step.written] = value_states[batch, 0, head]
+        self.lengths = [t + 1 for t in self.lengths]
+        self.columns += 1
+        repeat = query.shape[2] // key_states.shape[2]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), self.keys, self.values,
+            attn_mask=step.seen.repeat_interleave(repeat, 1), scale=scale, enable_gqa=repeat > 1,
+        )  # fmt: skip
+        if step.covered is not None:
+            out = out.masked_fill(~step.covered.repeat_interleave(repeat, 1), 0.0)
+        return out.transpose(1, 2)
+
+    def _select(self, rows: list[int]) -> None:
+        """Batch row i becomes a copy of the old row `rows[i]`."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = (
+            self.keys.index_select(0, index),
+            self.values.index_select(0, index),
+        )
+        self.lengths = [self.lengths[row] for row in rows]
+        self._undo = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what row `beam_idx[i]` was."""
+        if self.is_initialized:
+            self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        if self.is_initialized:
+            self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only."""
+        if self.is_initialized:
+            self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+
+
+class LongNetCache(Cache):
+    """A Transformers cache whose size stops growing with the text; `generate` and `forward` make it by themselves.
+
+    Args:
+        config: of the model.
+        max_length: tokens to make room for at once; None lets the memory grow with the text, up to its bound.
+
+    Example:
+        >>> cache = LongNetCache(model.config)
+        >>> for piece in input_ids.split(4096, dim=1):
+        ...     hidden = model(piece, cache=cache).last_hidden_state
+    """
+
+    def __init__(self, config: LongNetConfig, max_length: int | None = None):
+        self.pattern = cache_pattern(config)
+        branches = make_branches(*self.pattern)
+        super().__init__(
+            layers=[
+                LongNetCacheLayer(branches, max_length) for _ in range(config.num_hidden_layers)
+            ]
+        )
+        self._slots: Slots | None = None
+
+    def check(self, config: LongNetConfig, batch: int) -> None:
+        """Raise ValueError unless a model of this config can go on with a batch of this size."""
+        given = (cache_pattern(config), config.num_hidden_layers)
+        if given != (self.pattern, len(self.layers)):
+            raise ValueError(
+                "the cache belongs to another config: its (segment_lengths, dilation_rates, key/value heads, "
+                f"head_offsets), layers are {(self.pattern, len(self.layers))}, the model has {given}."
+            )
+        first = self.layers[0]
+        if first.is_initialized and len(first.lengths) != batch:
+            raise ValueError(f"the cache holds {len(first.lengths)} rows, the input has {batch}.")
+        if any(layer.columns != first.columns for layer in self.layers):
+            raise ValueError(
+                "an earlier forward was interrupted and left the cache's layers unequal; start a new one."
+            )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens seen of each row; empty before the first."""
+        return self.layers[0].lengths
+
+    def slots(self) -> Slots:
+        """The slots' table, as the layers are allocated now."""
+        layer = self.layers[0]
+        if (
+            self._slots is None
+            or self._slots.w.device != layer.keys.device
+            or len(self._slots.w) != layer.keys.shape[2]
+        ):
+            sizes = torch.tensor(layer.slots(layer.capacity))
+            number = torch.cat([torch.arange(size) for size in sizes.tolist()])
+            w, r, offset = (
+                torch.tensor([getattr(b, name) for b in layer.branches]).repeat_interleave(sizes, 0)
+                for name in ("w", "r", "offsets")
+            )
+            self._slots = Slots(
+                *(x.to(layer.keys.device) for x in (w, r, number, offset.T.contiguous()))
+            )
+        return self._slots
+
+    def seen_slots(self, positions: Tensor, ahead: int = 0) -> Tensor:
+        """Which slots the queries at these positions see: those of their segment's earlier rows, if rows themselves.
+
+        Args:
+            positions: (B, L), each at least its row's length.
+            ahead: tokens of each row whose rows are in their slots beyond `lengths`.
+
+        Returns:
+            (B, G, L, P) bool.
+        """
+        slots = self.slots()
+        start = torch.tensor(self.lengths, device=positions.device)[:, None]  # (B, 1)
+        filled = (start % slots.w + ahead)[:, None, None]  # (B, 1, 1, P)
+        p = positions[:, None, :, None]  # (B, 1, L, 1)
+        offset = slots.offset[:, None]  # (G, 1, P)
+        is_row = (p % slots.w) % slots.r == offset
+        same_segment = p // slots.w == (start // slots.w)[:, None, None]
+        return is_row & same_segment & (slots.number * slots.r + offset < filled)
+
+    def step(self) -> Step:
+        """Prepare a decoding step of one token a row."""
+        for layer in self.layers:
+            layer.reserve(max(self.lengths) + 1)
+        slots = self.slots()
+        t = torch.tensor(self.lengths, device=slots.w.device)[:, None, None]  # (B, 1, 1)
+        new = (t % slots.w) == slots.number * slots.r + slots.offset  # (B, G, P)
+        seen = self.seen_slots(t[:, :, 0], ahead=1)
+        covers_all = any(b.r == 1 for b in self.layers[0].branches)
+        return Step(
+            new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True)
+        )
+
+    def can_step(self, chunks: Tensor, length: int) -> bool:
+        """Is this a decoding step: one real token in every row, no gradient to keep and no state to go back to?"""
+        rows = int((chunks[:, 1] - chunks[:, 0]).sum())
+        first = self.layers[0]
+        return (
+            length == 1
+            and first.is_initialized
+            and rows == len(first.lengths)
+            and not torch.is_grad_enabled()
+            and not first.is_recording
+        )
+
+
+def cache_pattern(config: LongNetConfig) -> tuple:
+    """What two configs must share to share a cache."""
+    lists = tuple(config.segment_lengths), tuple(config.dilation_rates)
+    return (*lists, config.num_key_value_heads, config.head_offsets)

@@ -1,0 +1,79 @@
+"""Cross-entropy of a language model without the logits of the whole sequence.
+
+Letters: T tokens, E features, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Logits of one chunk: enough tokens that adding up the head's gradient (V x E) is cheap beside computing it, and
+# a block that stays in reused memory on a CPU.
+_MIN_TOKENS = 512
+_CPU_LOGITS = 1 << 22
+_CUDA_LOGITS = 1 << 27
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the losses; gradients are taken chunk by chunk during the forward pass, where the logits are."""
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head, *params):
+        wanted = [p for p, needed in zip(params, ctx.needs_input_grad[3:], strict=True) if needed]
+        total = torch.zeros(
+            (), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+        )
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grads = [torch.zeros_like(p) for p in wanted]
+        size = _tokens_per_chunk(hidden, head)
+        for i, (part, target) in enumerate(
+            zip(hidden.split(size), targets.split(size), strict=True)
+        ):
+            with torch.set_grad_enabled(grad_hidden is not None or bool(wanted)):
+                part = part.detach().requires_grad_(grad_hidden is not None)
+                logits = head(part)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+            total += loss.detach()
+            inputs = ([part] if grad_hidden is not None else []) + wanted
+            found = list(torch.autograd.grad(loss, inputs)) if inputs else []
+            if grad_hidden is not None:
+                grad_hidden[i * size : i * size + len(part)] = found.pop(0)
+            for grad, new in zip(grads, found, strict=True):
+                grad += new
+        ctx.grads = grad_hidden, grads
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grads = ctx.grads
+        grads = iter(grads)
+        params = [grad * next(grads) if needed else None for needed in ctx.needs_input_grad[3:]]
+        return None if grad_hidden is None else grad * grad_hidden, None, None, *params
+
+
+def _tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
+    vocabulary = getattr(head, "out_features", None) or head(hidden[:1]).shape[-1]
+    return max(
+        _MIN_TOKENS, (_CPU_LOGITS if hidden.device.type == "cpu" else _CUDA_LOGITS) // vocabulary
+    )
+
+
+@torch.compiler.disable
+def chunked_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: nn.Module, ignore_index: int = -100
+) -> Tensor:
+    """Sum of -log softmax(head(hidden))[target] over the tokens whose target is not `ignore_index`.
+
+    Forward and backward hold the logits of one chunk of tokens at a time; nothing is computed twice.
+
+    Args:
+        hidden: (T, E). targets: (T,) int64. head: the output projection, any module (T, E) -> (T, V).
+
+    Returns:
+        A scalar in at least float32, differentiable once in `hidden` and the head's parameters.
+    """
+    keep = targets != ignore_index
+    if not keep.all():
+        hidden, targets = hidden[keep], targets[keep]
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, *head.parameters())

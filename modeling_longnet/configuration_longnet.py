@@ -1,0 +1,224 @@
+"""The configuration of LongNet: every field with its unit and equation, and all checks of what was asked for."""
+
+import difflib
+import math
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .branches import HEAD_OFFSETS, check_branches
+
+POSITION_EMBEDDINGS = ("xpos", "rope", "none")
+ATTENTION_BACKENDS = ("auto", "torch", "flash_attn")
+# Fields under the names that TorchScale gives them.
+TORCHSCALE_NAMES = {
+    "segment_length": "segment_lengths",
+    "dilated_ratio": "dilation_rates",
+    "xpos_rel_pos": "position_embedding",
+    "decoder_embed_dim": "hidden_size",
+    "encoder_embed_dim": "hidden_size",
+    "decoder_ffn_embed_dim": "intermediate_size",
+    "encoder_ffn_embed_dim": "intermediate_size",
+    "decoder_layers": "num_hidden_layers",
+    "encoder_layers": "num_hidden_layers",
+    "decoder_attention_heads": "num_attention_heads",
+    "encoder_attention_heads": "num_attention_heads",
+    "activation_fn": "hidden_act",
+}
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT16_MAX = 65504.0
+
+
+@strict
+class LongNetConfig(PreTrainedConfig):
+    r"""What a LongNet is made of. The defaults are the paper's 125M model (arXiv 2307.02486, section 4.1).
+
+    Args:
+        vocab_size: token ids, 0 .. vocab_size - 1. Default: cl100k_base's 100,277, rounded up to a multiple of
+            64. None: no embedding table and no language model head; the model takes `inputs_embeds`.
+        hidden_size: features of a token, E.
+        intermediate_size: features inside a feed-forward block.
+        num_hidden_layers: blocks, N.
+        num_attention_heads: query heads, H; a head has D = hidden_size / H dimensions.
+        num_key_value_heads: key/value heads, G, a divisor of H; None means H (as the paper).
+        segment_lengths: w of each branch, in tokens, not falling (Eq. 4).
+        dilation_rates: r of each branch, 1 <= r <= w: a head keeps every r-th token of a segment (Eq. 5).
+        head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13),
+            "blocked" is TorchScale's `g // ceil(G / r)`, which converted checkpoints need.
+        is_causal: decoder (True) or bidirectional encoder (False).
+        position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)),
+            "rope" (rotation alone) or "none". Positions count modulo `position_period`.
+        xpos_scale_base: tokens over which xPos decays by a factor zeta_i.
+        rope_theta: base of the rotation's frequencies, theta_i = rope_theta ** (-2 i / D).
+        attention_backend: kernels of `attn_implementation="sdpa"`: "torch", "flash_attn" or "auto".
+        attend_zero_padding: bidirectional only: attend to the zero keys of the released implementation's
+            padding, with which Prov-GigaPath's weights were trained.
+        hidden_act: activation of the feed-forward block, a name of Transformers' ACT2FN.
+        dropout: probability for embeddings and both outputs of a block, in training only.
+        activation_dropout: probability inside the feed-forward block, in training only.
+        attention_dropout: must be 0; no fused attention kernel here drops attention weights.
+        layer_norm_eps: epsilon of every LayerNorm.
+        embedding_scale: factor of the token embeddings (TorchScale: 1, or sqrt(E) with scaled embeddings).
+        initializer_range: standard deviation of embeddings and output projection at the start; None means
+            hidden_size ** -0.5. Linear layers follow Magneto (arXiv 2210.06423) in any case.
+        use_cache: let `forward` return a `LongNetCache` (never in training with gradient checkpointing).
+        tie_word_embeddings: the output projection shares the embedding table.
+
+    Raises:
+        StrictDataclassError or ValueError: says the field, the value and what is allowed.
+
+    Example:
+        >>> config = LongNetConfig(segment_lengths=[512, 2048], dilation_rates=[1, 4])
+        >>> config.position_period
+        2048
+    """
+
+    model_type = "longnet"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+
+    vocab_size: int | None = 100_288
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
+    head_offsets: str = "interleaved"
+    is_causal: bool = True
+    position_embedding: str = "xpos"
+    xpos_scale_base: float | int = 512
+    rope_theta: float | int = 10000.0
+    attention_backend: str = "auto"
+    attend_zero_padding: bool = False
+    hidden_act: str = "gelu"
+    dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    embedding_scale: float | int = 1.0
+    initializer_range: float | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_near_misses(kwargs)
+        self.segment_lengths = list(self.segment_lengths)
+        self.dilation_rates = list(self.dilation_rates)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        # All keys: a folder saved from the language model must load as AutoModel too.
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_longnet.LongNetConfig",
+            "AutoModel": "modeling_longnet.LongNetModel",
+            "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
+        } | (kwargs.get("auto_map") or {})
+        super().__post_init__(**kwargs)
+
+    def _refuse_near_misses(self, kwargs: dict) -> None:
+        """Transformers makes unknown keywords attributes without a word, so a typo would be lost."""
+        own = [field.name for field in fields(self)]
+        for key in kwargs:
+            close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
+            meant = TORCHSCALE_NAMES.get(key) or (close[0] if close else None)
+            if meant and not hasattr(type(self), key):
+                raise ValueError(f"LongNetConfig has no field {key!r}; did you mean {meant!r}?")
+
+    def validate_architecture(self):
+        """Sizes, branches and names; runs after every construction and before saving."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}."
+            )
+        if groups < 1 or heads % groups:
+            raise ValueError(
+                f"num_key_value_heads={groups} must be a divisor of num_attention_heads={heads}."
+            )
+        check_branches(self.segment_lengths, self.dilation_rates)
+        self._check_name("head_offsets", HEAD_OFFSETS)
+        self._check_name("position_embedding", POSITION_EMBEDDINGS)
+        self._check_name("attention_backend", ATTENTION_BACKENDS)
+        self._check_name("hidden_act", tuple(ACT2FN))
+        if self.attend_zero_padding and self.is_causal:
+            raise ValueError(
+                "attend_zero_padding=True needs is_causal=False: no causal query sees the padding."
+            )
+
+    def validate_numbers(self):
+        """Probabilities and scales."""
+        for name in ("dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a probability, 0 <= p < 1.")
+        if self.attention_dropout != 0:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} must be 0: the attention kernels have no dropout that "
+                "merges over branches; use dropout or activation_dropout."
+            )
+        for name in ("xpos_scale_base", "rope_theta", "layer_norm_eps", "embedding_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+
+    def validate_positions(self):
+        """Positions must hold over one whole period: half the head dimensions rotate, and xPos stays in float32."""
+        if self.position_embedding == "none":
+            return
+        if self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads} gives heads of "
+                f"{self.head_dim} dimensions; position_embedding={self.position_embedding!r} rotates pairs and needs "
+                "an even number."
+            )
+        if (
+            self.position_embedding == "xpos"
+            and self.smallest_xpos_scale_base() > self.xpos_scale_base
+        ):
+            raise ValueError(
+                f"xpos_scale_base={self.xpos_scale_base} is too small for segments {self.segment_lengths} (positions "
+                f"repeat every {self.position_period} tokens): its scales leave float32. The smallest that fits is "
+                f'{self.smallest_xpos_scale_base()}; or use position_embedding="rope".'
+            )
+
+    def _check_name(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise ValueError(f"{field}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head, D."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def position_period(self) -> int:
+        """Tokens after which positions may repeat: the least length that every segment length divides.
+
+        Two tokens that meet share a segment of some branch, so their distance survives the modulo. For nested
+        segments, as the paper's, this is the longest one.
+        """
+        return math.lcm(*self.segment_lengths)
+
+    def smallest_xpos_scale_base(self, largest: float = FLOAT32_MAX) -> int:
+        """The least whole base whose scales over half a period, zeta_0 ** (-period / 2 / base), stay below `largest`.
+
+        zeta_0 = 0.4 / 1.4 is the fastest decay (arXiv 2212.10554, with TorchScale's gamma of 0.4).
+        """
+        return math.ceil(self.position_period / 2 * math.log(1.4 / 0.4) / math.log(largest))
+
+
+__all__ = ["LongNetConfig"]

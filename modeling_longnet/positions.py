@@ -1,0 +1,82 @@
+"""xPos and rotary positions, modulo the period over which tokens can meet.
+
+Angles and scales are computed in float64 and applied in at least float32, whatever the model's dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .configuration_longnet import FLOAT16_MAX, LongNetConfig
+
+# Positions turned at a time: float64 intermediates of a long sequence would outweigh its keys.
+_SLICE = 1 << 16
+
+
+class Turns(NamedTuple):
+    """Complex factors of the pairs (2i, 2i+1) of queries and keys, each (B or 1, L, 1, D/2), complex64 or 128."""
+
+    query: Tensor
+    key: Tensor
+
+
+def make_turns(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> Turns | None:
+    """The factors zeta_i ** (n / base) * exp(1j * n * theta_i) for queries, and with the inverse scale for keys.
+
+    n is the position modulo `config.position_period`, centred: only differences of n matter, and tokens that
+    meet lie in one period. theta_i = rope_theta ** (-2i / D), zeta_i = (2i + 0.4 D) / (1.4 D) (xPos, section 3).
+
+    Args:
+        positions: (B or 1, L) integers on the device that attention runs on, each token's place in its document.
+        dtype: of the attention.
+
+    Returns:
+        None for position_embedding "none".
+
+    Raises:
+        ValueError: float16 attention whose scales do not fit float16.
+    """
+    if config.position_embedding == "none":
+        return None
+    if config.position_embedding == "xpos" and dtype == torch.float16:
+        smallest = config.smallest_xpos_scale_base(FLOAT16_MAX)
+        if smallest > config.xpos_scale_base:
+            raise ValueError(
+                f"float16 cannot hold xPos over {config.position_period} tokens with "
+                f"xpos_scale_base={config.xpos_scale_base} (the smallest that fits is {smallest}); use bfloat16, "
+                "whose range is that of float32."
+            )
+    # MPS has no float64.
+    device = positions.device if positions.device.type != "mps" else torch.device("cpu")
+    period = config.position_period
+    centred = (positions.to(device) % period - period // 2).double()
+    parts = [_turn(config, part, dtype) for part in centred.split(_SLICE, dim=1)]
+    return Turns(*(torch.cat(x, 1).to(positions.device) if len(x) > 1 else x[0].to(positions.device)
+                   for x in zip(*parts, strict=True)))  # fmt: skip
+
+
+def _turn(config: LongNetConfig, n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Query and key factors of float64 positions n (B or 1, L)."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=n.device)
+    angle = n[..., None, None] * config.rope_theta ** (-i / config.head_dim)
+    out = torch.complex128 if dtype == torch.float64 else torch.complex64
+    if config.position_embedding == "rope":
+        turn = torch.polar(torch.ones_like(angle), angle).to(out)
+        return turn, turn
+    zeta = (i + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+    scale = zeta ** (n[..., None, None] / config.xpos_scale_base)
+    return torch.polar(scale, angle).to(out), torch.polar(1 / scale, angle).to(out)
+
+
+def turn(x: Tensor, factors: Tensor) -> Tensor:
+    """Rotate and scale interleaved pairs: y[2i] + 1j y[2i+1] = factor_i * (x[2i] + 1j x[2i+1]).
+
+    Args:
+        x: (B, L, heads, D), any floating dtype. factors: (B or 1, L, 1, D/2) complex.
+
+    Returns:
+        (B, L, heads, D) in x's dtype, computed in the factors' precision.
+    """
+    pairs = torch.view_as_complex(x.to(factors.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

@@ -1,0 +1,110 @@
+"""Dense dilated attention from one predicate of (head, query, key): slow, obvious, and what the rest is tested by.
+
+Letters: B batch, L queries, S keys, H query heads, G key/value heads, D head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from .branches import Branch
+
+
+def count_branches(
+    branches: tuple[Branch, ...],
+    query_positions: Tensor,
+    key_positions: Tensor,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    is_causal: bool = True,
+    key_branch: Tensor | None = None,
+) -> Tensor:
+    """In how many branches does a head's query see a key? (design of LongNet, Eq. 4-8 and 13-15)
+
+    Query p and key q see each other in branch (w, r) when `p // w == q // w`, both are rows of the head
+    (`(p mod w) mod r == o == (q mod w) mod r`) and, when causal, `q <= p`.
+
+    Args:
+        query_positions, key_positions: (B, L) and (B, S) integers, the place of a token in its own document.
+        query_documents, key_documents: (B, L) and (B, S) integers; tokens of different documents never meet, and
+            a negative one marks padding, which meets nothing. None: one document a row.
+        key_branch: (S,) integers; a key that only one branch may see names it, -1 means every branch.
+
+    Returns:
+        (B, G, L, S) int64 counts.
+    """
+    p, q = query_positions[:, :, None], key_positions[:, None, :]  # (B, L, 1), (B, 1, S)
+    allowed = (q <= p) if is_causal else torch.ones_like(q <= p)
+    if query_documents is not None:
+        d, e = query_documents[:, :, None], key_documents[:, None, :]
+        allowed = allowed & (d == e) & (d >= 0)
+    counts = []
+    for head in range(len(branches[0].offsets)):
+        count = torch.zeros_like(allowed, dtype=torch.int64)
+        for index, (w, r, offsets) in enumerate(branches):
+            o = offsets[head]
+            sees = (p // w == q // w) & ((p % w) % r == o) & ((q % w) % r == o) & allowed
+            if key_branch is not None:
+                sees = sees & ((key_branch == index) | (key_branch == -1))
+            count += sees
+        counts.append(count)
+    return torch.stack(counts, 1)
+
+
+def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
+    """How many zero keys the released implementation shows each query of a bidirectional document (bug 1 there).
+
+    TorchScale pads a document to whole segments of min(w, length), and those to whole multiples of r, with zero
+    keys and values that it does not mask.
+
+    Returns:
+        (G, length) int64 counts over all branches in which the query is a row.
+    """
+    p = torch.arange(length)
+    counts = torch.zeros(len(branches[0].offsets), length, dtype=torch.int64)
+    for w, r, offsets in branches:
+        for head, o in enumerate(offsets):
+            segment = p // w
+            real = torch.zeros(int(segment[-1]) + 1, dtype=torch.int64)
+            row = (p % w) % r == o
+            real.index_add_(0, segment, row.long())
+            counts[head] += torch.where(row, -(-min(w, length) // r) - real[segment], 0)
+    return counts
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    scale: float,
+    zero_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One softmax over the multiset of keys that the branches show (Eq. 9-10): a key seen twice counts twice.
+
+    Args:
+        query: (B, H, L, D); key, value: (B, G, S, D), any floating dtype; scores are taken in at least float32.
+        counts: (B or 1, G or 1, L, S), how often a key counts for a query.
+        zero_padding: (B or 1, G, L), that many further keys with score 0 and value 0.
+
+    Returns:
+        out (B, H, L, D) in the query's dtype; attention weights (B, H, L, S), likewise; lse (B, H, L), the
+        logarithm of the denominator. A query that sees no key gets out 0, weights 0 and lse -inf.
+    """
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
+    counts = counts.repeat_interleave(repeat if counts.shape[1] > 1 else 1, 1)
+    scores = (query @ key.transpose(-1, -2) * scale).to(
+        torch.promote_types(query.dtype, torch.float32)
+    )
+    scores = scores.masked_fill(counts == 0, -torch.inf)
+    largest = scores.detach().amax(-1, keepdim=True)
+    # With a finite shift, a query that sees no key has only zeros here, and no NaN in its gradient either.
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    if zero_padding is not None:
+        largest = largest.clamp_min(0.0)
+    weights = counts * (scores - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    if zero_padding is not None:
+        total = total + zero_padding.repeat_interleave(repeat, 1)[..., None] * (-largest).exp()
+    weights = (weights / total.masked_fill(total == 0, 1.0)).to(query.dtype)
+    return weights @ value, weights, (largest + total.log())[..., 0]
