@@ -27,9 +27,7 @@ def unavailable(query: Tensor) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
     out, lse, *_ = _flash_attn_forward(
@@ -50,9 +48,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. `out` and `lse` may be those of a softmax over more keys than these (merged)."""
-    grad_out, query, key, value, out = (
-        x.transpose(1, 2) for x in (grad_out, query, key, value, out)
-    )
+    grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     _flash_attn_backward(
         grad_out, query, key, value, out, lse.contiguous(), *grads, 0.0, scale, causal=is_causal,

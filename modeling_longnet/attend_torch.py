@@ -21,14 +21,10 @@ def unavailable(query: Tensor) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
     if query.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, scale=scale
-        )
+        return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
     return _cuda_forward(query, key, value, is_causal, scale)
 
 
@@ -52,18 +48,13 @@ def backward(
 
 def _uses_flash(query: Tensor) -> bool:
     """Flash takes half precision and head dimensions that are multiples of 8 up to 256."""
-    return (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
-    )
+    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
 
 
 def _cuda_forward(query, key, value, is_causal, scale):
     repeat = query.shape[1] // key.shape[1]
     if _uses_flash(query):
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, is_causal, False, scale=scale
-        )
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
         return out, lse
     key, value = (_share_heads(x, repeat) for x in (key, value))
     out, lse, *_ = _aten._scaled_dot_product_efficient_attention(

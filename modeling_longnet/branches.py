@@ -63,18 +63,10 @@ def check_branches(segment_lengths, dilation_rates) -> None:
     """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w, w not falling."""
     pairs = f"segment_lengths={list(segment_lengths)}, dilation_rates={list(dilation_rates)}"
     if len(segment_lengths) == 0 or len(segment_lengths) != len(dilation_rates):
-        raise ValueError(
-            f"{pairs}: give one dilation rate for each segment length, at least one of each."
-        )
+        raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")
     for w, r in zip(segment_lengths, dilation_rates, strict=True):
-        if (
-            isinstance(w, bool)
-            or isinstance(r, bool)
-            or not (isinstance(w, int) and isinstance(r, int))
-        ):
-            raise ValueError(
-                f"{pairs}: segment lengths and dilation rates are whole numbers of tokens."
-            )
+        if isinstance(w, bool) or isinstance(r, bool) or not (isinstance(w, int) and isinstance(r, int)):
+            raise ValueError(f"{pairs}: segment lengths and dilation rates are whole numbers of tokens.")
         if w < 1 or r < 1:
             raise ValueError(f"{pairs}: every segment length and dilation rate must be at least 1.")
         if r > w:
@@ -83,9 +75,7 @@ def check_branches(segment_lengths, dilation_rates) -> None:
                 "a rate is at most its segment length."
             )
     if list(segment_lengths) != sorted(segment_lengths):
-        raise ValueError(
-            f"{pairs}: segment lengths must not fall from one branch to the next; sort the pairs."
-        )
+        raise ValueError(f"{pairs}: segment lengths must not fall from one branch to the next; sort the pairs.")
 
 
 @lru_cache(maxsize=1024)
@@ -102,9 +92,7 @@ def make_branches(
     """
     check_branches(segment_lengths, dilation_rates)
     if head_offsets not in HEAD_OFFSETS:
-        raise ValueError(
-            f"head_offsets={head_offsets!r}: allowed are {', '.join(map(repr, HEAD_OFFSETS))}."
-        )
+        raise ValueError(f"head_offsets={head_offsets!r}: allowed are {', '.join(map(repr, HEAD_OFFSETS))}.")
 
     def offset(head, r):
         return head % r if head_offsets == "interleaved" else head // math.ceil(num_heads / r)
@@ -134,19 +122,13 @@ def _pieces(chunk: Chunk, w: int):
 def _runs(specs: list[tuple], step: int, max_row_step: int | None) -> list[tuple[int, int, int]]:
     """Runs (head, heads, row_step) of heads `step` apart with equal counts and evenly growing first rows."""
     runs = []
-    for head in (
-        h for first in range(min(step, len(specs))) for h in range(first, len(specs), step)
-    ):
+    for head in (h for first in range(min(step, len(specs))) for h in range(first, len(specs), step)):
         if runs and head == runs[-1][0] + runs[-1][1] * step:
             begin, heads, row_step = runs[-1]
             previous = specs[head - step]
             grows = specs[head][0] - previous[0]
             same_step = grows == row_step if heads > 1 else grows >= 0
-            if (
-                specs[head][1:] == previous[1:]
-                and same_step
-                and (max_row_step is None or grows <= max_row_step)
-            ):
+            if specs[head][1:] == previous[1:] and same_step and (max_row_step is None or grows <= max_row_step):
                 runs[-1] = (begin, heads + 1, grows)
                 continue
         runs.append((head, 1, 0))
@@ -169,16 +151,12 @@ def chunk_rows(chunk: Chunk, branch: Branch, shared_heads: bool) -> tuple[Rows, 
         for o in offsets:
             before, own = count_rows(phase, o, r), count_rows(phase + length, o, r)
             real = count_rows(segment_end, o, r)
-            specs.append(
-                ((o - phase) % r, own - before, before, real - own, -(-padded // r) - real)
-            )
+            specs.append(((o - phase) % r, own - before, before, real - own, -(-padded // r) - real))
         if shared_heads:
             step, runs = 1, _runs(specs, 1, 0)
         else:
             steps = sorted({1, min(r, len(offsets)), math.ceil(len(offsets) / r)})
-            step, runs = min(
-                ((s, _runs(specs, s, None)) for s in steps), key=lambda pair: len(pair[1])
-            )
+            step, runs = min(((s, _runs(specs, s, None)) for s in steps), key=lambda pair: len(pair[1]))
         for head, heads, row_step in runs:
             row, rows, before, after, padding = specs[head]
             if rows:

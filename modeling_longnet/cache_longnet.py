@@ -29,7 +29,7 @@ class _Undo(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What each of the P slots is for, int64 on the cache's device: its branch's w and r, its number j, its heads' o."""
+    """What each of the P slots is for, int64: its branch's w and r, its number j, its heads' o."""
 
     w: Tensor  # (P,)
     r: Tensor  # (P,)
@@ -64,9 +64,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Take batch, heads, dtype and device from the first (B, L, G, D) keys and values."""
         batch, _, heads, dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            x.new_zeros(batch, heads, 0, dim) for x in (key_states, value_states)
-        )
+        self.keys, self.values = (x.new_zeros(batch, heads, 0, dim) for x in (key_states, value_states))
         self.lengths = [0] * batch
         self.is_initialized = True
         if self.max_length:
@@ -79,10 +77,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def held_rows(self) -> list[int]:
         """Rows that can still be seen, for each batch row, of the head that holds most (all branches)."""
         return [
-            max(
-                sum(count_rows(t % b.w, b.offsets[g], b.r) for b in self.branches)
-                for g in range(self.keys.shape[1])
-            )
+            max(sum(count_rows(t % b.w, b.offsets[g], b.r) for b in self.branches) for g in range(self.keys.shape[1]))
             for t in self.lengths
         ]
 
@@ -114,9 +109,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self._check(key_states)
         return Outside(self._parts(self.keys), self._parts(self.values))
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, chunks: Tensor, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, chunks: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
         """Take in the new rows that can still be seen after them.
 
         Args:
@@ -131,9 +124,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self._check(key_states)
         if self.is_recording:
             step = key_states, value_states, chunks
-            self._undo = _Undo(
-                self.keys, self.values, self.lengths, self.columns, self.capacity, step
-            )
+            self._undo = _Undo(self.keys, self.values, self.lengths, self.columns, self.capacity, step)
         chunk_list = [Chunk(*row) for row in chunks.tolist()]
         self.reserve(max((c.total for c in chunk_list), default=0))
         if self.is_recording or torch.is_grad_enabled():
@@ -142,9 +133,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.lengths = list(self.lengths)
         for chunk in chunk_list:
             self._store(chunk, key_states.detach(), value_states.detach())
-            self.lengths[chunk.row_begin : chunk.row_end] = [chunk.total] * (
-                chunk.row_end - chunk.row_begin
-            )
+            self.lengths[chunk.row_begin : chunk.row_end] = [chunk.total] * (chunk.row_end - chunk.row_begin)
         self.columns += key_states.shape[1]
         return key_states, value_states
 
@@ -157,9 +146,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             for rows in chunk_rows(chunk, branch, False):
                 if rows.begin != last_begin:
                     continue
-                heads = slice(
-                    rows.head, rows.head + (rows.heads - 1) * rows.head_step + 1, rows.head_step
-                )
+                heads = slice(rows.head, rows.head + (rows.heads - 1) * rows.head_step + 1, rows.head_step)
                 places = slice(rows.before, rows.before + rows.rows)
                 keys[batch, heads, places] = rows_view(key_states, chunk, branch, rows)[:, 0]
                 values[batch, heads, places] = rows_view(value_states, chunk, branch, rows)[:, 0]
@@ -248,9 +235,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             self.update(keys[:, :columns], values[:, :columns], chunks[chunks[:, 3] > chunks[:, 2]])
             self.is_recording = recording
 
-    def step(
-        self, query: Tensor, key_states: Tensor, value_states: Tensor, step: Step, scale: float
-    ) -> Tensor:
+    def step(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: Step, scale: float) -> Tensor:
         """One token: write its rows, then one softmax over every slot its heads see (the multiset of Eq. 9-10).
 
         Args:
@@ -316,11 +301,7 @@ class LongNetCache(Cache):
     def __init__(self, config: LongNetConfig, max_length: int | None = None):
         self.pattern = cache_pattern(config)
         branches = make_branches(*self.pattern)
-        super().__init__(
-            layers=[
-                LongNetCacheLayer(branches, max_length) for _ in range(config.num_hidden_layers)
-            ]
-        )
+        super().__init__(layers=[LongNetCacheLayer(branches, max_length) for _ in range(config.num_hidden_layers)])
         self._slots: Slots | None = None
 
     def check(self, config: LongNetConfig, batch: int) -> None:
@@ -335,9 +316,7 @@ class LongNetCache(Cache):
         if first.is_initialized and len(first.lengths) != batch:
             raise ValueError(f"the cache holds {len(first.lengths)} rows, the input has {batch}.")
         if any(layer.columns != first.columns for layer in self.layers):
-            raise ValueError(
-                "an earlier forward was interrupted and left the cache's layers unequal; start a new one."
-            )
+            raise ValueError("an earlier forward was interrupted and left the cache's layers unequal; start a new one.")
 
     @property
     def lengths(self) -> list[int]:
@@ -358,9 +337,7 @@ class LongNetCache(Cache):
                 torch.tensor([getattr(b, name) for b in layer.branches]).repeat_interleave(sizes, 0)
                 for name in ("w", "r", "offsets")
             )
-            self._slots = Slots(
-                *(x.to(layer.keys.device) for x in (w, r, number, offset.T.contiguous()))
-            )
+            self._slots = Slots(*(x.to(layer.keys.device) for x in (w, r, number, offset.T.contiguous())))
         return self._slots
 
     def seen_slots(self, positions: Tensor, ahead: int = 0) -> Tensor:
@@ -391,9 +368,7 @@ class LongNetCache(Cache):
         new = (t % slots.w) == slots.number * slots.r + slots.offset  # (B, G, P)
         seen = self.seen_slots(t[:, :, 0], ahead=1)
         covers_all = any(b.r == 1 for b in self.layers[0].branches)
-        return Step(
-            new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True)
-        )
+        return Step(new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True))
 
     def can_step(self, chunks: Tensor, length: int) -> bool:
         """Is this a decoding step: one real token in every row, no gradient to keep and no state to go back to?"""

@@ -19,15 +19,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, *params):
         wanted = [p for p, needed in zip(params, ctx.needs_input_grad[3:], strict=True) if needed]
-        total = torch.zeros(
-            (), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-        )
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(p) for p in wanted]
         size = _tokens_per_chunk(hidden, head)
-        for i, (part, target) in enumerate(
-            zip(hidden.split(size), targets.split(size), strict=True)
-        ):
+        for i, (part, target) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
             with torch.set_grad_enabled(grad_hidden is not None or bool(wanted)):
                 part = part.detach().requires_grad_(grad_hidden is not None)
                 logits = head(part)
@@ -54,15 +50,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
     vocabulary = getattr(head, "out_features", None) or head(hidden[:1]).shape[-1]
-    return max(
-        _MIN_TOKENS, (_CPU_LOGITS if hidden.device.type == "cpu" else _CUDA_LOGITS) // vocabulary
-    )
+    return max(_MIN_TOKENS, (_CPU_LOGITS if hidden.device.type == "cpu" else _CUDA_LOGITS) // vocabulary)
 
 
 @torch.compiler.disable
-def chunked_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: nn.Module, ignore_index: int = -100
-) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, ignore_index: int = -100) -> Tensor:
     """Sum of -log softmax(head(hidden))[target] over the tokens whose target is not `ignore_index`.
 
     Forward and backward hold the logits of one chunk of tokens at a time; nothing is computed twice.

@@ -76,7 +76,6 @@ class LongNetConfig(PreTrainedConfig):
     """
 
     model_type = "longnet"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int | None = 100_288
     hidden_size: int = 768
@@ -143,22 +142,16 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be at least 1.")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}."
-            )
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}.")
         if groups < 1 or heads % groups:
-            raise ValueError(
-                f"num_key_value_heads={groups} must be a divisor of num_attention_heads={heads}."
-            )
+            raise ValueError(f"num_key_value_heads={groups} must be a divisor of num_attention_heads={heads}.")
         check_branches(self.segment_lengths, self.dilation_rates)
         self._check_name("head_offsets", HEAD_OFFSETS)
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
         self._check_name("attention_backend", ATTENTION_BACKENDS)
         self._check_name("hidden_act", tuple(ACT2FN))
         if self.attend_zero_padding and self.is_causal:
-            raise ValueError(
-                "attend_zero_padding=True needs is_causal=False: no causal query sees the padding."
-            )
+            raise ValueError("attend_zero_padding=True needs is_causal=False: no causal query sees the padding.")
 
     def validate_numbers(self):
         """Probabilities and scales."""
@@ -184,10 +177,7 @@ class LongNetConfig(PreTrainedConfig):
                 f"{self.head_dim} dimensions; position_embedding={self.position_embedding!r} rotates pairs and needs "
                 "an even number."
             )
-        if (
-            self.position_embedding == "xpos"
-            and self.smallest_xpos_scale_base() > self.xpos_scale_base
-        ):
+        if self.position_embedding == "xpos" and self.smallest_xpos_scale_base() > self.xpos_scale_base:
             raise ValueError(
                 f"xpos_scale_base={self.xpos_scale_base} is too small for segments {self.segment_lengths} (positions "
                 f"repeat every {self.position_period} tokens): its scales leave float32. The smallest that fits is "

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .attend import BACKENDS, choose_backend, merge_
-from .branches import Branch, Chunk, Rows, chunk_rows, make_branches, prefix_lengths
-from .reference import count_branches, count_zero_padding, dense_attention
+from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
+from .reference import count_branches, dense_attention
 
 # Kernel results above this size come from fresh pages that the system must fill with zeros each time.
 _CPU_BYTES_PER_CALL = 8 << 20
@@ -45,9 +45,7 @@ class Outside(NamedTuple):
     values: tuple[Tensor, ...]
 
 
-def rows_view(
-    x: Tensor, chunk: Chunk, branch: Branch, rows: Rows, heads_per_group: int = 1
-) -> Tensor:
+def rows_view(x: Tensor, chunk: Chunk, branch: Branch, rows: Rows, heads_per_group: int = 1) -> Tensor:
     """The rows of one piece in a (B, L, heads, ...) tensor: (B, n, h, rows, ...), strided."""
     batch, token, head = x.stride()[:3]
     offset = (
@@ -159,9 +157,7 @@ def _each_outside(
             )
 
 
-def forward_outside(
-    query: Tensor, out: Tensor, lse: Tensor, outside: Outside, plan: Plan, after: bool = False
-) -> None:
+def forward_outside(query: Tensor, out: Tensor, lse: Tensor, outside: Outside, plan: Plan, after: bool = False) -> None:
     """Merge the rows before the chunks (or after them) into `out` and `lse` of `forward_chunks`, in place."""
     run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // outside.keys[0].shape[1]
     for chunk, branch, rows, k, v in _each_outside(plan, outside, after, repeat):
@@ -182,9 +178,7 @@ def backward_chunks(
     run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // key.shape[2]
     grads = [_accumulator(x, plan) for x in (query, key, value)]
     for chunk, index, branch, rows in _each_piece(plan, repeat):
-        views = [
-            rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])
-        ]
+        views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value, *grads[1:])]
         for q, g, o, s, dq, k, v, dk, dv in _calls(*views, *shared):
             new = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
@@ -202,9 +196,7 @@ def backward_outside(
 ) -> Outside:  # fmt: skip
     """Gradients of `forward_outside`: adds the queries' to `grad_query`, returns those of the rows outside."""
     run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // outside.keys[0].shape[1]
-    grads = Outside(
-        *(tuple(torch.zeros_like(x, dtype=grad_query.dtype) for x in pair) for pair in outside)
-    )
+    grads = Outside(*(tuple(torch.zeros_like(x, dtype=grad_query.dtype) for x in pair) for pair in outside))
     found = zip(
         _each_outside(plan, outside, after, repeat),
         _each_outside(plan, grads, after, repeat),
@@ -212,8 +204,7 @@ def backward_outside(
     )
     for (chunk, branch, rows, k, v), (*_, dk, dv) in found:
         q, g, o, s, dq = (
-            rows_view(x, chunk, branch, rows, repeat)[:, 0]
-            for x in (query, grad_out, out, lse, grad_query)
+            rows_view(x, chunk, branch, rows, repeat)[:, 0] for x in (query, grad_out, out, lse, grad_query)
         )
         for total, part in zip((dq, dk, dv), run(g, q, k, v, o, s, False, plan.scale), strict=True):
             total.add_(part)
@@ -238,13 +229,9 @@ _library.define(
 _ops = getattr(torch.ops, _namespace)
 
 
-def _plan(
-    chunks: Tensor, w, r, offsets, is_causal: bool, scale: float, backend: str, zero_padding: bool
-) -> Plan:
+def _plan(chunks: Tensor, w, r, offsets, is_causal: bool, scale: float, backend: str, zero_padding: bool) -> Plan:
     heads = len(offsets) // len(w)
-    branches = tuple(
-        Branch(w[i], r[i], tuple(offsets[i * heads : (i + 1) * heads])) for i in range(len(w))
-    )
+    branches = tuple(Branch(w[i], r[i], tuple(offsets[i * heads : (i + 1) * heads])) for i in range(len(w)))
     return Plan(
         tuple(Chunk(*row) for row in chunks.tolist()),
         branches,
@@ -262,6 +249,8 @@ def _split(before: list[Tensor]) -> Outside:
 
 def _forward(query, key, value, before, *plan):
     plan = _plan(*plan)
+    if not before and any(c.start % b.w for c in plan.chunks for b in plan.branches):
+        raise ValueError("a chunk that begins inside a segment needs the rows before it; give `before`.")
     out, lse = forward_chunks(query, key, value, plan)
     if before:
         forward_outside(query, out, lse, _split(before), plan)
@@ -332,7 +321,6 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     def vmap(info, dims, query, key, value, chunks, plan, *before):
         size = info.batch_size
-        batch = query.shape[1 if dims[0] == 0 else 0]
         folded = [_fold(x, d, size) for x, d in zip((query, key, value), dims[:3], strict=True)]
         before = [_fold(x, d, size) for x, d in zip(before, dims[5:], strict=True)]
         chunks = _fold_chunks(chunks, folded[0].shape[0] // size, size)
@@ -420,27 +408,19 @@ def attend_chunks(
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
-        raise ValueError(
-            f"{shapes}: expected query (B, H, L, D), key and value (B, G, L, D) alike."
-        )
+        raise ValueError(f"{shapes}: expected query (B, H, L, D), key and value (B, G, L, D) alike.")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise ValueError(
-            f"{shapes}: batch, length and head dimension of query and key must be equal."
-        )
+        raise ValueError(f"{shapes}: batch, length and head dimension of query and key must be equal.")
     if 0 in query.shape or 0 in key.shape:
         raise ValueError(f"{shapes}: every dimension, the length too, must be at least 1.")
     if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"{shapes}: the {key.shape[1]} key/value heads must divide the {query.shape[1]} query heads."
-        )
+        raise ValueError(f"{shapes}: the {key.shape[1]} key/value heads must divide the {query.shape[1]} query heads.")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(
             f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: query, key and value need one floating-point dtype."
         )
     if not query.device == key.device == value.device:
-        raise ValueError(
-            f"devices {query.device}, {key.device}, {value.device}: all three must be on one device."
-        )
+        raise ValueError(f"devices {query.device}, {key.device}, {value.device}: all three must be on one device.")
 
 
 def autocast_inputs(*tensors: Tensor) -> list[Tensor]:
@@ -495,17 +475,13 @@ def dilated_attention(
         torch.Size([1, 8, 4096, 64])
     """
     _check_inputs(query, key, value)
-    branches = make_branches(
-        tuple(segment_lengths), tuple(dilation_rates), key.shape[1], head_offsets
-    )
+    branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), key.shape[1], head_offsets)
     query, key, value = autocast_inputs(query, key, value)
     backend = choose_backend(backend, query)
     if backend == "eager":
         positions = torch.arange(query.shape[2], device=query.device)[None]
         counts = count_branches(branches, positions, positions, is_causal=is_causal)
-        return dense_attention(
-            query, key, value, counts, query.shape[-1] ** -0.5 if scale is None else scale
-        )[0]
+        return dense_attention(query, key, value, counts, query.shape[-1] ** -0.5 if scale is None else scale)[0]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     chunks = whole_batch(query.shape[0], query.shape[1])
     out = attend_chunks(

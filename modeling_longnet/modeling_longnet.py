@@ -31,11 +31,7 @@ from .positions import Turns, make_turns, turn
 from .reference import count_branches, count_zero_padding, dense_attention
 
 # Transformers 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.
-CACHE = (
-    "cache"
-    if "cache" in {field.name for field in fields(CausalLMOutputWithPast)}
-    else "past_key_values"
-)
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class AttentionInputs(NamedTuple):
@@ -67,9 +63,7 @@ class LongNetAttention(torch.nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj.init_gain = self.out_proj.init_gain = magneto_gain(config)
 
-    def forward(
-        self, hidden_states: Tensor, inputs: AttentionInputs
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         """(B, L, E) -> (B, L, E), and the (B, H, L, P + L) attention weights under the dense reference."""
         query, key, value = (
             project(hidden_states).unflatten(-1, (-1, self.config.head_dim))
@@ -98,16 +92,12 @@ class LongNetAttention(torch.nn.Module):
             layer.update(key, value, inputs.chunks)
         return out, weights
 
-    def _attend_dense(
-        self, query: Tensor, key: Tensor, value: Tensor, before, inputs: AttentionInputs
-    ):
+    def _attend_dense(self, query: Tensor, key: Tensor, value: Tensor, before, inputs: AttentionInputs):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if before is not None:
             key = torch.cat([*before.keys, key], 2)
             value = torch.cat([*before.values, value], 2)
-        out, weights, _ = dense_attention(
-            query, key, value, inputs.counts, self.scale, inputs.zero_padding
-        )
+        out, weights, _ = dense_attention(query, key, value, inputs.counts, self.scale, inputs.zero_padding)
         return out.transpose(1, 2), weights
 
 
@@ -196,17 +186,12 @@ class LongNetPreTrainedModel(PreTrainedModel):
             heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
             branches=", ".join(
-                f"({w}, {r})"
-                for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True)
+                f"({w}, {r})" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True)
             ),
             positions=config.position_embedding,
             direction="causal decoder" if config.is_causal else "bidirectional encoder",
-            pipeline_tag="text-generation"
-            if "ForCausalLM" in type(self).__name__
-            else "feature-extraction",
-            auto_class="AutoModelForCausalLM"
-            if "ForCausalLM" in type(self).__name__
-            else "AutoModel",
+            pipeline_tag="text-generation" if "ForCausalLM" in type(self).__name__ else "feature-extraction",
+            auto_class="AutoModelForCausalLM" if "ForCausalLM" in type(self).__name__ else "AutoModel",
         )
 
 
@@ -216,13 +201,9 @@ class LongNetModel(LongNetPreTrainedModel):
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
         if config.vocab_size is not None:
-            self.embed_tokens = nn.Embedding(
-                config.vocab_size, config.hidden_size, config.pad_token_id
-            )
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            [LongNetBlock(config, i) for i in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([LongNetBlock(config, i) for i in range(config.num_hidden_layers)])
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -267,9 +248,7 @@ class LongNetModel(LongNetPreTrainedModel):
         hidden_states = self.dropout(embeds)
         for layer in self.layers:
             hidden_states = layer(hidden_states, inputs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.layer_norm(hidden_states), **{CACHE: cache}
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.layer_norm(hidden_states), **{CACHE: cache})
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -283,13 +262,9 @@ class LongNetModel(LongNetPreTrainedModel):
             _check_not_empty("inputs_embeds", inputs_embeds)
             return inputs_embeds
         if self.config.vocab_size is None:
-            raise ValueError(
-                "this model has no embedding table (vocab_size is None); give inputs_embeds."
-            )
+            raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         if input_ids.dim() != 2:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length)."
-            )
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length).")
         _check_not_empty("input_ids", input_ids)
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
         embeds = self.embed_tokens(input_ids)
@@ -309,17 +284,11 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError(
                 f"attn_implementation={implementation!r}: allowed are 'eager', 'sdpa', 'flash_attention_2'."
             )
-        name = (
-            "flash_attn" if implementation == "flash_attention_2" else self.config.attention_backend
-        )
-        sample = torch.empty(
-            0, self.config.head_dim, dtype=_attention_dtype(embeds), device=embeds.device
-        )
+        name = "flash_attn" if implementation == "flash_attention_2" else self.config.attention_backend
+        sample = torch.empty(0, self.config.head_dim, dtype=_attention_dtype(embeds), device=embeds.device)
         return choose_backend(name, sample)
 
-    def _attention_inputs(
-        self, embeds, attention_mask, position_ids, cache, backend
-    ) -> AttentionInputs:
+    def _attention_inputs(self, embeds, attention_mask, position_ids, cache, backend) -> AttentionInputs:
         batch, length, _ = embeds.shape
         starts, columns = None, 0
         if cache is not None:
@@ -330,9 +299,7 @@ class LongNetModel(LongNetPreTrainedModel):
         counts = zero_padding = step = None
         if backend == "eager":
             counts = self._count_keys(packing, cache)
-            zero_padding = (
-                self._count_padding(packing, embeds) if self.config.attend_zero_padding else None
-            )
+            zero_padding = self._count_padding(packing, embeds) if self.config.attend_zero_padding else None
         elif cache is not None and cache.can_step(packing.chunks, length):
             step = cache.step()
         return AttentionInputs(packing.chunks, backend, turns, cache, step, counts, zero_padding)
@@ -345,18 +312,14 @@ class LongNetModel(LongNetPreTrainedModel):
                 "Pass a LongNetCache(model.config), or none: generate() and use_cache=True make it."
             )
         if not self.config.is_causal:
-            raise ValueError(
-                "a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones."
-            )
+            raise ValueError("a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones.")
         cache.check(self.config, batch)
 
     def _count_keys(self, packing, cache) -> Tensor:
         """(B or 1, G, L, P + L): how often each cached slot and each token at hand counts for a query."""
         branches = self.layers[0].self_attn.branches
         positions, documents = packing.positions, packing.documents
-        counts = count_branches(
-            branches, positions, positions, documents, documents, is_causal=self.config.is_causal
-        )
+        counts = count_branches(branches, positions, positions, documents, documents, is_causal=self.config.is_causal)
         if cache is None or not any(cache.lengths):
             return counts
         seen = cache.seen_slots(positions.expand(len(cache.lengths), -1))
@@ -366,9 +329,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
     def _count_padding(self, packing, embeds: Tensor) -> Tensor:
         branches = self.layers[0].self_attn.branches
-        result = torch.zeros(
-            len(embeds), len(branches[0].offsets), embeds.shape[1], dtype=torch.int64
-        )
+        result = torch.zeros(len(embeds), len(branches[0].offsets), embeds.shape[1], dtype=torch.int64)
         for first, last, begin, end, *_ in packing.chunks.tolist():
             result[first:last, :, begin:end] = count_zero_padding(branches, end - begin)
         return result.to(embeds.device)
@@ -409,9 +370,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
         if config.vocab_size is None:
-            raise ValueError(
-                "LongNetForCausalLM needs a vocabulary; this config has vocab_size=None."
-            )
+            raise ValueError("LongNetForCausalLM needs a vocabulary; this config has vocab_size=None.")
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -456,11 +415,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if logits_to_keep is not None or loss is None:
             keep = 0 if logits_to_keep is None else logits_to_keep
             kept = (
-                slice(-keep, None)
-                if isinstance(keep, int) and keep
-                else slice(None)
-                if isinstance(keep, int)
-                else keep
+                slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep
             )
             logits = self.lm_head(hidden_states[:, kept])
         return CausalLMOutputWithPast(
@@ -468,23 +423,17 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )  # fmt: skip
 
-    def _loss(
-        self, hidden_states: Tensor, labels: Tensor | None, shift_labels: Tensor | None, num_items
-    ) -> Tensor:
+    def _loss(self, hidden_states: Tensor, labels: Tensor | None, shift_labels: Tensor | None, num_items) -> Tensor:
         if shift_labels is None:
             name, given = "labels", labels
             hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
         else:
             name, given, targets = "shift_labels", shift_labels, shift_labels
         if given.shape[:1] != hidden_states.shape[:1] or targets.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}; expected (batch, length) as the input."
-            )
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; expected (batch, length) as the input.")
         _check_ids(name, targets, self.config.vocab_size, ignored=-100)
         targets = targets.reshape(-1).to(hidden_states.device)
-        total = chunked_cross_entropy(
-            hidden_states.reshape(-1, hidden_states.shape[-1]), targets, self.lm_head
-        )
+        total = chunked_cross_entropy(hidden_states.reshape(-1, hidden_states.shape[-1]), targets, self.lm_head)
         if num_items is None:
             return total / (targets != -100).sum()
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

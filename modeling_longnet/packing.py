@@ -3,6 +3,7 @@
 Letters: B batch, L columns of the tensor at hand, S columns seen so far with it (S = L without a cache).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def _mask_spans(mask, batch, length, starts, columns) -> list[list[tuple[int, in
         row = int(holes.nonzero()[0])
         raise ValueError(
             f"attention_mask row {row} has holes: its {int(counts[row])} real tokens lie between columns "
-            f"{int(first[row])} and {int(last[row])}. Real tokens must lie side by side; pad on the left or right only, "
+            f"{int(first[row])} and {int(last[row])}. They must lie side by side; pad on the left or right only, "
             "or pack documents with position_ids that start again at 0."
         )
     if starts is not None:
@@ -88,14 +89,8 @@ def _mask_spans(mask, batch, length, starts, columns) -> list[list[tuple[int, in
 
 def _document_spans(position_ids, rows, batch, length, starts):
     """Cut each row's span where its position ids start again at 0."""
-    if (
-        position_ids.dim() != 2
-        or position_ids.shape[0] not in (1, batch)
-        or position_ids.shape[1] != length
-    ):
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected ({batch} or 1, {length})."
-        )
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; expected ({batch} or 1, {length}).")
     ids = position_ids.expand(batch, length).cpu()
     breaks = (ids[:, 1:] != ids[:, :-1] + 1).nonzero().tolist()
     cuts = [[] for _ in range(batch)]
@@ -119,7 +114,7 @@ def _document_spans(position_ids, rows, batch, length, starts):
             raise ValueError(
                 f"position_ids row {row} begin at {int(ids[row, begin])}, but the cache holds {starts[row]} tokens."
             )
-        result.append(list(zip(borders[:-1], borders[1:], strict=True)))
+        result.append(list(pairwise(borders)))
     return result
 
 
