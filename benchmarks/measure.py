@@ -1,0 +1,163 @@
+"""How every benchmark measures: in alternation, peak memory in a fresh process, which machine."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+Call = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of a list of samples."""
+
+    median: float
+    least: float
+    most: float
+
+
+def spread(samples: list[float]) -> Spread:
+    """The spread of samples, or of the ratios of two contestants round by round."""
+    return Spread(statistics.median(samples), min(samples), max(samples))
+
+
+def seconds_of(call: Call) -> float:
+    """Wall-clock seconds of one call, its result freed outside the measured time."""
+    begin = time.perf_counter()
+    result = call()
+    end = time.perf_counter()
+    del result
+    return end - begin
+
+
+def time_alternately(
+    calls: dict[str, Call], *, seconds: float, least: int = 3, most: int = 20
+) -> dict[str, list[float]]:
+    """Time all calls once a round; every other round runs backwards, so that drift cancels.
+
+    Args:
+        calls: the contestants. Each is called once before the clock starts.
+        seconds: start no new round after so long, once there were `least`.
+        least, most: bounds of the number of rounds.
+
+    Returns:
+        For each contestant the seconds of each round; number i of all of them is the same round.
+    """
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for number in range(most):
+        if number >= least and time.perf_counter() > end:
+            break
+        for name in reversed(calls) if number % 2 else calls:
+            samples[name].append(seconds_of(calls[name]))
+    return samples
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
+    call = prepare(*arguments)
+    call()  # the kernels' code and their own buffers are there from now on
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # give back what the first call left, or the second would reuse it
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark VmHWM
+    before = _status_bytes("VmRSS")
+    result = call()
+    peak = _status_bytes("VmHWM")
+    del result
+    return peak - before
+
+
+def peak_bytes(prepare: Callable[..., Call], *arguments: object) -> int | None:
+    """By how many bytes one call raises a process's resident memory at most, inputs not counted.
+
+    Args:
+        prepare: a module's function that makes the inputs, warms up, and returns the call.
+        arguments: for `prepare`, picklable.
+
+    Returns:
+        Bytes. None on systems without Linux's resettable high-water mark.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    # The server imports once and forks for each measurement: a fresh process in milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modeling_longnet"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_here, prepare, arguments).result()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe_run() -> dict[str, object]:
+    """Command, commit, date, versions and machine of this run, to be stored with its samples."""
+    # `benchmarks/results` is what runs write: it does not make the measured code a changed one.
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(changed),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "transformers")},
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(memory / 2**30, 1),
+            "system": platform.system(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+    }
+
+
+def machine_slug(run: dict) -> str:
+    """The machine of `describe_run` as part of a file name, such as "amd-epyc-2-cores"."""
+    words = f"{run['machine']['cpu']} {run['machine']['cores']} cores".lower()
+    return "-".join("".join(c if c.isalnum() else " " for c in words).split())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that a reader, or a crash, never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,400 @@
+"""The op against dense attention and against the bare kernel: time, peak memory, error.
+
+- `ours`: `dilated_attention` on (B, L, H, D) storage.
+- `sdpa`: PyTorch's `scaled_dot_product_attention`, causal, over the whole sequence.
+- `floor`: PyTorch's CPU flash kernel alone, on as many rows laid out contiguously. It reads no
+  strided row and merges nothing, so what `ours` takes beyond it is all our own.
+
+Letters: L tokens, H heads, D head dimension; batch 1.
+"""
+
+import argparse
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from modeling_longnet import dilated_attention
+
+from .measure import Call, Spread, peak_bytes, seconds_of, spread, time_alternately
+
+PATTERNS = (
+    "512/1 2048/4 8192/16 32768/64",
+    "2048/1 8192/4 32768/16",
+    "2048/1 4096/2 8192/4 16384/6 32768/12",
+)
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
+MODES = ("forward", "forward+backward")
+# Dense attention's time for one long call is estimated from a call of at most so many tokens.
+ESTIMATE_LENGTH = 4096
+# Larger kernel results lie in fresh pages, which the system must clear: the floor avoids that too.
+FLOOR_BYTES_PER_CALL = 8 << 20
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Case(NamedTuple):
+    """What one round times: every contestant at this size."""
+
+    length: int
+    heads: int
+    head_dim: int
+    dtype: str
+    mode: str
+    threads: int
+
+    @property
+    def backward(self) -> bool:
+        return self.mode == "forward+backward"
+
+    def tensor(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=getattr(torch, self.dtype))
+
+
+def parse_pattern(text: str) -> tuple[list[int], list[int]]:
+    """Segment lengths and dilation rates of a pattern written "512/1 2048/4"."""
+    try:
+        pairs = [tuple(map(int, pair.split("/"))) for pair in text.split()]
+        segment_lengths, dilation_rates = zip(*pairs, strict=True)
+    except ValueError:
+        raise ValueError(f"pattern {text!r}: write pairs LENGTH/RATE, such as '512/1 2048/4'.") from None
+    return list(segment_lengths), list(dilation_rates)
+
+
+def count_rows(length: int, heads: int, pattern: str) -> list[Counter[int]]:
+    """For each branch, how many (segment, head) pairs have how many rows: {rows: pairs}."""
+    return [
+        Counter(
+            len(range(head % r, min(w, length - begin), r)) for begin in range(0, length, w) for head in range(heads)
+        )
+        for w, r in zip(*parse_pattern(pattern), strict=True)
+    ]
+
+
+def count_flops(case: Case, pattern: str | None) -> int:
+    """Multiplications and additions of the causal products: 2 of them forward, 5 backward.
+
+    `pattern` None is dense attention. The exponential and all merging are not counted.
+    """
+    pattern = pattern or f"{case.length}/1"
+    branches = count_rows(case.length, case.heads, pattern)
+    pairs = sum(count * n * (n + 1) // 2 for branch in branches for n, count in branch.items())
+    return pairs * 2 * case.head_dim * (7 if case.backward else 2)
+
+
+def result_bytes(case: Case) -> int:
+    """The bytes that any implementation must return: out, and with the backward dq, dk, dv."""
+    element = getattr(torch, case.dtype).itemsize
+    return case.length * case.heads * case.head_dim * element * (4 if case.backward else 1)
+
+
+def prepare(who: str, case: Case, pattern: str | None) -> Call:
+    """The inputs of a contestant and the call to be measured; a small call has warmed up before."""
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    make = {"ours": _ours, "sdpa": _sdpa, "floor": _floor}[who]
+    make(case._replace(length=min(case.length, 256)), pattern)()
+    return make(case, pattern)
+
+
+def _differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
+    if not case.backward:
+        return torch.no_grad()(lambda: attend(*inputs))
+    grad_out = torch.randn_like(inputs[0])
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def call():
+        out = attend(*inputs)
+        return out, torch.autograd.grad(out, inputs, grad_out)
+
+    return call
+
+
+def _ours(case: Case, pattern: str) -> Call:
+    segment_lengths, dilation_rates = parse_pattern(pattern)
+    shape = (1, case.length, case.heads, case.head_dim)
+    inputs = [case.tensor(*shape).transpose(1, 2) for _ in range(3)]
+    return _differentiated(case, lambda q, k, v: dilated_attention(q, k, v, segment_lengths, dilation_rates), inputs)
+
+
+def _sdpa(case: Case, pattern: None) -> Call:
+    inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(3)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return _differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
+
+
+def _floor(case: Case, pattern: str) -> Call:
+    # The kernel's time does not depend on the numbers: all calls read from the same four buffers.
+    buffers = [case.tensor(case.length * case.heads * case.head_dim) for _ in range(4)]
+    inputs = []
+    for branch in count_rows(case.length, case.heads, pattern):
+        for rows, count in branch.items():
+            size = rows * case.head_dim
+            inputs += [
+                [x[: n * size].view(n, 1, rows, case.head_dim) for x in buffers]
+                for n in _call_sizes(count, size * buffers[0].element_size())
+            ]
+
+    @torch.no_grad()
+    def call():
+        for q, k, v, grad_out in inputs:
+            out, lse = _flash(q, k, v, 0.0, True)
+            if case.backward:
+                _flash_backward(grad_out, q, k, v, out, lse, 0.0, True)
+
+    return call
+
+
+def _call_sizes(count: int, unit: int) -> list[int]:
+    """Cut `count` attentions of `unit` bytes each into calls of at most FLOOR_BYTES_PER_CALL."""
+    most = max(1, FLOOR_BYTES_PER_CALL // max(1, unit))
+    return [min(most, count - begin) for begin in range(0, count, most)]
+
+
+def measure_error(case: Case, pattern: str) -> dict[str, dict[str, float]]:
+    """||x - exact|| / ||exact|| of out and of the worst gradient: ours and the dense reference.
+
+    The exact numbers come from the dense reference in float64, on the same (rounded) inputs.
+    """
+    torch.manual_seed(0)
+    shape = (1, case.heads, case.length, case.head_dim)
+    query, key, value, grad_out = (case.tensor(*shape) for _ in range(4))
+
+    def results(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
+        out = dilated_attention(*inputs, *parse_pattern(pattern), backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(dtype))]
+
+    exact = results(torch.float64, "eager")
+
+    def errors(backend: str) -> dict[str, float]:
+        pairs = zip(results(query.dtype, backend), exact, strict=True)
+        out, *grads = (((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
+        return {"out": out, "grad": max(grads)}
+
+    return {"ours": errors("auto"), "dense reference": errors("eager")}
+
+
+def _dense_estimate(case: Case) -> float:
+    """Seconds that one dense call will take: a short one, times the growth of its work."""
+    short = case._replace(length=min(case.length, ESTIMATE_LENGTH))
+    growth = count_flops(case, None) / count_flops(short, None)
+    return seconds_of(prepare("sdpa", short, None)) * growth
+
+
+def _measure_case(case: Case, args: argparse.Namespace) -> list[dict]:
+    contestants = [(who, pattern) for pattern in args.patterns for who in ("ours", "floor")]
+    rows = []
+    estimate = _dense_estimate(case)
+    if estimate <= args.dense_limit:
+        contestants.insert(0, ("sdpa", None))
+    else:
+        reason = f"estimated {estimate:.0f} s a call, over --dense-limit {args.dense_limit:g}"
+        rows.append({**case._asdict(), "who": "sdpa", "pattern": None, "skipped": reason})
+    calls = {f"{who} {pattern}": prepare(who, case, pattern) for who, pattern in contestants}
+    samples = time_alternately(calls, seconds=args.seconds, least=args.rounds)
+    calls.clear()
+    for who, pattern in contestants:
+        row = {**case._asdict(), "who": who, "pattern": pattern}
+        row["seconds"] = samples[f"{who} {pattern}"]
+        row["flops"] = count_flops(case, pattern)
+        if args.memory and who != "floor":
+            row["peak_bytes"] = peak_bytes(prepare, who, case, pattern)
+        rows.append(row)
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark; the defaults are the published run."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="'LENGTH/RATE ...' each")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
+    parser.add_argument("--seconds", type=float, default=20, help="no new round after so long")
+    parser.add_argument("--dense-limit", type=float, default=60, help="longest dense call, seconds")
+    parser.add_argument("--error-length", type=int, default=2048, help="tokens of the error's run")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measure every case; returns the raw rows and errors for the JSON file."""
+    cases = [
+        Case(length, args.heads, args.head_dim, dtype, mode, args.threads)
+        for dtype in args.dtypes
+        for mode in args.modes
+        for length in args.lengths
+    ]
+    rows: list[dict] = []
+    for case in (bar := tqdm(cases, desc="op", unit="case")):
+        bar.set_postfix_str(f"{case.dtype} {case.mode} {case.length}")
+        rows += _measure_case(case, args)
+    errors = [
+        {"dtype": dtype, "pattern": pattern, "length": args.error_length}
+        | measure_error(cases[0]._replace(length=args.error_length, dtype=dtype), pattern)
+        for dtype in args.dtypes
+        for pattern in args.patterns
+    ]
+    return {"rows": rows, "errors": errors}
+
+
+HEADER = (
+    "tokens", "ours ms", "SDPA / ours", "at equal FLOP/s", "ours / floor", "ours GFLOP/s",
+    "peak MiB", "/ result", "SDPA MiB", "error", "/ dense reference's",
+)  # fmt: skip
+
+
+def _ratio(value: Spread) -> str:
+    return f"{value.median:.2f} ({value.least:.2f} to {value.most:.2f})"
+
+
+def _find(rows: list[dict], like: dict, who: str, pattern: str | None) -> dict:
+    keys = ("length", "dtype", "mode")
+    return next(
+        row
+        for row in rows
+        if all(row[key] == like[key] for key in keys) and (row["who"], row["pattern"]) == (who, pattern)
+    )
+
+
+def summarize(result: dict) -> list[dict]:
+    """The numbers of tables and plots: one dictionary for each row of ours, None where skipped."""
+    summary = []
+    for row in (row for row in result["rows"] if row["who"] == "ours"):
+        case = Case(*(row[field] for field in Case._fields))
+        floor = _find(result["rows"], row, "floor", row["pattern"])
+        dense = _find(result["rows"], row, "sdpa", None)
+        errors = _error_of(result, row)
+        summary.append(
+            {field: row[field] for field in ("length", "dtype", "mode", "pattern")}
+            | {
+                "seconds": spread(row["seconds"]).median,
+                "floor_seconds": spread(floor["seconds"]).median,
+                "dense_seconds": spread(dense["seconds"]).median if "seconds" in dense else None,
+                "speedup": _ratios(dense, row),
+                "ideal_speedup": count_flops(case, None) / row["flops"],
+                "overhead": _ratios(row, floor),
+                "gflops": row["flops"] / spread(row["seconds"]).median / 1e9,
+                "peak_bytes": row.get("peak_bytes"),
+                "result_bytes": result_bytes(case),
+                "dense_peak_bytes": dense.get("peak_bytes"),
+                "error": errors["ours"],
+                "reference_error": errors["dense reference"],
+            }
+        )
+    return summary
+
+
+def _ratios(slow: dict, fast: dict) -> Spread | None:
+    if "seconds" not in slow:
+        return None
+    return spread([a / b for a, b in zip(slow["seconds"], fast["seconds"], strict=True)])
+
+
+def _error_of(result: dict, row: dict) -> dict[str, float]:
+    found = next(e for e in result["errors"] if all(e[k] == row[k] for k in ("dtype", "pattern")))
+    what = "grad" if row["mode"] == "forward+backward" else "out"
+    return {who: found[who][what] for who in ("ours", "dense reference")}
+
+
+def _mib(count: int | None) -> str:
+    return "not measured" if count is None else f"{count / 2**20:.0f}"
+
+
+def _cells(s: dict) -> list[str]:
+    peak = s["peak_bytes"]
+    return [
+        f"{s['length']:,}",
+        f"{s['seconds'] * 1e3:.1f}",
+        _ratio(s["speedup"]) if s["speedup"] else "skipped",
+        f"{s['ideal_speedup']:.2f}",
+        _ratio(s["overhead"]),
+        f"{s['gflops']:.0f}",
+        _mib(peak),
+        "" if peak is None else f"{peak / s['result_bytes']:.1f}",
+        _mib(s["dense_peak_bytes"]),
+        f"{s['error']:.1e}",
+        f"{s['error'] / s['reference_error']:.2f}",
+    ]
+
+
+def _markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    rule = ["---:"] * len(header)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def tables(result: dict) -> str:
+    """Every number of a run as Markdown, one table for each dtype, mode and pattern."""
+    summary = summarize(result)
+    groups = list(dict.fromkeys((s["dtype"], s["mode"], s["pattern"]) for s in summary))
+    parts = [
+        "Ratios are medians over the rounds (least to most), each of two calls of one round. "
+        "*At equal FLOP/s* is what SDPA / ours would be if both computed equally fast. "
+        "*Peak* is what one call adds to the process's memory at most; */ result* divides it by "
+        "the bytes of the tensors returned. "
+        f"*Error*: relative to float64, at {result['errors'][0]['length']:,} tokens; for "
+        "forward+backward that of the worst gradient.",
+    ]
+    for group in groups:
+        chosen = [s for s in summary if (s["dtype"], s["mode"], s["pattern"]) == group]
+        parts += ["#### {}, {}, {}".format(*group), _markdown(HEADER, [_cells(s) for s in chosen])]
+    skipped = [row for row in result["rows"] if "skipped" in row]
+    parts += [
+        f"Dense SDPA was skipped at {row['length']:,} tokens, {row['dtype']}, {row['mode']}: {row['skipped']}."
+        for row in skipped
+    ]
+    return "\n\n".join(parts)
+
+
+def headline(result: dict) -> str:
+    """The rows for the README: the longest length at which every dense call was timed."""
+    summary = summarize(result)
+    compared = {s["length"] for s in summary} - {s["length"] for s in summary if not s["speedup"]}
+    if not compared:
+        return "No length was timed against dense attention."
+    length = max(compared)
+    header = ("branches w/r", "dtype", "mode", *HEADER[1:5], *HEADER[6:])
+    lines = []
+    for s in (s for s in summary if s["length"] == length):
+        cells = _cells(s)
+        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[1:5], *cells[6:]])
+    return f"At {length:,} tokens:\n\n{_markdown(header, lines)}"
+
+
+def plot(result: dict, path: str) -> None:
+    """Draw seconds against tokens: dense, ours and the floor, one panel for each dtype and mode."""
+    summary = summarize(result)
+    dtypes = list(dict.fromkeys(s["dtype"] for s in summary))
+    modes = list(dict.fromkeys(s["mode"] for s in summary))
+    figure = Figure(figsize=(5.5 * len(modes), 4 * len(dtypes)))
+    axes = figure.subplots(len(dtypes), len(modes), squeeze=False)
+    for i, dtype in enumerate(dtypes):
+        for j, mode in enumerate(modes):
+            chosen = [s for s in summary if (s["dtype"], s["mode"]) == (dtype, mode)]
+            _plot_panel(axes[i][j], chosen)
+            axes[i][j].set_title(f"{mode}, {dtype}")
+    axes[0][0].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _plot_panel(axes, summary: list[dict]) -> None:
+    dense = sorted({s["length"]: s["dense_seconds"] for s in summary if s["speedup"]}.items())
+    if dense:
+        axes.plot(*zip(*dense, strict=True), "k.-", label="dense SDPA")
+    for color, pattern in enumerate(dict.fromkeys(s["pattern"] for s in summary)):
+        chosen = [s for s in summary if s["pattern"] == pattern]
+        lengths = [s["length"] for s in chosen]
+        axes.plot(lengths, [s["seconds"] for s in chosen], f"C{color}.-", label=pattern)
+        floor = [s["floor_seconds"] for s in chosen]
+        axes.plot(lengths, floor, f"C{color}:", label="its kernel calls alone")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds")
+    axes.set_xticks([s["length"] for s in summary], [f"{s['length'] // 1024}K" for s in summary], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)

@@ -1,0 +1,108 @@
+"""The benchmarks' arithmetic against counting by hand, and one small run from measuring to README."""
+
+import json
+import shlex
+
+import pytest
+import torch
+
+from benchmarks import figures, op, run
+from benchmarks.measure import peak_bytes, spread, time_alternately
+
+
+@pytest.mark.parametrize(
+    ("length", "pattern"),
+    [(64, "16/1 32/4"), (53, "16/1 32/4"), (37, "7/3 11/5 90/2"), (5, "16/8")],
+)
+def test_flops_count_the_pairs_that_see_each_other(length, pattern):
+    case = op.Case(length, 3, 16, "float32", "forward", 1)
+    pairs = 0
+    for w, r in zip(*op.parse_pattern(pattern), strict=True):
+        for head in range(case.heads):
+            rows = [p for p in range(length) if (p % w) % r == head % r]
+            pairs += sum(q // w == k // w for q in rows for k in rows if k <= q)
+    assert op.count_flops(case, pattern) == pairs * 4 * case.head_dim
+
+
+def test_dense_flops():
+    case = op.Case(6, 2, 16, "float32", "forward+backward", 1)
+    assert op.count_flops(case, None) == 2 * 21 * 14 * 16
+
+
+@pytest.mark.parametrize("text", ["", "512", "512/1 x/2", "512/1/2"])
+def test_bad_pattern_is_refused(text):
+    with pytest.raises(ValueError, match="LENGTH/RATE"):
+        op.parse_pattern(text)
+
+
+@pytest.mark.parametrize(("count", "unit"), [(5, 1 << 20), (17, 3 << 20), (3, 20 << 20)])
+def test_floor_calls_cover_every_attention_once(count, unit):
+    sizes = op._call_sizes(count, unit)
+    assert sum(sizes) == count
+    assert all(size == 1 or size * unit <= op.FLOOR_BYTES_PER_CALL for size in sizes)
+
+
+def test_contestants_alternate():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = time_alternately(calls, seconds=0, least=4)
+    assert "".join(order) == "abc" + "abc" + "cba" + "abc" + "cba"
+    assert {len(seconds) for seconds in samples.values()} == {4}
+
+
+def test_spread():
+    assert spread([3.0, 1.0, 7.0]) == (3.0, 1.0, 7.0)
+
+
+def _allocate(mib):
+    return lambda: torch.ones(mib << 18).sum()
+
+
+def test_peak_memory_is_what_a_call_allocates():
+    peak = peak_bytes(_allocate, 96)
+    if peak is None:
+        pytest.skip("needs Linux's resettable high-water mark")
+    # Linux adds a process's pages up in batches, so its own count is off by less than a MiB.
+    assert peak == pytest.approx(96 << 20, abs=1 << 20)
+
+
+def test_small_run_reaches_the_readme(tmp_path):
+    path, readme = tmp_path / "results" / "op-test.json", tmp_path / "README.md"
+    readme.write_text("before\n<!-- results:op -->\nold\n<!-- end:op -->\nafter\n")
+    options = (
+        "op --lengths 64 96 --patterns '16/1 48/3' --dtypes float32 --rounds 2 --seconds 0 "
+        "--error-length 48 --heads 3 --head-dim 16 --threads 1 --no-memory --output"
+    )
+    run.main([*shlex.split(options), str(path)])
+    result = json.loads(path.read_text())
+    summary = op.summarize(result)
+    assert [(s["length"], s["mode"]) for s in summary] == [(length, mode) for mode in op.MODES for length in (64, 96)]
+    assert summary[0]["ideal_speedup"] < summary[1]["ideal_speedup"]
+    assert all(s["error"] < 1e-5 for s in summary)
+    figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "At 96 tokens" in text
+    assert f"{summary[1]['seconds'] * 1e3:.1f}" in text
+    for made in (path.with_suffix(".md"), path.with_suffix(".png"), tmp_path / "branches.png"):
+        assert made.stat().st_size > 0
+
+
+def test_long_dense_call_is_skipped_and_said_so(tmp_path):
+    path = tmp_path / "op.json"
+    options = (
+        "op --lengths 64 --patterns 16/1 --dtypes float32 --modes forward --rounds 1 --seconds 0 "
+        "--error-length 16 --threads 1 --no-memory --dense-limit 0 --output"
+    )
+    run.main([*options.split(), str(path)])
+    result = json.loads(path.read_text())
+    assert "skipped at 64 tokens" in op.tables(result)
+    assert op.headline(result) == "No length was timed against dense attention."
+
+
+@pytest.mark.parametrize("text", ["nothing", "<!-- results:op -->", "<!-- end:op --> x"])
+def test_missing_markers_are_refused(text):
+    with pytest.raises(ValueError, match="exactly one"):
+        figures.fill_markers(text, "op", "table")
