@@ -61,7 +61,8 @@ def choose_backend(name: str, query: Tensor) -> str:
     reason = BACKENDS["torch" if name == "auto" else name].unavailable(query)
     if name == "auto":
         name = "eager" if reason else "torch"
-        _say_choice(name, query.device.type, query.dtype, reason)
+        if not torch.compiler.is_compiling():  # a compiled graph cannot log
+            _say_choice(name, query.device.type, query.dtype, reason)
     elif reason:
         raise ValueError(f"backend={name!r} cannot run: {reason}.")
     return name
