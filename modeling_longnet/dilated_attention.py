@@ -18,7 +18,7 @@ from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
 from .reference import count_branches, dense_attention
 
 # Kernel results above this size come from fresh pages that the system must fill with zeros each time.
-_CPU_BYTES_PER_CALL = 8 << 20
+_CPU_BYTES_PER_CALL = 2 << 20
 # CUDA kernels put the batch into a grid dimension of at most 65,535.
 _CUDA_BATCH_PER_CALL = 32768
 
@@ -114,6 +114,26 @@ def _accumulator(x: Tensor, plan: Plan) -> Tensor:
     return make(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
+def _shows_all(piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor) -> bool:
+    """Is this piece every head and token, in the order of memory, so that one call gives a whole result?"""
+    chunk, _, branch, rows = piece
+    batch, length, heads = key.shape[:3]
+    return (
+        chunk.row_end - chunk.row_begin == batch
+        and rows.heads == heads
+        and branch.r == 1
+        and rows.segments * rows.rows == length
+        and all(x.stride(0) == length * x.stride(1) or batch == 1 for x in (query, key))
+        and query.dtype in (torch.float32, torch.float64)
+        and (query.device.type == "cpu" or batch * rows.segments <= _CUDA_BATCH_PER_CALL)
+    )
+
+
+def _as_tokens(x: Tensor, like: Tensor) -> Tensor:
+    """A kernel's (B * n, h, rows, ...) result as (B, L, h, ...): a view where the kernel wrote it so."""
+    return x.transpose(1, 2).reshape(like.shape[: x.dim()])
+
+
 def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Attention of the chunks' own tokens among themselves.
 
@@ -126,9 +146,15 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
     run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // key.shape[2]
     out = _accumulator(query, plan)
     lse = torch.full(out.shape[:3], -torch.inf, dtype=out.dtype, device=out.device)
-    for chunk, index, branch, rows in _each_piece(plan, repeat):
+    for piece in _each_piece(plan, repeat):
+        chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value)]
+        if index == 0 and not rows.padding and _shows_all(piece, query, key):
+            # The first result becomes the accumulator: no copy, and no second set of fresh pages.
+            new_out, new_lse = run(*(x.flatten(0, 1) for x in (views[0], *shared)), plan.is_causal, plan.scale)
+            out, lse = _as_tokens(new_out, query), _as_tokens(new_lse, query)
+            continue
         for q, o, s, k, v in _calls(*views, *shared):
             new_out, new_lse = run(q, k, v, plan.is_causal, plan.scale)
             if index == 0 and branch.r == 1:
@@ -177,9 +203,15 @@ def backward_chunks(
     """Gradients of `forward_chunks`, given the merged out (in the query's dtype) and lse; in at least float32."""
     run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // key.shape[2]
     grads = [_accumulator(x, plan) for x in (query, key, value)]
-    for chunk, index, branch, rows in _each_piece(plan, repeat):
+    for piece in _each_piece(plan, repeat):
+        chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value, *grads[1:])]
+        if index == 0 and _shows_all(piece, query, key):
+            q, g, o, s, k, v = (x.flatten(0, 1) for x in (*views[:4], *shared[:2]))
+            parts = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
+            grads = [_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True)]
+            continue
         for q, g, o, s, dq, k, v, dk, dv in _calls(*views, *shared):
             new = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
             for total, part in zip((dq, dk, dv), new, strict=True):
@@ -313,9 +345,9 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         query, key, value, chunks, out, lse, *before = ctx.saved_tensors
-        dq, dk, dv, *grads = _DilatedAttentionBackward.apply(
-            grad_out.contiguous(), query, key, value, out, lse, chunks, ctx.plan, *before
-        )
+        # torch.compile cannot trace a Function within another's backward, and differentiates once anyway.
+        run = _DilatedAttentionBackward.forward if torch.compiler.is_compiling() else _DilatedAttentionBackward.apply
+        dq, dk, dv, *grads = run(grad_out.contiguous(), query, key, value, out, lse, chunks, ctx.plan, *before)
         return dq, dk, dv, None, None, *grads
 
     @staticmethod
