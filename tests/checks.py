@@ -1,0 +1,61 @@
+"""What several test files need: one comparison that raises, and small models."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from modeling_longnet import LongNetConfig
+
+ROUNDING = 1e-12  # float64, a few hundred additions
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = ROUNDING) -> None:
+    """Raise unless max|actual - expected| <= tolerance * max|expected|; NaN never passes.
+
+    Where everything expected is zero the limit is `tolerance` itself.
+    """
+    assert actual is not None, f"{name} is None"
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert torch.isfinite(expected).all(), f"{name}: the expected values are not finite"
+    if actual.numel() == 0:
+        return
+    scale = expected.abs().max().item() or 1.0
+    error = (actual.to(expected.dtype) - expected).abs().max().item() / scale
+    assert error <= tolerance, f"{name}: deviation {error:.3g} of the largest value, allowed {tolerance:.3g}"
+
+
+def make_config(**overrides) -> LongNetConfig:
+    """A small causal model whose segments end often; sizes are pairwise different."""
+    sizes = {
+        "vocab_size": 29, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "segment_lengths": [4, 8, 16], "dilation_rates": [1, 2, 4],
+    }  # fmt: skip
+    return LongNetConfig(**(sizes | overrides))
+
+
+def make_model(model_class, dtype: torch.dtype = torch.float64, *, implementation: str = "sdpa", seed: int = 0, **over):
+    """A model in eval mode, every weight random and of a size that makes attention matter."""
+    torch.manual_seed(seed)
+    config = make_config(**over)
+    config._attn_implementation = implementation
+    model = model_class(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name or "_ln" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            elif "q_proj" in name or "k_proj" in name:
+                parameter.mul_(2)
+    return model
+
+
+@contextmanager
+def refused(*words: str):
+    """The block must raise a ValueError, or Transformers' own strict error, that says all these words."""
+    with pytest.raises((ValueError, StrictDataclassError)) as caught:
+        yield
+    said = str(caught.value)
+    missing = [word for word in words if word not in said]
+    assert not missing, f"the error does not say {missing}: {said}"
