@@ -78,7 +78,6 @@ def check_branches(segment_lengths, dilation_rates) -> None:
         raise ValueError(f"{pairs}: segment lengths must not fall from one branch to the next; sort the pairs.")
 
 
-@lru_cache(maxsize=1024)
 def make_branches(
     segment_lengths: tuple[int, ...],
     dilation_rates: tuple[int, ...],
