@@ -58,8 +58,11 @@ class LongNetConfig(PreTrainedConfig):
         hidden_act: activation of the feed-forward block, a name of Transformers' ACT2FN.
         dropout: probability for embeddings and both outputs of a block, in training only.
         activation_dropout: probability inside the feed-forward block, in training only.
+        drop_path_rate: probability that a text skips a branch of the last block, in training only; it rises
+            linearly from 0 in the first block (stochastic depth, arXiv 1603.09382).
         attention_dropout: must be 0; no fused attention kernel here drops attention weights.
         layer_norm_eps: epsilon of every LayerNorm.
+        final_layer_norm: a LayerNorm after the last block (LongViT has none).
         embedding_scale: factor of the token embeddings (TorchScale: 1, or sqrt(E) with scaled embeddings).
         initializer_range: standard deviation of embeddings and output projection at the start; None means
             hidden_size ** -0.5. Linear layers follow Magneto (arXiv 2210.06423) in any case.
@@ -76,6 +79,12 @@ class LongNetConfig(PreTrainedConfig):
     """
 
     model_type = "longnet"
+    # All keys: a folder saved from the language model must load as AutoModel too.
+    _code = {
+        "AutoConfig": "configuration_longnet.LongNetConfig",
+        "AutoModel": "modeling_longnet.LongNetModel",
+        "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
+    }
 
     vocab_size: int | None = 100_288
     hidden_size: int = 768
@@ -95,8 +104,10 @@ class LongNetConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     dropout: float | int = 0.0
     activation_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
     attention_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
+    final_layer_norm: bool = True
     embedding_scale: float | int = 1.0
     initializer_range: float | None = None
     use_cache: bool = True
@@ -111,13 +122,15 @@ class LongNetConfig(PreTrainedConfig):
         self.dilation_rates = list(self.dilation_rates)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        # All keys: a folder saved from the language model must load as AutoModel too.
-        kwargs["auto_map"] = {
-            "AutoConfig": "configuration_longnet.LongNetConfig",
-            "AutoModel": "modeling_longnet.LongNetModel",
-            "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
-        } | (kwargs.get("auto_map") or {})
+        kwargs["auto_map"] = self._code | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in Transformers, which sets what `from_pretrained` was given beside the file without checking it."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
 
     def _refuse_near_misses(self, kwargs: dict) -> None:
         """Transformers makes unknown keywords attributes without a word, so a typo would be lost."""
@@ -155,7 +168,7 @@ class LongNetConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Probabilities and scales."""
-        for name in ("dropout", "activation_dropout"):
+        for name in ("dropout", "activation_dropout", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability, 0 <= p < 1.")
         if self.attention_dropout != 0:

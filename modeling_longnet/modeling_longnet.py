@@ -127,11 +127,20 @@ class LongNetBlock(GradientCheckpointingLayer):
         self.ffn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn = LongNetFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
 
     def forward(self, hidden_states: Tensor, inputs: AttentionInputs) -> Tensor:
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), inputs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.ffn(self.ffn_layer_norm(hidden_states)))
+        hidden_states = hidden_states + self._drop(attended)
+        return hidden_states + self._drop(self.ffn(self.ffn_layer_norm(hidden_states)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Dropout; and in training a text loses the whole branch now and then, the others' grow accordingly."""
+        branch = self.dropout(branch)
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
+        return branch * kept / (1 - self.drop_path)
 
 
 def magneto_gain(config: LongNetConfig) -> float:
@@ -204,7 +213,8 @@ class LongNetModel(LongNetPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([LongNetBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm = nn.LayerNorm(size, eps=eps) if config.final_layer_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
