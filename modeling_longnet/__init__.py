@@ -6,6 +6,7 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
+from .sharding import SequenceSharding
 
 AutoConfig.register("longnet", LongNetConfig, exist_ok=True)
 AutoModel.register(LongNetConfig, LongNetModel, exist_ok=True)
@@ -18,5 +19,6 @@ __all__ = [
     "LongNetForCausalLM",
     "LongNetModel",
     "LongNetPreTrainedModel",
+    "SequenceSharding",
     "dilated_attention",
 ]

@@ -25,10 +25,11 @@ from .branches import make_branches
 from .cache_longnet import LongNetCache, Step, cache_pattern
 from .chunked_loss import chunked_cross_entropy
 from .configuration_longnet import LongNetConfig
-from .dilated_attention import attend_chunks
+from .dilated_attention import Plan, attend_chunks
 from .packing import pack
 from .positions import Turns, make_turns, turn
 from .reference import count_branches, count_zero_padding, dense_attention
+from .sharding import SequenceSharded, Shard, ShardInputs, attend_sharded, group_loss, shard_inputs
 
 # Transformers 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -44,6 +45,7 @@ class AttentionInputs(NamedTuple):
     step: Step | None  # a decoding step of one token
     counts: Tensor | None  # (B, G, L, P + L), for the dense reference: how often each key is seen
     zero_padding: Tensor | None  # (B, G, L), likewise: zero keys
+    sharded: ShardInputs | None = None  # where other processes hold parts of the same sequences
 
 
 class LongNetAttention(torch.nn.Module):
@@ -78,6 +80,8 @@ class LongNetAttention(torch.nn.Module):
         layer = inputs.cache.layers[self.layer_idx] if inputs.cache is not None else None
         if inputs.step is not None:
             return layer.step(query, key, value, inputs.step, self.scale), None
+        if inputs.sharded is not None:
+            return attend_sharded(query, key, value, inputs.sharded), None
         before = layer.before(key) if layer is not None else None
         if inputs.backend == "eager":
             out, weights = self._attend_dense(query, key, value, before, inputs)
@@ -148,7 +152,7 @@ def magneto_gain(config: LongNetConfig) -> float:
     return math.sqrt(math.log(2 * config.num_hidden_layers))
 
 
-class LongNetPreTrainedModel(PreTrainedModel):
+class LongNetPreTrainedModel(SequenceSharded, PreTrainedModel):
     """Loading, saving and initialisation of the LongNet models."""
 
     config: LongNetConfig
@@ -250,17 +254,21 @@ class LongNetModel(LongNetPreTrainedModel):
             ValueError: inputs that do not fit each other, the vocabulary or the cache.
         """
         cache = cache if cache is not None else past_key_values
-        embeds = self._embed(input_ids, inputs_embeds)
+        shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
+        embeds = self._embed(input_ids, inputs_embeds, shard)
         backend = self._backend(embeds, kwargs)
-        if cache is None and use_cache and self.config.is_causal:
+        if cache is None and use_cache and self.config.is_causal and shard is None:
             cache = LongNetCache(self.config)
-        inputs = self._attention_inputs(embeds, attention_mask, position_ids, cache, backend)
+        if shard is None:
+            inputs = self._attention_inputs(embeds, attention_mask, position_ids, cache, backend)
+        else:
+            inputs = self._sharded_inputs(embeds, attention_mask, position_ids, shard, backend)
         hidden_states = self.dropout(embeds)
         for layer in self.layers:
             hidden_states = layer(hidden_states, inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.layer_norm(hidden_states), **{CACHE: cache})
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, shard: Shard | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
@@ -270,14 +278,14 @@ class LongNetModel(LongNetPreTrainedModel):
                     f"{self.config.hidden_size})."
                 )
             _check_not_empty("inputs_embeds", inputs_embeds)
-            return inputs_embeds
+            return inputs_embeds if shard is None else shard.cut_batch(inputs_embeds)
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length).")
         _check_not_empty("input_ids", input_ids)
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
-        embeds = self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids if shard is None else shard.cut_batch(input_ids))
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
     def _backend(self, embeds: Tensor, kwargs: dict) -> str:
@@ -313,6 +321,13 @@ class LongNetModel(LongNetPreTrainedModel):
         elif cache is not None and cache.can_step(packing.chunks, length):
             step = cache.step()
         return AttentionInputs(packing.chunks, backend, turns, cache, step, counts, zero_padding)
+
+    def _sharded_inputs(self, embeds, attention_mask, position_ids, shard: Shard, backend: str) -> AttentionInputs:
+        attention, config = self.layers[0].self_attn, self.config
+        plan = Plan((), attention.branches, config.is_causal, attention.scale, backend, config.attend_zero_padding)
+        packing, sharded = shard_inputs(shard, embeds, attention_mask, position_ids, plan)
+        turns = make_turns(config, packing.positions, _attention_dtype(embeds))
+        return AttentionInputs(packing.chunks, backend, turns, None, None, None, None, sharded)
 
     def _check_cache(self, cache, batch: int) -> None:
         # By name: beside remote code there may be a second class of that name, of the same making.
@@ -413,15 +428,25 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         Returns:
             loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was asked for.
         """
+        cache = cache if cache is not None else past_key_values
+        shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
+        if shard is not None and use_cache:
+            cache, shard = LongNetCache(self.config), None
+        shift_labels = kwargs.get("shift_labels")
+        if shard is not None and self.training and labels is None and shift_labels is None and logits_to_keep is None:
+            raise ValueError(
+                "training on a shared sequence needs labels here: label smoothing and compute_loss_func would compare "
+                "this process's logits with the whole sequence's labels. Turn them off; or, to compute a loss of your "
+                "own on this process's part of the logits, pass logits_to_keep=0."
+            )
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        shift_labels = kwargs.get("shift_labels")
         if labels is not None or shift_labels is not None:
-            loss = self._loss(hidden_states, labels, shift_labels, kwargs.get("num_items_in_batch"))
+            loss = self._loss(hidden_states, labels, shift_labels, kwargs.get("num_items_in_batch"), shard)
         if logits_to_keep is not None or loss is None:
             keep = 0 if logits_to_keep is None else logits_to_keep
             kept = (
@@ -433,19 +458,25 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )  # fmt: skip
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor | None, shift_labels: Tensor | None, num_items) -> Tensor:
-        if shift_labels is None:
-            name, given = "labels", labels
-            hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
-        else:
-            name, given, targets = "shift_labels", shift_labels, shift_labels
-        if given.shape[:1] != hidden_states.shape[:1] or targets.shape != hidden_states.shape[:2]:
+    def _loss(self, hidden_states: Tensor, labels, shift_labels, num_items, shard: Shard | None) -> Tensor:
+        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        length = hidden_states.shape[1] if shard is None else shard.total
+        if given.shape != (hidden_states.shape[0], length):
             raise ValueError(f"{name} has shape {tuple(given.shape)}; expected (batch, length) as the input.")
-        _check_ids(name, targets, self.config.vocab_size, ignored=-100)
+        _check_ids(name, given, self.config.vocab_size, ignored=-100)
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        if shard is None:
+            hidden_states = hidden_states[:, : targets.shape[1]]
+        else:
+            # Shifted before they are cut: a shard's last target is the next shard's first token.
+            targets = shard.cut(nn.functional.pad(targets, (0, length - targets.shape[1]), value=-100))
         targets = targets.reshape(-1).to(hidden_states.device)
-        total = chunked_cross_entropy(hidden_states.reshape(-1, hidden_states.shape[-1]), targets, self.lm_head)
+        total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
+        count = (targets != -100).sum()
+        if shard is not None:
+            return group_loss(total, count, num_items, shard.group)
         if num_items is None:
-            return total / (targets != -100).sum()
+            return total / count
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
@@ -456,6 +487,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 "which generate() makes by itself; leave it out."
             )
         if generation_config.use_cache is False:
+            if self.sequence_group() is not None:
+                raise ValueError("generate() runs with a cache where sequences are shared; leave use_cache=False out.")
             return
         if model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = LongNetCache(self.config)

@@ -9,7 +9,7 @@ Letters: B batch, L tokens of the whole sequence, n of a shard, C shards, H quer
 dimension, S rows sent, R rows received.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -109,7 +109,7 @@ class SequenceSharding(ParallelismConfig):
 class Shard(NamedTuple):
     """The part of each sequence that this rank of the group holds: rank i has [borders[i], borders[i + 1])."""
 
-    group: "dist.ProcessGroup"
+    group: "dist.ProcessGroup | None"
     rank: int
     borders: tuple[int, ...]
 
@@ -128,6 +128,11 @@ class Shard(NamedTuple):
     def cut(self, x: Tensor) -> Tensor:
         """(B, L, ...) -> (B, n, ...)."""
         return x[:, self.begin : self.end]
+
+    def cut_batch(self, batch: Tensor) -> Tensor:
+        """The same, of a model's (B, L) ids or (B, L, E) inputs; ValueError unless every rank was given the same."""
+        _check_same_batch(batch, self.group)
+        return self.cut(batch)
 
     def cut_chunks(self, chunks: tuple[Chunk, ...], rank: int) -> tuple[Chunk, ...]:
         """The chunks of whole sequences as a rank holds them, columns counted from its first."""
@@ -208,12 +213,13 @@ def count_received(shard: Shard, needs: list[OutsideRows]) -> np.ndarray:
 class Exchange(NamedTuple):
     """One layer's all-to-all, the same for every layer of a forward pass.
 
+    is_needed: does any rank of the group need rows of another?
     send: (S,) int64, rows of the flattened (B, n, G) keys in the order they are sent, `send_counts` to each rank.
     slots: (R,) int64, the slot of each received row; slots lie in blocks (B, G, P) of the P in `blocks`, those
         before the shard for each branch, then (unless causal) those after it.
     """
 
-    group: "dist.ProcessGroup"
+    is_needed: bool
     send: Tensor
     send_counts: list[int]
     slots: Tensor
@@ -262,20 +268,18 @@ def _received(shard: Shard, needs: list[OutsideRows], batch: int, heads: int, br
 def plan_exchange(
     shard: Shard, chunks: tuple[Chunk, ...], branches: tuple[Branch, ...], is_causal: bool, batch: int,
     device: torch.device,
-) -> Exchange | None:  # fmt: skip
-    """Which rows this rank sends and receives; None when no rank of the group needs any.
+) -> Exchange:  # fmt: skip
+    """Which rows this rank sends and receives.
 
     Args:
         chunks: those of the whole batch, as on one device.
     """
     heads, ranks = len(branches[0].offsets), range(len(shard.borders) - 1)
     needs = [list(outside_rows(shard, chunks, branches, is_causal, rank)) for rank in ranks]
-    if not any(needs):
-        return None
     sent = [_sent(shard, needs[rank], heads) for rank in ranks]
     slots, blocks = _received(shard, needs[shard.rank], batch, heads, len(branches), is_causal)
     return Exchange(
-        shard.group,
+        any(needs),
         torch.from_numpy(_concatenate(sent)).to(device),
         [len(x) for x in sent],
         torch.from_numpy(slots).to(device),
@@ -301,12 +305,23 @@ def pack_shard(
     return chunks, Packing(own, positions, documents)
 
 
-def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group):
-    """Start to send (S, ...) rows; returns the (R, ...) tensor that fills until the work's `wait()` is over."""
-    received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
-    return received, dist.all_to_all_single(
-        received, rows.contiguous(), receive_counts, send_counts, group=group, async_op=True
-    )
+class ShardInputs(NamedTuple):
+    """What every layer of a forward pass needs to know of this rank's part."""
+
+    group: "dist.ProcessGroup"
+    plan: Plan
+    exchange: Exchange
+
+
+def _all_to_all(rows: Tensor, inputs: ShardInputs, back: bool = False) -> tuple[Tensor, Callable[[], object]]:
+    """Send (S, ...) rows and receive (R, ...), or back; the result is filled once the function beside it returned."""
+    exchange = inputs.exchange
+    counts = exchange.receive_counts, exchange.send_counts  # dist takes the receiver's first
+    output, given = counts[::-1] if back else counts
+    received = rows.new_empty(sum(output), *rows.shape[1:])
+    if not exchange.is_needed:
+        return received, lambda: None
+    return received, dist.all_to_all_single(received, rows, output, given, group=inputs.group, async_op=True).wait
 
 
 def _outsides(slots: Tensor, blocks: tuple[tuple[int, int, int], ...], branches: int) -> Iterator[tuple[Outside, bool]]:
@@ -319,25 +334,25 @@ def _outsides(slots: Tensor, blocks: tuple[tuple[int, int, int], ...], branches:
 
 
 class _ShardedAttention(torch.autograd.Function):
-    """out of a shard's tokens over all branches. Arguments: q, k, v, `Plan`, `Exchange`.
+    """out of a shard's tokens over all branches. Arguments: q, k, v, `ShardInputs`.
 
     The rows of other ranks travel while the shard's own attention runs, in forward and in backward. As in
     `dilated_attention`, each part's backward gets the merged out and lse.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, plan, exchange):
+    def forward(ctx, query, key, value, inputs):
+        _, plan, exchange = ctx.inputs = inputs
         rows = torch.stack([x.flatten(0, 2).index_select(0, exchange.send) for x in (key, value)], 1)  # (S, 2, D)
-        received, work = _all_to_all(rows, exchange.send_counts, exchange.receive_counts, exchange.group)
+        received, wait = _all_to_all(rows, inputs)
         out, lse = forward_chunks(query, key, value, plan)
-        work.wait()
+        wait()
         # Slots that no row fills are never read.
         slots = received.new_empty(sum(b * g * p for b, g, p in exchange.blocks), *received.shape[1:])
         slots.index_copy_(0, exchange.slots, received)
         for outside, after in _outsides(slots, exchange.blocks, len(plan.branches)):
             forward_outside(query, out, lse, outside, plan, after)
         out = out.to(query.dtype)
-        ctx.plan, ctx.exchange = plan, exchange
         ctx.save_for_backward(query, key, value, out, lse, slots)
         return out
 
@@ -345,36 +360,180 @@ class _ShardedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         query, key, value, out, lse, slots = ctx.saved_tensors
-        plan, exchange = ctx.plan, ctx.exchange
+        _, plan, exchange = ctx.inputs
         grad_out = grad_out.contiguous()
         grad_query = torch.zeros_like(out, dtype=lse.dtype)
-        parts = []
-        for outside, after in _outsides(slots, exchange.blocks, len(plan.branches)):
-            grads = backward_outside(grad_out, query, out, lse, outside, grad_query, plan, after)
-            parts += [torch.stack(pair, -2).flatten(0, 2) for pair in zip(*grads, strict=True)]
-        # A slot's gradient comes from one kernel call in the keys' dtype: sending it so rounds nothing.
-        rows = torch.cat(parts).index_select(0, exchange.slots).to(key.dtype)  # (R, 2, D)
-        received, work = _all_to_all(rows, exchange.receive_counts, exchange.send_counts, exchange.group)
+        rows = _backward_slots(grad_out, query, out, lse, slots, grad_query, plan, exchange).to(key.dtype)
+        received, wait = _all_to_all(rows, ctx.inputs, back=True)
         own_query, *shared = backward_chunks(grad_out, query, key, value, out, lse, plan)
         grad_query += own_query
-        work.wait()
+        wait()
         for i, grad in enumerate(shared):
-            grad.view(-1, grad.shape[-1]).index_add_(0, exchange.send, received[:, i].to(grad.dtype))
-        return grad_query.to(query.dtype), *(grad.to(key.dtype) for grad in shared), None, None
+            rows = grad.flatten(0, 2).index_add_(0, exchange.send, received[:, i].to(grad.dtype))
+            shared[i] = rows.view(key.shape).to(key.dtype)
+        return grad_query.to(query.dtype), *shared, None
+
+
+def _backward_slots(grad_out, query, out, lse, slots, grad_query, plan: Plan, exchange: Exchange) -> Tensor:
+    """The (R, 2, D) gradients of the received rows; adds the queries' part to `grad_query`.
+
+    A row's gradient comes from one kernel call, which rounds it to the keys' dtype already: it can be sent so.
+    """
+    parts = []
+    for outside, after in _outsides(slots, exchange.blocks, len(plan.branches)):
+        grads = backward_outside(grad_out, query, out, lse, outside, grad_query, plan, after)
+        parts += [torch.stack(pair, -2).flatten(0, 2) for pair in zip(*grads, strict=True)]
+    return torch.cat(parts).index_select(0, exchange.slots)
+
+
+def shard_inputs(
+    shard: Shard, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, plan: Plan
+) -> tuple[Packing, ShardInputs]:
+    """The packing of this rank's part of a batch, and how its layers attend.
+
+    Args:
+        embeds: (B, n, E), cut. attention_mask, position_ids: of the whole batch, see `packing.pack`.
+        plan: without chunks.
+
+    Raises:
+        ValueError: the dense reference was asked for.
+    """
+    if plan.backend == "eager":
+        raise ValueError(
+            'the dense reference, attn_implementation="eager" (or what backend "auto" fell back to), cannot share a '
+            'sequence among processes; use attn_implementation="sdpa".'
+        )
+    batch, device = embeds.shape[0], embeds.device
+    chunks, packing = pack_shard(shard, batch, device, attention_mask, position_ids)
+    # A group in the cache of plans would outlive its destruction.
+    exchange = plan_exchange(shard._replace(group=None), chunks, plan.branches, plan.is_causal, batch, device)
+    return packing, ShardInputs(shard.group, plan._replace(chunks=shard.cut_chunks(chunks, shard.rank)), exchange)
 
 
 @torch.compiler.disable
-def attend_sharded(query: Tensor, key: Tensor, value: Tensor, plan: Plan, exchange: Exchange) -> Tensor:
+def attend_sharded(query: Tensor, key: Tensor, value: Tensor, inputs: ShardInputs) -> Tensor:
     """Dilated attention of this rank's part of a sequence; every rank of the group must call it, in backward too.
 
     Args:
         query: (B, n, H, D). key, value: (B, n, G, D), same dtype, positions already applied; n may be 0.
-        plan: its chunks are this rank's, with `total` the whole sequences' lengths.
-        exchange: from `plan_exchange`.
+        inputs: the plan's chunks are this rank's, with `total` the whole sequences' lengths.
 
     Returns:
         (B, n, H, D) in the query's dtype. Differentiable in q, k, v, once; the gradients of k and v include what
         this rank's rows contributed on other ranks, added up in at least float32.
     """
     query, key, value = (x.contiguous() for x in (query, key, value))
-    return _ShardedAttention.apply(query, key, value, plan, exchange)
+    return _ShardedAttention.apply(query, key, value, inputs)
+
+
+def group_loss(total: Tensor, count: Tensor, num_items: Tensor | int | None, group) -> Tensor:
+    """The loss of the group's sequences, on every rank, whose averaged gradient is that of one process.
+
+    Its value is S / T, or S / (C * num_items) where Trainer, which counts num_items and multiplies by the number of
+    processes, is to get the sum; S and T are the group's sum and number of targets. Its gradient is scaled so that
+    the average over the ranks (DDP, FSDP2) equals one process's gradient.
+
+    Args:
+        total, count: scalars, this rank's sum of losses (differentiable) and its number of targets.
+    """
+    size = dist.get_world_size(group)
+    summed = torch.stack([total.detach().double(), count.double()])
+    dist.all_reduce(summed, group=group)
+    if num_items is None:
+        own, value = total * (size / summed[1]).to(total.dtype), summed[0] / summed[1]
+    else:
+        num_items = num_items.to(total.device) if isinstance(num_items, Tensor) else num_items
+        own, value = total / num_items, summed[0] / (size * num_items)
+    return own + (value.to(total.dtype) - own).detach()
+
+
+def gather_sequence(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """Join the shards of logits or hidden states: (B, n, ...) of each rank -> (B, L, ...) on every rank, detached.
+
+    Every rank of the group must call it.
+    """
+    x = x.detach()
+    sizes = [int(n) for n in _all_gather(torch.tensor(x.shape[1], device=x.device), group)]
+    padded = x.new_zeros(x.shape[0], max(sizes), *x.shape[2:])
+    padded[:, : x.shape[1]] = x
+    return torch.cat([part[:, :n] for part, n in zip(_all_gather(padded, group), sizes, strict=True)], 1)
+
+
+def _all_gather(x: Tensor, group) -> list[Tensor]:
+    """The tensor, of one shape on all ranks, of every rank."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return parts
+
+
+def _check_same_batch(batch: Tensor, group) -> None:
+    """Raise ValueError, on every rank, unless all ranks of the group were given the same (B, L, ...) batch."""
+    weights = torch.arange(batch.shape[1], device=batch.device) % 65_521 + 1
+    checksum = (batch * weights).sum() if batch.dim() == 2 else batch.new_zeros((), dtype=torch.int64)
+    own = torch.stack([*torch.tensor(batch.shape[:2], device=batch.device), checksum])
+    given = [tuple(x.tolist()) for x in _all_gather(own, group)]
+    if len(set(given)) > 1:
+        raise ValueError(
+            "the ranks of a sequence group were given different batches: (batch, length, checksum of the ids) are "
+            f"{given}. All must get the same whole sequences, which the model "
+            "cuts itself; with an IterableDataset set dispatch_batches=False (Trainer: accelerator_config)."
+        )
+
+
+def _accelerate_group():
+    """The group that Accelerate's state holds for sequences, None without one."""
+    state = {} if AcceleratorState is None else AcceleratorState._shared_state
+    parallelism = state.get("parallelism_config")
+    if parallelism is None or max(parallelism.cp_size, parallelism.sp_size) == 1:
+        return None
+    # By name: beside remote code there may be a second class of that name, of the same making.
+    if type(parallelism).__name__ != "SequenceSharding":
+        raise ValueError(
+            f"a {type(parallelism).__name__} with cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size} cuts "
+            "sequences in a way that LongNet's segments cannot use; pass parallelism_config=SequenceSharding() "
+            "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments, which takes its "
+            "sizes from the launch configuration."
+        )
+    return state["device_mesh"]["cp"].get_group()
+
+
+class SequenceSharded:
+    """What every LongNet model can do when its sequences are shared by a group of processes."""
+
+    _sequence_group = None
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_sequence_group"}
+
+    def set_sequence_group(self, group: "dist.ProcessGroup | None") -> None:
+        """Share each sequence among the processes of `group`, without Accelerate; None ends that.
+
+        Every process of the group then gives `forward` the same whole batch, gets the outputs of its part
+        (`gather_sequence` joins them) and the whole loss. Gradients must be averaged over the group, as
+        DistributedDataParallel does. A copied or pickled model has no group.
+
+        Raises:
+            ValueError: this process is not in the group.
+        """
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError("this process is not in the sequence group given; give each process the group it is in.")
+        for module in self.modules():
+            if isinstance(module, SequenceSharded):
+                module._sequence_group = group
+
+    def sequence_group(self) -> "dist.ProcessGroup | None":
+        """The group that shares each sequence: the one set here, else the one of `SequenceSharding` in Accelerate."""
+        return self._sequence_group if self._sequence_group is not None else _accelerate_group()
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        """Join this model's sharded outputs, (B, n, ...) on each rank -> (B, L, ...) on every one, detached."""
+        group = self.sequence_group()
+        return x if group is None else gather_sequence(x, group)
+
+    def shard(self, batch: Tensor | None) -> Shard | None:
+        """This process's part of a (B, L, ...) batch; None when sequences are not shared, or for no such batch."""
+        group = self.sequence_group()
+        if group is None or batch is None or batch.dim() < 2:
+            return None
+        borders = shard_borders(batch.shape[1], dist.get_world_size(group), min(self.config.segment_lengths))
+        return Shard(group, dist.get_rank(group), borders)
