@@ -7,6 +7,7 @@ from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
 from .sharding import SequenceSharding
+from .streaming import Scored, stream
 
 AutoConfig.register("longnet", LongNetConfig, exist_ok=True)
 AutoModel.register(LongNetConfig, LongNetModel, exist_ok=True)
@@ -19,6 +20,8 @@ __all__ = [
     "LongNetForCausalLM",
     "LongNetModel",
     "LongNetPreTrainedModel",
+    "Scored",
     "SequenceSharding",
     "dilated_attention",
+    "stream",
 ]

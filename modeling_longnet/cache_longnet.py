@@ -370,6 +370,39 @@ class LongNetCache(Cache):
         covers_all = any(b.r == 1 for b in self.layers[0].branches)
         return Step(new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True))
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""
+        first = self.layers[0]
+        if not first.is_initialized:
+            raise ValueError("an empty cache has nothing to save.")
+        counts = {"lengths": first.lengths, "columns": first.columns, "capacity": first.capacity}
+        tensors = {name: torch.tensor(value) for name, value in counts.items()}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
+        return tensors
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Become the cache that `to_tensors` saved, of the same config; on any misfit raise and stay as it is.
+
+        Raises:
+            ValueError: tensors missing, or of another config.
+        """
+        names = {f"{i}.{name}" for i in range(len(self.layers)) for name in ("keys", "values")}
+        if set(tensors) != names | {"lengths", "columns", "capacity"}:
+            raise ValueError(f"a saved cache of {len(self.layers)} layers was expected; found {sorted(tensors)}.")
+        lengths, capacity = tensors["lengths"].tolist(), int(tensors["capacity"])
+        first = self.layers[0]
+        slots, heads = sum(first.slots(capacity)), len(first.branches[0].offsets)
+        shape = (len(lengths), heads, slots, tensors["0.keys"].shape[-1])
+        for name in names:
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"saved cache: {name} has shape {tuple(tensors[name].shape)}; expected {shape}.")
+        for i, layer in enumerate(self.layers):
+            layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+            layer.lengths, layer.columns, layer.capacity = list(lengths), int(tensors["columns"]), capacity
+            layer.is_initialized = True
+
     def can_step(self, chunks: Tensor, length: int) -> bool:
         """Is this a decoding step: one real token in every row, no gradient to keep and no state to go back to?"""
         rows = int((chunks[:, 1] - chunks[:, 0]).sum())
