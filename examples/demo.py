@@ -1,0 +1,157 @@
+"""The main job from end to end: `make demo`.
+
+Trains a small LongNet on Python source code, measures the perplexity of held-out packages under
+growing context, draws it, saves the model's folder, and loads that folder in a process that cannot
+import our package. `output` then holds
+
+    model/            the folder: safetensors, tokenizer, configuration and the code that loads it
+    perplexity.json   the table, and perplexity.png the plot, with the loss curve
+    sample.txt        what the loaded model wrote
+
+    python examples/demo.py --text my_folder --steps 1000 --output my_demo
+    python examples/demo.py --quick True
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+
+from corpus import TextArguments, join_documents, load_text, tokenize
+from evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_results
+from finetune import ModelArguments, make_trainer, run
+
+CONFIGURATION = Path(__file__).parent.parent / "configuration"
+LOADER = Path(__file__).with_name("load_remote.py")
+CHECKED_TOKENS = 1024  # whose logits the loading process must reproduce
+DOCUMENTS = 4  # evaluated at least, where there are as many: fewer give no honest error
+# Every step of the demo in half a minute.
+QUICK = {"text": "stdlib", "document_bytes": 100_000, "sequence_length": 1024, "max_steps": 8}
+QUICK_EVALUATION = {"contexts": [128, 256, 512, 1024], "targets": 512, "blocks": 4}
+
+
+@dataclass
+class DemoArguments:
+    """Changes to the settings of the demo, `configuration/demo-training.json`."""
+
+    text: str | None = field(default=None, metadata={"help": "As in finetune.py: 'stdlib', 'python', a folder, ..."})
+    config: str = field(
+        default=str(CONFIGURATION / "longnet-demo.json"),
+        metadata={"help": "JSON file of the new model's LongNetConfig."},
+    )
+    steps: int | None = field(default=None, metadata={"help": "Training steps."})
+    output: str = field(default="demo", metadata={"help": "Folder for the model and the figures."})
+    tokenizer: str | None = field(default=None, metadata={"help": "'bpe' or 'bytes' (ByT5's)."})
+    quick: bool = field(default=False, metadata={"help": "Every step of the demo in half a minute, no good model."})
+
+
+def read_settings(
+    arguments: DemoArguments,
+) -> tuple[ModelArguments, TextArguments, TrainingArguments]:
+    """The demo's settings with what the command line changes."""
+    settings = json.loads((CONFIGURATION / "demo-training.json").read_text())
+    if arguments.quick:
+        settings |= QUICK
+    changes = {
+        "text": arguments.text,
+        "config": arguments.config,
+        "max_steps": arguments.steps,
+        "tokenizer": arguments.tokenizer,
+        "output_dir": str(Path(arguments.output) / "model"),
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": bfloat16_pays(),
+    }
+    settings |= {name: value for name, value in changes.items() if value is not None}
+    parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments))
+    return parser.parse_dict(settings)
+
+
+def bfloat16_pays() -> bool:
+    """Whether a matrix product is faster in bfloat16: on a CPU without instructions for it, no."""
+    if torch.accelerator.is_available():
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(1024, 1024, dtype=dtype)
+        matrix @ matrix
+        began = time.perf_counter()
+        for _ in range(5):
+            matrix @ matrix
+        seconds[dtype] = time.perf_counter() - began
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArguments) -> EvaluationArguments:
+    """Leaves out contexts, and shortens the scored stretches, for which the documents are short.
+
+    At least `DOCUMENTS` of them, or all where there are fewer, hold what is left.
+    """
+    lengths = sorted(map(len, documents.values()), reverse=True)
+    room = lengths[min(DOCUMENTS, len(lengths)) - 1]
+    targets = evaluation.targets
+    while targets > 1 and targets + min(evaluation.contexts) // 2 > room:
+        targets //= 2
+    contexts = [c for c in evaluation.contexts if c + max(0, targets - c // 2) <= room]
+    if not contexts:
+        raise ValueError(
+            f"Of the held-out documents {DOCUMENTS} or all have only {room} tokens, too few for "
+            f"a context of {min(evaluation.contexts)}. Give longer text (--text)."
+        )
+    evaluation.contexts, evaluation.targets = contexts, targets
+    return evaluation
+
+
+def check_loading(model: PreTrainedModel, tokens: np.ndarray, output: Path) -> None:
+    """Loads the saved folder in another process, without our package, and compares the logits."""
+    model = model.to("cpu", torch.float32).eval()
+    input_ids = torch.from_numpy(tokens[None, :CHECKED_TOKENS]).long()
+    with torch.inference_mode():
+        logits = model(input_ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as folder:
+        expected = str(Path(folder) / "expected.safetensors")
+        save_file({"input_ids": input_ids, "logits": logits.contiguous()}, expected)
+        files = [str(output / "model"), expected, str(output / "sample.txt")]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": folder}
+        subprocess.run([sys.executable, str(LOADER), *files], env=environment, check=True)
+
+
+def main() -> None:
+    """Runs the demo; a text too short for the evaluation is refused before the training."""
+    began = time.perf_counter()
+    (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
+    output = Path(arguments.output)
+    model_arguments, text_arguments, training_arguments = read_settings(arguments)
+    text = load_text(text_arguments)
+    trainer = make_trainer(model_arguments, training_arguments, text)
+    tokenizer = trainer.processing_class
+    documents = join_documents(tokenize(text["evaluation"], tokenizer))
+    settings = QUICK_EVALUATION if arguments.quick else {}
+    evaluation = fit_evaluation(documents, EvaluationArguments(model=str(output), **settings))
+    model = run(trainer)
+
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=training_arguments.bf16):
+        results = evaluate_contexts(
+            model,
+            tokenizer,
+            documents,
+            contexts=evaluation.contexts,
+            targets=evaluation.targets,
+            blocks=evaluation.blocks,
+        )
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    write_results(results, output, losses=losses)
+    check_loading(model, max(documents.values(), key=len), output)
+    print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes: {output}")
+
+
+if __name__ == "__main__":
+    main()

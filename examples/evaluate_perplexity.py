@@ -1,0 +1,300 @@
+"""Perplexity of any causal language model on the same targets under several context lengths.
+
+    python examples/evaluate_perplexity.py --model out/model --trust_remote_code True \\
+        --text python --contexts 256 1024 4096 16384 65536
+
+Under a context of c tokens a window of c tokens slides over a document by half its length, and the
+second half of each window is scored: every target sees at least c / 2 and fewer than c tokens. The
+scored stretches, `targets` tokens long, are the same for all c; a window longer than twice such a
+stretch ends with it. Writes `perplexity.json` and `perplexity.png`.
+"""
+
+import io
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from corpus import TextArguments, join_documents, load_text, tokenize
+
+METRIC = Path(__file__).parent / "perplexity_by_context"
+BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
+BYTES_MARGIN = 8  # tokens before a block that settle how its first characters decode
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate."""
+
+    model: str = field(metadata={"help": "Folder or Hub name of a causal language model."})
+    output: str = field(default="perplexity", metadata={"help": "Folder for the JSON and PNG."})
+    contexts: list[int] = field(
+        default_factory=lambda: [256 << i for i in range(9)],
+        metadata={"help": "Context lengths in tokens."},
+    )
+    targets: int = field(default=4096, metadata={"help": "Scored tokens of a block."})
+    blocks: int = field(default=12, metadata={"help": "Scored stretches of text."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the folder's own code."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
+    device: str = field(
+        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+        metadata={"help": "Where the model runs."},
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Target tokens [stop - targets, stop) of a document; `text_bytes` is their length in UTF-8."""
+
+    document: str
+    stop: int
+    text_bytes: int
+
+
+def check_contexts(contexts: list[int], targets: int) -> list[int]:
+    """The context lengths, ascending, each of whose windows cover the targets exactly."""
+    for context in contexts:
+        if context < 2 or targets < 1 or targets % min(context // 2, targets):
+            raise ValueError(
+                f"Context {context} does not fit {targets} targets: half of it (rounded down) must "
+                "divide them, unless they are fewer. Powers of two fit."
+            )
+    return sorted(set(contexts))
+
+
+def place_blocks(
+    documents: dict[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    targets: int,
+    count: int,
+) -> list[Block]:
+    """Places `count` blocks in the documents that hold `targets` and the longest context.
+
+    Each document gets as many blocks as any other (one more or less), evenly from its end to its
+    first `longest` tokens, as far as they fit without sharing a target.
+
+    Raises:
+        ValueError: If no document is long enough; it says how long they are.
+    """
+    needed = longest + max(0, targets - longest // 2)
+    long = {name: ids for name, ids in documents.items() if len(ids) >= needed}
+    if not long:
+        most = max((len(ids) for ids in documents.values()), default=0)
+        raise ValueError(
+            f"No document has the {needed} tokens that {targets} targets under a context of "
+            f"{longest} need; the longest one has {most}. Ask for a shorter context, or give longer "
+            "text (--text, --document_bytes)."
+        )
+    share, rest = divmod(count, len(long))
+    blocks = []
+    for number, (name, ids) in enumerate(long.items()):
+        places = min(share + (number < rest), 1 + (len(ids) - needed) // targets)
+        for stop in np.linspace(len(ids), needed, places, dtype=int):
+            blocks.append(Block(name, int(stop), count_bytes(ids, int(stop), targets, tokenizer)))
+    return blocks
+
+
+def count_bytes(ids: np.ndarray, stop: int, targets: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the text of the tokens [stop - targets, stop), without special tokens."""
+    start = stop - targets
+    before = max(0, start - BYTES_MARGIN)
+    lengths = [len(tokenizer.decode(ids[before:end], skip_special_tokens=True).encode()) for end in (start, stop)]
+    return lengths[1] - lengths[0]
+
+
+@torch.inference_mode()
+def score_windows(model: PreTrainedModel, windows: torch.Tensor, scored: int) -> torch.Tensor:
+    """The negative log-likelihood in nats of each window's last `scored` tokens.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: (N, context) int64 token ids, on the model's device.
+        scored: Fewer than `context`.
+
+    Returns:
+        (N, scored) float32. Only `scored + 1` rows of logits a window are held, not `context`.
+    """
+    logits = model(windows, logits_to_keep=scored + 1, use_cache=False).logits
+    logits = logits[:, -scored - 1 : -1].transpose(1, 2).float()  # (N, vocabulary, scored)
+    return cross_entropy(logits, windows[:, -scored:], reduction="none")
+
+
+def score_block(model: PreTrainedModel, tokens: np.ndarray, context: int, targets: int) -> Iterator[list[float]]:
+    """Yields, window batch by window batch, the losses of the last `targets` tokens in order.
+
+    Args:
+        tokens: (n,) token ids of a document up to the last target.
+    """
+    scored = min(context // 2, targets)
+    tokens = torch.from_numpy(tokens[-(context - scored + targets) :]).long().to(model.device)
+    windows = tokens.unfold(0, context, scored)  # (targets / scored, context)
+    for batch in windows.split(max(1, BATCH_TOKENS // context)):
+        yield score_windows(model, batch, scored).flatten().tolist()
+
+
+def score_blocks(
+    model: PreTrainedModel,
+    documents: dict[str, np.ndarray],
+    blocks: list[Block],
+    contexts: list[int],
+    targets: int,
+) -> Iterator[dict]:
+    """Yields the metric's inputs for every block under every context length."""
+    with tqdm(desc="Evaluating", total=len(contexts) * len(blocks), unit="block") as progress:
+        for context in contexts:
+            for block in blocks:
+                tokens = documents[block.document][: block.stop]
+                yield {
+                    "contexts": context,
+                    "documents": block.document,
+                    "starts": block.stop - targets,
+                    "targets": tokens[-targets:].tolist(),
+                    "losses": list(chain.from_iterable(score_block(model, tokens, context, targets))),
+                    "text_bytes": block.text_bytes,
+                }
+                progress.update()
+
+
+def evaluate_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: dict[str, np.ndarray],
+    *,
+    contexts: list[int],
+    targets: int,
+    blocks: int,
+) -> dict:
+    """Scores the same targets under each context length.
+
+    Args:
+        documents: Token ids by document; those too short for the longest context are left out.
+        contexts, targets, blocks: As in `EvaluationArguments`.
+
+    Returns:
+        The results of the metric `perplexity_by_context`, with `targets` and `seconds`.
+    """
+    contexts = check_contexts(contexts, targets)
+    began = time.perf_counter()
+    places = place_blocks(documents, tokenizer, longest=contexts[-1], targets=targets, count=blocks)
+    metric = evaluate.load(str(METRIC))
+    model.eval()
+    for inputs in score_blocks(model, documents, places, contexts, targets):
+        metric.add(**inputs)
+    seconds = round(time.perf_counter() - began, 1)
+    return {**metric.compute(), "targets": targets, "seconds": seconds}
+
+
+def format_table(results: dict) -> str:
+    """A line for each context length; errors are one standard error."""
+    lines = [
+        f"The same {results['tokens']:,} targets ({results['blocks']} blocks of "
+        f"{results['targets']:,} tokens in {results['documents']} documents), +- standard error",
+        f"{'context':>8} {'perplexity':>18} {'bits per byte':>18} {'saved by context':>20}",
+    ]
+    for row, context in enumerate(results["contexts"]):
+        cells = [
+            f"{results[name][row]:.{digits}f} +- {results[name + '_error'][row]:.{digits}f}"
+            for name, digits in (
+                ("perplexity", 2),
+                ("bits_per_byte", 4),
+                ("bits_saved_per_byte", 4),
+            )
+        ]
+        lines.append(f"{context:>8} {cells[0]:>18} {cells[1]:>18} {cells[2]:>20}")
+    return "\n".join(lines)
+
+
+def plot(results: dict, file: Path, *, losses: list[tuple[int, float]] = ()) -> None:
+    """Draws perplexity and bits saved against the context, and a training's loss if given.
+
+    Args:
+        results: As `evaluate_contexts` returns them.
+        losses: (step, training loss in nats a token) pairs.
+    """
+    columns = 3 if losses else 2
+    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for axis, name, label in (
+        (axes[0], "perplexity", "perplexity of the same targets"),
+        (axes[1], "bits_saved_per_byte", "bits per byte saved by context"),
+    ):
+        error = results[f"{name}_error"]
+        axis.errorbar(results["contexts"], results[name], yerr=error, marker="o", capsize=3)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("context (tokens)")
+        axis.set_ylabel(f"{label}, ± standard error")
+    if losses:
+        axes[2].plot(*zip(*losses, strict=True))
+        axes[2].set_xlabel("step")
+        axes[2].set_ylabel("training loss (nats per token)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150)
+    write_whole(file, png.getvalue())
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file that is never seen half-written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]] = ()) -> None:
+    """Prints the table, and writes it with the machine it ran on, and the plot."""
+    machine = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(format_table(results))
+    report = json.dumps({**results, **machine}, indent=2) + "\n"
+    write_whole(folder / "perplexity.json", report.encode())
+    plot(results, folder / "perplexity.png", losses=losses)
+    print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")
+
+
+def main() -> None:
+    """Evaluates the model that the command line names."""
+    parser = HfArgumentParser((EvaluationArguments, TextArguments))
+    arguments, text_arguments = parser.parse_args_into_dataclasses()
+    check_contexts(arguments.contexts, arguments.targets)
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trust)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **trust)
+    text = load_text(text_arguments)["evaluation"]
+    results = evaluate_contexts(
+        model.to(arguments.device),
+        tokenizer,
+        join_documents(tokenize(text, tokenizer)),
+        contexts=arguments.contexts,
+        targets=arguments.targets,
+        blocks=arguments.blocks,
+    )
+    write_results({"model": arguments.model, **results}, Path(arguments.output))
+
+
+if __name__ == "__main__":
+    main()
