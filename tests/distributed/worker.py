@@ -1,0 +1,309 @@
+"""What the processes of a distributed test run: `launch(NAME, arguments, processes)` starts one function here on each.
+
+A function ends normally when everything held; what it writes as JSON to standard output, rank 0 writes alone.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, set_seed
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
+from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.dilated_attention import Plan, attend_chunks
+from modeling_longnet.sharding import Shard, ShardInputs, attend_sharded, plan_exchange
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-12  # float64
+
+
+def launch(name: str, *arguments: object, processes: int, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a function of this file on so many gloo processes with one thread each; raises with their output if one fails."""
+    words = [name, *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [*command, __file__, *words], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    if done.returncode:
+        raise AssertionError(f"{words} on {processes} processes:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    return done
+
+
+def close(name: str, given: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise unless two tensors agree to 1e-12 of the largest entry of the expected one (at least 1)."""
+    if given.shape != expected.shape:
+        raise AssertionError(f"{name}: shapes {tuple(given.shape)} and {tuple(expected.shape)}")
+    error = (given - expected).abs().max().item() if given.numel() else 0.0
+    largest = max(1.0, expected.abs().max().item()) if given.numel() else 1.0
+    if not error <= TOLERANCE * largest:
+        raise AssertionError(f"{name}: off by {error}, largest {largest}")
+
+
+def _draw_chunks(rng: random.Random, batch: int, length: int) -> tuple[Chunk, ...]:
+    """One document a row; or padding and several documents, elsewhere in each row."""
+    if rng.random() < 0.3:
+        return (Chunk(0, batch, 0, length, 0, length),)
+    chunks = []
+    for row in range(batch):
+        cuts = sorted({rng.randint(0, length) for _ in range(rng.randint(2, 4))})
+        chunks += [Chunk(row, row + 1, a, b, 0, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return tuple(chunks)
+
+
+def op(cases: str) -> None:
+    """Random shapes, branches, documents and cuts: out and every gradient equal the whole sequence's on one process."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rng = random.Random(0)
+    for case in range(int(cases)):
+        torch.manual_seed(case)
+        batch, length, heads, repeat = rng.randint(1, 3), rng.randint(1, 70), rng.randint(1, 3), rng.randint(1, 2)
+        w = sorted(rng.randint(1, 50) for _ in range(rng.randint(1, 4)))
+        r = [rng.randint(1, min(x, 6)) for x in w]
+        is_causal = rng.random() < 0.5
+        branches = make_branches(tuple(w), tuple(r), heads, rng.choice(["interleaved", "blocked"]))
+        chunks = _draw_chunks(rng, batch, length)
+        shard = Shard(None, rank, (0, *sorted(rng.randint(0, length) for _ in range(size - 1)), length))
+        inputs = [torch.randn(batch, length, n, 5, dtype=torch.float64) for n in (heads * repeat, heads, heads)]
+        grad = torch.randn_like(inputs[0])
+        whole = [x.clone().requires_grad_() for x in inputs]
+        table = torch.tensor(chunks, dtype=torch.int64).reshape(-1, 6)
+        expected = attend_chunks(*whole, branches, chunks=table, is_causal=is_causal)
+        expected.backward(grad)
+        parts = [shard.cut(x).clone().requires_grad_() for x in inputs]
+        plan = Plan(shard.cut_chunks(chunks, rank), branches, is_causal, 5**-0.5, "torch", False)
+        exchange = plan_exchange(shard, chunks, branches, is_causal, batch, torch.device("cpu"))
+        out = attend_sharded(*parts, ShardInputs(dist.group.WORLD, plan, exchange))
+        out.backward(shard.cut(grad))
+        what = f"case {case}, rank {rank}: w={w}, r={r}, causal={is_causal}, borders={shard.borders}, {chunks}: "
+        close(what + "out", out, shard.cut(expected))
+        for name, part, x in zip("qkv", parts, whole, strict=True):
+            close(f"{what}d{name}", part.grad, shard.cut(x.grad))
+
+
+MODELS = {
+    "causal": {},
+    "ragged": {"length": 61},
+    "empty-shards": {"length": 3},
+    "grouped-heads": {"num_key_value_heads": 2, "length": 59},
+    "bidirectional": {"is_causal": False, "length": 61},
+    "bidirectional-zero-padding": {"is_causal": False, "attend_zero_padding": True, "length": 45},
+    "checkpointed": {"length": 61, "checkpoint": True},
+    "long-shards": {"length": 97, "segment_lengths": [7, 21, 49], "dilation_rates": [1, 2, 3]},
+    "xpos": {"length": 53, "position_embedding": "xpos"},
+    "padding-right": {"length": 61, "padding": "right"},
+    "padding-left": {"length": 61, "padding": "left"},
+    "packed": {"length": 61, "packed": True},
+    "shift-labels": {"length": 61, "shift": True},
+}
+
+
+def make_model(**fields) -> LongNetForCausalLM:
+    """A tiny float64 model in training mode, the same in every process."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 33, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
+    branches = {"segment_lengths": [8, 20, 64], "dilation_rates": [1, 3, 5]}  # w no multiple of r
+    heads = {"num_attention_heads": 4, "position_embedding": "rope"}
+    return LongNetForCausalLM(LongNetConfig(**(sizes | branches | heads | fields))).double().train()
+
+
+def _batch(length: int, padding: str | None, packed: bool, shift: bool) -> dict[str, torch.Tensor]:
+    """Two rows with a masked prompt, and the wanted kind of batch."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, 33, (2, length))
+    labels = ids.clone()
+    labels[0, : length // 5] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if padding:
+        mask = torch.ones_like(ids)
+        mask[1, slice(length - 9, None) if padding == "right" else slice(0, 9)] = 0
+        labels[mask == 0] = -100
+        batch["attention_mask"] = mask
+    if packed:
+        batch["position_ids"] = torch.stack([
+            torch.cat([torch.arange(a), torch.arange(length - a)]) for a in (11, 37)
+        ])  # fmt: skip
+    if shift:
+        batch["shift_labels"] = labels.roll(-1, 1)
+        batch["shift_labels"][:, -1] = 5
+    return batch
+
+
+def model(*names: str) -> None:
+    """Loss and every gradient of the models named equal those of one process, with and without num_items_in_batch."""
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    for name in names or MODELS:
+        fields = {"length": 64, "padding": None, "packed": False, "shift": False, "checkpoint": False} | MODELS[name]
+        batch = _batch(*(fields.pop(key) for key in ("length", "padding", "packed", "shift")))
+        checkpoint = fields.pop("checkpoint")
+        tiny = make_model(**fields)
+        if checkpoint:
+            tiny.gradient_checkpointing_enable()
+        for items in (None, 17):
+            results = []
+            for group in (None, dist.group.WORLD):
+                tiny.zero_grad()
+                tiny.set_sequence_group(group)
+                out = tiny(**batch, num_items_in_batch=items, logits_to_keep=0)
+                out.loss.backward()
+                logits = tiny.gather_sequence(out.logits)
+                if group is not None:
+                    for parameter in tiny.parameters():
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= size if items is None else 1
+                loss = out.loss.detach() * (size if items and group else 1)
+                results.append({"loss": loss, "logits": logits.detach()})
+                results[-1] |= {n: p.grad.clone() for n, p in tiny.named_parameters()}
+            for key, expected in results[0].items():
+                close(f"{name}, num_items={items}: {key}", results[1][key], expected)
+
+
+def _loop(accelerator: Accelerator, steps: int, batch_size: int, accumulation: int):
+    """A plain Accelerate loop; returns its prepared model, and losses and gradient norms by step."""
+    tiny = make_model()
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=1e-2)
+    torch.manual_seed(2)
+    rows = [{"input_ids": x, "labels": x} for x in torch.randint(0, 33, (steps * accumulation * 4, 53))]
+    tiny, optimizer, loader = accelerator.prepare(tiny, optimizer, DataLoader(rows, batch_size=batch_size))
+    losses, norms = [], []
+    for batch in loader:
+        with accelerator.accumulate(tiny):
+            loss = tiny(**batch).loss
+            accelerator.backward(loss)
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(tiny.parameters(), 0.5)
+                norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+            optimizer.step()
+            optimizer.zero_grad()
+    return tiny, optimizer, torch.tensor(losses), torch.tensor(norms)
+
+
+def _weights(tiny) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("module."): (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+        for name, x in tiny.named_parameters()
+    }
+
+
+def loop(sequence: str, output: str) -> None:
+    """Accumulation, clipping and an optimizer by Accelerate; rank 0 saves losses, norms and final weights."""
+    sharding = SequenceSharding(cp_size=int(sequence))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, parallelism_config=sharding)
+    data = accelerator.num_processes // int(sequence)
+    tiny, _, losses, norms = _loop(accelerator, 3, 4 // data, 2)
+    if accelerator.is_main_process:
+        torch.save({"losses": losses, "norms": norms} | _weights(tiny), output)
+
+
+def fsdp2(sequence: str, state: str, folder: str) -> None:
+    """The same with FSDP2; a checkpoint of the given kind of state gives the weights and moments back."""
+    os.environ["FSDP_VERSION"] = "2"
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, state_dict_type=state, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LongNetBlock"], cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    sharding = SequenceSharding(cp_size=int(sequence))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, parallelism_config=sharding)
+    # Accelerate chooses FSDP for accelerators only; the code behind it runs on CPUs as well.
+    accelerator.state.distributed_type = "FSDP"
+    accelerator.state.fsdp_plugin = plugin
+    data = accelerator.num_processes // int(sequence)
+    tiny, optimizer, losses, norms = _loop(accelerator, 3, 4 // data, 2)
+    weights = _weights(tiny)
+    accelerator.save_state(f"{folder}/{state}")
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter.zero_()
+    accelerator.load_state(f"{folder}/{state}")
+    for name, expected in weights.items():
+        close(f"{state}: {name}", _weights(tiny)[name], expected)
+    if accelerator.is_main_process:
+        torch.save({"losses": losses, "norms": norms} | weights, f"{folder}/{state}.pt")
+
+
+class _Killed(Trainer):
+    """Ends the last rank's process, without any goodbye, in the middle of a step."""
+
+    at: int | None = None
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == self.at and dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1:
+            os._exit(17)
+        return super().training_step(*args, **kwargs)
+
+
+def trainer(sequence: str, folder: str, steps: str, resume: str = "", kill_at: str = "") -> None:
+    """The stock Trainer (a subclass only to kill itself), checkpoints every 2 steps; rank 0 saves the history."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    data = world // int(sequence)
+    set_seed(0)
+    tiny = make_model()
+    rows = [{"input_ids": x, "labels": x} for x in torch.randint(0, 33, (64, 53))]
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=int(steps), save_steps=2, logging_steps=1, per_device_train_batch_size=4 // data,
+        gradient_accumulation_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.5,
+        use_cpu=True, report_to=[], disable_tqdm=True, eval_strategy="steps", eval_steps=2, logging_nan_inf_filter=False,
+        per_device_eval_batch_size=4 // data, parallelism_config=SequenceSharding(cp_size=int(sequence)), ddp_timeout=30,
+    )  # fmt: skip
+    job = _Killed(model=tiny, args=arguments, train_dataset=rows, eval_dataset=rows[:8])
+    job.at = int(kill_at) if kill_at else None
+    job.train(resume_from_checkpoint=resume or None)
+    if job.is_world_process_zero():
+        weights = {name: x.detach().clone() for name, x in tiny.named_parameters()}
+        torch.save({"history": job.state.log_history, "weights": weights}, f"{folder}/result.pt")
+
+
+def _refused(words: str, call) -> None:
+    try:
+        call()
+    except ValueError as error:
+        if words not in str(error):
+            raise AssertionError(f"expected {words!r} in {error}") from error
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def refusals() -> None:
+    """What cannot be right is a ValueError on every rank, and the group works on afterwards."""
+    accelerator = Accelerator(cpu=True, parallelism_config=SequenceSharding(cp_size=2))
+    rank = accelerator.process_index
+    tiny = make_model()
+    ids = torch.arange(40).view(2, 20) % 33
+    _refused("different batches", lambda: tiny(ids + rank % 2, labels=ids))
+    _refused("different batches", lambda: tiny(ids[:, : 20 - rank], labels=ids[:, : 20 - rank]))
+    _refused("label smoothing", lambda: tiny(ids))
+    _refused("labels holds 33", lambda: tiny(ids, labels=ids + 14))
+    _refused("leave use_cache=False out", lambda: tiny.eval().generate(ids, use_cache=False, max_new_tokens=1))
+    _refused("divides them", lambda: SequenceSharding(cp_size=3).build_device_mesh("cpu"))
+    _refused("leave the other sizes at 1", lambda: SequenceSharding(cp_size=1, tp_size=2))
+    tiny.set_attn_implementation("eager")
+    _refused("dense reference", lambda: tiny(ids, labels=ids))
+    tiny.set_attn_implementation("sdpa")
+    tiny(ids, labels=ids).loss.backward()
+    whole = tiny.eval().generate(ids, max_new_tokens=3)
+    if whole.shape != (2, 23):
+        raise AssertionError(f"generate gave {tuple(whole.shape)}")
+    print(json.dumps({"world": accelerator.num_processes}))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    if dist.is_initialized():
+        dist.destroy_process_group()
