@@ -6,6 +6,7 @@ Stop it at any time (Ctrl-C, a kill) and start it again with the same command: i
 """
 
 import argparse
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -25,13 +26,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = arguments.text.read_text("utf-8", errors="replace")
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    scored = None
-    for scored in stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state):
-        pass
-    if scored is None:
-        print("nothing left to read: the state file already stands at the end of the text")
+    chunks = stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state)
+    last = deque(chunks, maxlen=1)
+    if last:
+        print(f"{last[0].stop:,} tokens, perplexity {last[0].perplexity:.3f}")
     else:
-        print(f"{scored.stop:,} tokens, perplexity {scored.perplexity:.3f}")
+        print("nothing left to read: the state file already stands at the end of the text")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _load(path: Path, model, tokens: Tensor, identity: dict[str, str]) -> _State
     try:
         with safe_open(path, "pt", device=str(model.device)) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         position, total = int(metadata["position"]), float.fromhex(metadata["total"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
