@@ -1,0 +1,147 @@
+"""LongViT (arXiv 2312.03558): an image in patches through a bidirectional LongNet.
+
+Letters: B images, C channels, L patches, E hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_longnet import LongNetConfig
+from .modeling_longnet import LongNetModel
+
+
+@strict
+class LongNetImageConfig(LongNetConfig):
+    r"""A bidirectional LongNet over an image's patches. The defaults are LongViT's small model for 1024 pixels.
+
+    Args:
+        image_size: pixels of the image's side, a multiple of patch_size.
+        patch_size: pixels of a patch's side.
+        num_channels: of the image.
+        num_classes: outputs of a linear head on the normed mean over the patches; 0: neither norm nor head.
+        Others: as in `LongNetConfig`.
+
+    Raises:
+        StrictDataclassError or ValueError: says the field, the value and what is allowed.
+    """
+
+    model_type = "longnet_image"
+    _code = {
+        "AutoConfig": "image_encoder.LongNetImageConfig",
+        "AutoModel": "image_encoder.LongNetImageEncoder",
+    }
+
+    vocab_size: int | None = None
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_attention_heads: int = 16
+    segment_lengths: list[int] | tuple[int, ...] = (64, 128, 256, 512, 1024)
+    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 8, 16)
+    head_offsets: str = "blocked"
+    is_causal: bool = False
+    position_embedding: str = "none"
+    final_layer_norm: bool = False
+    image_size: int = 1024
+    patch_size: int = 32
+    num_channels: int = 3
+    num_classes: int = 0
+
+    def validate_image(self):
+        """Sizes of image and patches."""
+        for name, least in (("image_size", 1), ("patch_size", 1), ("num_channels", 1), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}.")
+        if self.is_causal or self.vocab_size is not None:
+            raise ValueError(
+                f"is_causal={self.is_causal}, vocab_size={self.vocab_size}: an image encoder is bidirectional and has "
+                "no vocabulary; leave them at False and None."
+            )
+
+
+@dataclass
+class ImageEncoderOutput(ModelOutput):
+    """What `LongNetImageEncoder` returns.
+
+    Args:
+        last_hidden_state: (B, L, E).
+        logits: (B, num_classes), with a head.
+        hidden_states, attentions: as in Transformers, where asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class LongNetImageEncoder(LongNetModel):
+    """An image's patches, projected, with learned positions, through a LongNet; LongViT.
+
+    Example:
+        >>> encoder = LongNetImageEncoder(LongNetImageConfig(num_hidden_layers=2))
+        >>> encoder(torch.randn(1, 3, 1024, 1024)).last_hidden_state.shape
+        torch.Size([1, 1024, 384])
+    """
+
+    config: LongNetImageConfig
+    config_class = LongNetImageConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: LongNetImageConfig):
+        super().__init__(config)
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embed = nn.Parameter(torch.zeros(1, patches, config.hidden_size))
+        if config.num_classes:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.head = nn.Linear(config.hidden_size, config.num_classes)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.position_embed, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            init.xavier_normal_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> ImageEncoderOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, image_size, image_size), normalised as in the training.
+            output_hidden_states, output_attentions: as `LongNetModel.forward`.
+
+        Raises:
+            ValueError: images of another size; the learned positions belong to this one.
+        """
+        config = self.config
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, "
+                f"{', '.join(map(str, expected))})."
+            )
+        patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).mT.contiguous()
+        outputs = super().forward(inputs_embeds=patches + self.position_embed, **kwargs)
+        logits = self.head(self.norm(outputs.last_hidden_state.mean(1))) if config.num_classes else None
+        return ImageEncoderOutput(
+            last_hidden_state=outputs.last_hidden_state, logits=logits, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )  # fmt: skip
+
+
+LongNetImageConfig.register_for_auto_class()
+LongNetImageEncoder.register_for_auto_class("AutoModel")
+
+__all__ = ["ImageEncoderOutput", "LongNetImageConfig", "LongNetImageEncoder"]

@@ -1,0 +1,386 @@
+"""Converted weights give the released outputs; names go both ways; what does not fit is refused, with its reason."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import assert_close, refused
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
+from modeling_longnet.conversion import convert, convert_checkpoint, main, to_torchscale
+from modeling_longnet.image_encoder import LongNetImageEncoder
+from modeling_longnet.slide_encoder import LongNetSlideEncoder
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MODELS = sorted(path.stem.removeprefix("model_") for path in FIXTURES.glob("model_*.json"))
+FLOAT32 = 1e-6
+
+
+def read_fixture(name: str):
+    """The description, the foreign state dict, and the inputs' tensors of a fixture."""
+    notes = json.loads((FIXTURES / f"model_{name}.json").read_text())
+    tensors = load_file(FIXTURES / f"model_{name}.safetensors")
+    weights = {key.removeprefix("param."): x for key, x in tensors.items() if key.startswith("param.")}
+    return notes, weights, {key: x for key, x in tensors.items() if not key.startswith("param.")}
+
+
+def overrides_of(notes: dict, case: str) -> dict:
+    """What a user has to say of such a checkpoint."""
+    config = notes["config"]
+    config = config.get("encoder", config)
+    note = notes["notes"][case]
+    side = "decoder" if "decoder_layers" in config else "encoder"
+    given = {
+        "segment_lengths": note.get("segment_length") or config["segment_length"],
+        "dilation_rates": config["dilated_ratio"],
+        "num_attention_heads": config[f"{side}_attention_heads"],
+        "hidden_act": {"gelu": "gelu", "swish": "silu"}[config["activation_fn"]],
+    }
+    if notes["config"]["architecture"] in ("LongNetDecoder", "LongNetEncoder"):
+        given["is_causal"] = side == "decoder"
+        given["embedding_scale"] = 1.0 if config["no_scale_embedding"] else config[f"{side}_embed_dim"] ** 0.5
+    if config["xpos_rel_pos"]:
+        given["xpos_scale_base"] = config["xpos_scale_base"]
+    if "slide_ngrids" in notes["config"]:
+        given |= {"grid_size": notes["config"]["slide_ngrids"], "pooling": "mean" if note["global_pool"] else "cls"}
+    return given
+
+
+def run(model, tensors: dict, case: str) -> dict:
+    """The model's outputs under the fixture's names."""
+    with torch.no_grad():
+        if isinstance(model, LongNetSlideEncoder):
+            out = model(tensors[f"{case}.patches"], tensors[f"{case}.coords"])
+            return {
+                "output": out.pooler_output,
+                "encoder_out": out.last_hidden_state,
+                "all_layer_output": out.layer_embeddings,
+            }
+        if isinstance(model, LongNetImageEncoder):
+            return {"output": model(tensors[f"{case}.image"]).last_hidden_state}
+        out = model(tensors[f"{case}.tokens"], output_hidden_states=True)
+    *states, features = out.hidden_states
+    return {"logits": out.logits, "hidden": torch.stack(states), "features": features}
+
+
+CASES = [(name, case) for name in MODELS for case in read_fixture(name)[0]["notes"]]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("name", "case"), CASES, ids=["-".join(c) for c in CASES])
+def test_converted_weights_give_the_released_outputs(name, case, dtype, implementation):
+    """Every output of the released code; where a bug acts there, the same weights under the exact rule."""
+    notes, weights, tensors = read_fixture(name)
+    model = convert(weights, **overrides_of(notes, case)).to(dtype)
+    model.set_attn_implementation(implementation)
+    exact = notes["notes"][case]["exact"]
+    found = run(model, tensors, case)
+    checked = 0
+    for key, value in found.items():
+        wanted = tensors.get(f"{case}.{key}_exact_rule", tensors[f"{case}.{key}"] if exact else None)
+        if wanted is None:
+            continue
+        # The last layer's output stands in `hidden` of the fixture alone: here the tuple ends with the final norm.
+        wanted = wanted[: len(value)] if key == "hidden" else wanted
+        assert_close(key, value, wanted, FLOAT32 if dtype == torch.float32 else 1e-12)
+        checked += 1
+    assert checked == (len(found) if exact else 1)
+
+
+PADDED = [(n, c) for n, c in CASES if read_fixture(n)[0]["notes"][c]["bugs"] == [1]]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "case"), PADDED, ids=["-".join(c) for c in PADDED])
+def test_attend_zero_padding_gives_the_released_outputs_where_that_bug_acts(name, case, implementation):
+    notes, weights, tensors = read_fixture(name)
+    model = convert(weights, attend_zero_padding=True, **overrides_of(notes, case)).double()
+    model.set_attn_implementation(implementation)
+    for key, value in run(model, tensors, case).items():
+        wanted = tensors[f"{case}.{key}"]
+        assert_close(key, value, wanted[: len(value)] if key == "hidden" else wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_shapes_go_both_ways(name, tmp_path):
+    """Converted, saved, loaded and written back, every tensor is there again, bit by bit."""
+    notes, weights, _ = read_fixture(name)
+    save_file(weights, tmp_path / "source.safetensors")
+    made = convert_checkpoint(tmp_path / "source.safetensors", tmp_path / "folder", **overrides_of(notes, "a"))
+    assert made.config.head_offsets == "blocked"
+    assert made.config.converted_from.endswith("source.safetensors")
+    loaded = type(made).from_pretrained(tmp_path / "folder")
+    assert loaded.config.converted_from == made.config.converted_from
+    to_torchscale(loaded, tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    assert sorted(back) == sorted(notes["parameters"])
+    for key, x in weights.items():
+        torch.testing.assert_close(back[key], x, rtol=0, atol=1e-7 if key.endswith("xpos.scale") else 0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "suffix"),
+    [
+        (lambda state: state, ".safetensors"),
+        (lambda state: state, ".pth"),
+        (lambda state: {"model": state}, ".pt"),
+        (lambda state: {"model": {f"encoder.{k}": x for k, x in state.items()}}, ".bin"),
+    ],
+    ids=["safetensors", "torch", "under-model", "with-prefix"],
+)
+def test_files_and_wrappings(wrap, suffix, tmp_path):
+    notes, weights, _ = read_fixture("encoder_plain")
+    file = tmp_path / f"source{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(wrap(weights), file)
+    given = overrides_of(notes, "a")
+    if suffix == ".bin":
+        del given["is_causal"]  # the prefix says it
+    model = convert_checkpoint(file, tmp_path / "folder", **given)
+    assert isinstance(model, LongNetForCausalLM)
+    assert not model.config.is_causal
+    torch.testing.assert_close(model.model.embed_tokens.weight, weights["embed_tokens.weight"], rtol=0, atol=0)
+
+
+def test_a_fine_tuned_longvit_keeps_its_head():
+    """mean over the patches, fc_norm, head (modeling_finetune.py in TorchScale's examples/longvit)."""
+    notes, weights, tensors = read_fixture("longvit")
+    tuned = {f"model.{key}": x for key, x in weights.items()}
+    tuned |= {
+        "fc_norm.weight": torch.randn(32),
+        "fc_norm.bias": torch.randn(32),
+        "head.weight": torch.randn(3, 32),
+        "head.bias": torch.randn(3),
+    }
+    model = convert(tuned, **overrides_of(notes, "a")).double()
+    with torch.no_grad():
+        logits = model(tensors["a.image"]).logits
+    double = {key: x.double() for key, x in tuned.items()}
+    mean = tensors["a.output"].mean(1)
+    normed = torch.nn.functional.layer_norm(mean, (32,), double["fc_norm.weight"], double["fc_norm.bias"], 1e-5)
+    assert_close("logits", logits, normed @ double["head.weight"].T + double["head.bias"])
+    back = to_torchscale(model)
+    assert {key: tuple(x.shape) for key, x in back.items()} == {key: tuple(x.shape) for key, x in tuned.items()}
+
+
+def test_an_encoder_without_a_vocabulary_takes_embeddings():
+    notes, weights, _ = read_fixture("encoder_plain")
+    bare = {k: x for k, x in weights.items() if k not in ("embed_tokens.weight", "output_projection.weight")}
+    given = overrides_of(notes, "a")
+    model, whole = convert(bare, **given).double(), convert(weights, **given).double()
+    assert type(model) is LongNetModel
+    assert model.config.vocab_size is None
+    embeds = torch.randn(2, 13, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close("hidden", model(inputs_embeds=embeds)[0], whole.model(inputs_embeds=embeds)[0])
+
+
+def test_published_models_need_no_words():
+    """Their segments, rates, heads and activation are known by their sizes."""
+    from modeling_longnet.image_encoder import LongNetImageConfig
+    from modeling_longnet.slide_encoder import LongNetSlideConfig
+
+    for encoder, config in (
+        (LongNetSlideEncoder, LongNetSlideConfig()),
+        (LongNetImageEncoder, LongNetImageConfig(image_size=4096, segment_lengths=[1024 << i for i in range(5)])),
+    ):
+        with torch.device("meta"):
+            model = encoder(config)
+        read = convert(to_torchscale(model)).config.to_dict()
+        assert {k: x for k, x in read.items() if k != "dtype"} == {
+            k: x for k, x in config.to_dict().items() if k != "dtype"
+        }
+
+
+def with_changes(weights: dict, **changes) -> dict:
+    weights = {name: x for name, x in weights.items()}
+    for name, x in changes.items():
+        if x is None:
+            weights = {key: value for key, value in weights.items() if name not in key}
+        else:
+            weights[name.replace("__", ".")] = x
+    return weights
+
+
+BAD_STATES = {
+    "deepnorm": ({"inner_attn_ln": None, "ffn_layernorm": None}, ["sub-LN", "DeepNorm", "inner_attn_ln.weight"]),
+    "experts": ({"layers__1__moe_layer__gate__wg__weight": torch.zeros(2)}, ["mixture of experts", "moe_layer"]),
+    "encoder-decoder": ({"layers__0__encoder_attn__q_proj__weight": torch.zeros(2)}, ["cross-attention"]),
+    "learned-positions": ({"embed_positions__weight": torch.zeros(2)}, ["learned position"]),
+    "shape": ({"layers__1__ffn__fc2__bias": torch.zeros(7)}, ["wrong shape", "layers.1.ffn.fc2.bias (7,)", "(32,)"]),
+    "missing": ({"layers.1.ffn.fc1.bias": None}, ["missing tensors", "layers.1.ffn.fc1.bias"]),
+    "unknown": ({"something__else": torch.zeros(2)}, ["unknown tensors", "something.else"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_STATES.values(), ids=BAD_STATES)
+def test_weights_of_other_models_are_refused_with_the_list(changes, words, tmp_path):
+    notes, weights, _ = read_fixture("decoder_plain")
+    torch.save(with_changes(weights, **changes), tmp_path / "source.pt")
+    with refused(*words):
+        convert_checkpoint(tmp_path / "source.pt", tmp_path / "folder", **overrides_of(notes, "a"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pt"]
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("this-must-not-be-made",)
+
+
+def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notes, weights, _ = read_fixture("decoder_plain")
+    given = overrides_of(notes, "a")
+    save_file(weights, "whole.safetensors")
+    torch.save(weights, "whole.pt")
+    for suffix in ("safetensors", "pt"):
+        content = Path(f"whole.{suffix}").read_bytes()
+        Path(f"cut.{suffix}").write_bytes(content[: len(content) // 2])
+    Path("code.pt").write_bytes(pickle.dumps({"layers.0.self_attn.q_proj.weight": _RunsCode()}))
+    torch.save({"model": _RunsCode()}, "code-in-zip.pt")
+    torch.save({"model": weights, "state_dict": weights}, "two.pt")
+    torch.save([torch.zeros(1)], "list.pt")
+    torch.save({"a": torch.zeros(1)}, "other.pt")
+    before = sorted(Path().iterdir())
+    for file, *words in (
+        ("cut.safetensors", "cut short"),
+        ("cut.pt", "cut short"),
+        ("code.pt", "could run code"),
+        ("code-in-zip.pt", "could run code"),
+        ("two.pt", "no state dict"),
+        ("list.pt", "no state dict"),
+        ("other.pt", "not recognised", "Prov-GigaPath"),
+    ):
+        with refused(*words):
+            convert_checkpoint(file, "folder", **given)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        convert_checkpoint("absent.pt", "folder", **given)
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    notes, weights, _ = read_fixture("decoder_plain")
+    torch.save(weights, tmp_path / "source.pt")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("kept")
+    with refused("no empty folder"):
+        convert_checkpoint(tmp_path / "source.pt", tmp_path / "folder", **overrides_of(notes, "a"))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine"]
+
+
+def test_what_weights_cannot_tell_is_asked_for():
+    _, weights, _ = read_fixture("decoder_xpos")
+    with refused("segment_lengths", "dilation_rates", "hidden_act", "is_causal", "xpos_scale_base"):
+        convert(weights)
+    _, weights, _ = read_fixture("slide")
+    with refused("Prov-GigaPath", "segment_lengths", "dilation_rates", "num_attention_heads", "hidden_act"):
+        convert(weights)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"hidden_size": 64}, ["hidden_size=64 contradicts", "32"]),
+        ({"num_attention_heads": 8}, ["num_attention_heads=8 contradicts", "4"]),
+        ({"position_embedding": "none"}, ["contradicts", "xpos"]),
+        ({"segment_lenghts": [4]}, ["segment_lenghts", "no field"]),
+        ({"segment_lengths": [16, 8, 4]}, ["must not fall"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_overrides_that_do_not_fit_are_refused(override, words):
+    notes, weights, _ = read_fixture("decoder_xpos")
+    with refused(*words):
+        convert(weights, **(overrides_of(notes, "a") | override))
+
+
+def test_ignored_tensors_are_left_out():
+    notes, weights, _ = read_fixture("slide")
+    more = weights | {"decoder_blocks.0.weight": torch.zeros(3)}
+    with refused("unknown tensors", "decoder_blocks.0.weight"):
+        convert(more, **overrides_of(notes, "a"))
+    model = convert(more, ignore=["decoder_*"], **overrides_of(notes, "a"))
+    assert sorted(to_torchscale(model)) == sorted(weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_offsets": "interleaved"}, ["head_offsets", "blocked"]),
+        ({"head_offsets": "blocked", "num_key_value_heads": 2}, ["num_key_value_heads=2"]),
+        ({"head_offsets": "blocked", "position_embedding": "rope"}, ["rope"]),
+    ],
+    ids=["offsets", "shared-heads", "rope"],
+)
+def test_what_torchscale_cannot_be_is_not_written(changes, words):
+    config = LongNetConfig(
+        vocab_size=11, hidden_size=24, intermediate_size=12, num_hidden_layers=1, num_attention_heads=6,
+        segment_lengths=[4, 8], dilation_rates=[1, 2], **changes,
+    )  # fmt: skip
+    with refused(*words):
+        to_torchscale(LongNetModel(config))
+
+
+def test_command_line(tmp_path, capsys):
+    _, weights, tensors = read_fixture("decoder_xpos_base16")
+    torch.save(weights, tmp_path / "source.pt")
+    command = [
+        str(tmp_path / "source.pt"), str(tmp_path / "folder"), "--segment-lengths", "8", "16", "32",
+        "--dilation-rates", "1", "2", "4", "--is-causal", "--hidden-act", "silu",
+        "--embedding-scale", str(24**0.5), "--set", "pad_token_id=1",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "xpos_scale_base" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+    main([*command, "--xpos-scale-base", "16"])
+    assert "blocked" in capsys.readouterr().out
+    model = LongNetForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float64)
+    assert model.config.tie_word_embeddings
+    assert model.config.pad_token_id == 1
+    with torch.no_grad():
+        assert_close("logits", model(tensors["a.tokens"]).logits, tensors["a.logits"])
+
+
+REMOTE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folder, auto, inputs, output = sys.argv[1:]
+assert "modeling_longnet" not in sys.modules
+model = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}[auto].from_pretrained(
+    folder, trust_remote_code=True, dtype=torch.float64)
+with torch.no_grad():
+    out = model(**load_file(inputs))
+save_file({"out": out.logits if auto.endswith("LM") else out.last_hidden_state}, output)
+assert "modeling_longnet" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("name", ["decoder_xpos", "encoder_plain", "slide", "longvit"])
+def test_converted_folders_load_as_remote_code(name, tmp_path):
+    """In a process that cannot import this package."""
+    notes, weights, tensors = read_fixture(name)
+    save_file(weights, tmp_path / "source.safetensors")
+    model = convert_checkpoint(tmp_path / "source.safetensors", tmp_path / "folder", **overrides_of(notes, "a"))
+    assert AutoConfig.from_pretrained(tmp_path / "folder").model_type == model.config.model_type
+    auto = AutoModelForCausalLM if hasattr(model, "lm_head") else AutoModel
+    assert type(auto.from_pretrained(tmp_path / "folder")) is type(model)
+    names = {"tokens": "input_ids", "patches": "tiles", "coords": "coordinates", "image": "pixel_values"}
+    inputs = {names[k[2:]]: x for k, x in tensors.items() if k.startswith("a.") and k[2:] in names}
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    arguments = [tmp_path / "folder", auto.__name__, tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "run.py").write_text(REMOTE)
+    subprocess.run([sys.executable, "run.py", *map(str, arguments)], cwd=tmp_path, env=environment, check=True)
+    out = load_file(tmp_path / "out.safetensors")["out"]
+    key = next(k for k in ("a.logits", "a.encoder_out", "a.output") if k in tensors)
+    assert_close("out", out, tensors[key])
