@@ -29,7 +29,7 @@ from .dilated_attention import Plan, attend_chunks
 from .packing import pack
 from .positions import Turns, make_turns, turn
 from .reference import count_branches, count_zero_padding, dense_attention
-from .sharding import SequenceSharded, Shard, ShardInputs, attend_sharded, group_loss, shard_inputs
+from .sharding import SequenceSharded, Shard, ShardInputs, attend_sharded, check_same_batch, group_loss, shard_inputs
 
 # Transformers 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -255,6 +255,8 @@ class LongNetModel(LongNetPreTrainedModel):
         """
         cache = cache if cache is not None else past_key_values
         shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
+        if shard is not None:
+            check_same_batch(input_ids if inputs_embeds is None else inputs_embeds, shard.group)
         embeds = self._embed(input_ids, inputs_embeds, shard)
         backend = self._backend(embeds, kwargs)
         if cache is None and use_cache and self.config.is_causal and shard is None:
@@ -278,14 +280,14 @@ class LongNetModel(LongNetPreTrainedModel):
                     f"{self.config.hidden_size})."
                 )
             _check_not_empty("inputs_embeds", inputs_embeds)
-            return inputs_embeds if shard is None else shard.cut_batch(inputs_embeds)
+            return inputs_embeds if shard is None else shard.cut(inputs_embeds)
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length).")
         _check_not_empty("input_ids", input_ids)
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
-        embeds = self.embed_tokens(input_ids if shard is None else shard.cut_batch(input_ids))
+        embeds = self.embed_tokens(input_ids if shard is None else shard.cut(input_ids))
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
     def _backend(self, embeds: Tensor, kwargs: dict) -> str:

@@ -129,11 +129,6 @@ class Shard(NamedTuple):
         """(B, L, ...) -> (B, n, ...)."""
         return x[:, self.begin : self.end]
 
-    def cut_batch(self, batch: Tensor) -> Tensor:
-        """The same, of a model's (B, L) ids or (B, L, E) inputs; ValueError unless every rank was given the same."""
-        _check_same_batch(batch, self.group)
-        return self.cut(batch)
-
     def cut_chunks(self, chunks: tuple[Chunk, ...], rank: int) -> tuple[Chunk, ...]:
         """The chunks of whole sequences as a rank holds them, columns counted from its first."""
         begin, end = self.borders[rank : rank + 2]
@@ -466,7 +461,7 @@ def _all_gather(x: Tensor, group) -> list[Tensor]:
     return parts
 
 
-def _check_same_batch(batch: Tensor, group) -> None:
+def check_same_batch(batch: Tensor, group) -> None:
     """Raise ValueError, on every rank, unless all ranks of the group were given the same (B, L, ...) batch."""
     weights = torch.arange(batch.shape[1], device=batch.device) % 65_521 + 1
     checksum = (batch * weights).sum() if batch.dim() == 2 else batch.new_zeros((), dtype=torch.int64)
