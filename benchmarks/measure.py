@@ -75,13 +75,18 @@ def _status_bytes(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now (Linux)."""
+    return _status_bytes("VmRSS")
+
+
 def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
     call = prepare(*arguments)
     call()  # the kernels' code and their own buffers are there from now on
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # give back what the first call left, or the second would reuse it
     Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark VmHWM
-    before = _status_bytes("VmRSS")
+    before = resident_bytes()
     result = call()
     peak = _status_bytes("VmHWM")
     del result

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from . import op
+from . import decode, op
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
-BENCHMARKS = {"op": op}
+BENCHMARKS = {"op": op, "decode": decode}
 RESULTS = ROOT / "benchmarks" / "results"
 
 

@@ -1,0 +1,153 @@
+"""Decoding and reading on: a step's time against the context, against a dense model, and a stream's memory.
+
+A model with random weights; times do not depend on them. The dense one is Transformers' Llama of the same sizes with
+its DynamicCache. The stream is a tiny model in a process of its own.
+"""
+
+import argparse
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from matplotlib.figure import Figure
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream
+from modeling_longnet.modeling_longnet import CACHE
+
+from .measure import resident_bytes, spread, time_alternately
+
+PATTERN = {"segment_lengths": [512, 2048, 8192, 32768], "dilation_rates": [1, 4, 16, 64]}
+SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+TINY = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+CHUNK = 32_768
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 16_384, 1_048_576])
+    parser.add_argument("--dense-contexts", type=int, nargs="+", default=[1024, 16_384])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing the steps")
+    parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="100000000 takes minutes, see README")
+
+
+def _longnet(sizes: dict) -> LongNetForCausalLM:
+    torch.manual_seed(0)
+    config = LongNetConfig(**sizes, **PATTERN, intermediate_size=4 * sizes["hidden_size"], position_embedding="rope")
+    return LongNetForCausalLM(config).eval()
+
+
+def _llama(sizes: dict) -> LlamaForCausalLM:
+    # A gated feed-forward of 8/3 hidden sizes has as many parameters as LongNet's of 4.
+    config = LlamaConfig(**sizes, intermediate_size=8 * sizes["hidden_size"] // 3, max_position_embeddings=1 << 20)
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def _fill(model, cache, length: int, chunk: int) -> list[tuple[int, float]]:
+    """Feed `length` random tokens; (tokens so far, seconds of the chunk) for each chunk."""
+    times = []
+    for begin in range(0, length, chunk):
+        ids = torch.randint(model.config.vocab_size, (1, min(chunk, length - begin)))
+        start = time.perf_counter()
+        model(ids, **{CACHE: cache}, logits_to_keep=1)
+        times.append((begin + ids.shape[1], time.perf_counter() - start))
+    return times
+
+
+def _stepper(model, cache):
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    @torch.no_grad()
+    def step():
+        return model(token, **{CACHE: cache}).logits
+
+    return step
+
+
+def _stream_memory(tokens: int, threads: int) -> list[tuple[int, float, int]]:
+    """(tokens read, seconds, resident bytes) ten times along a stream."""
+    torch.set_num_threads(threads)
+    text = torch.randint(TINY["vocab_size"], (tokens,), dtype=torch.uint8)
+    samples, begin, every = [], time.perf_counter(), tokens // 10
+    for scored in stream(_longnet(TINY), text, chunk_size=CHUNK, progress=True):
+        if scored.stop > every * (len(samples) + 1) or scored.stop == tokens:
+            samples.append((scored.stop, time.perf_counter() - begin, resident_bytes()))
+    return samples
+
+
+def run(args: argparse.Namespace) -> dict:
+    ours, dense = _longnet(SIZES), _llama(SIZES)
+    steps, fill = {}, []
+    for length in args.contexts:
+        cache = LongNetCache(ours.config)
+        print(f"reading {length:,} tokens ...", flush=True)
+        fill = _fill(ours, cache, length, CHUNK)
+        steps[f"longnet {length}"] = _stepper(ours, cache)
+    for length in args.dense_contexts:
+        cache = DynamicCache(config=dense.config)
+        _fill(dense, cache, length, 1024)
+        steps[f"dense {length}"] = _stepper(dense, cache)
+    samples = time_alternately(steps, seconds=args.seconds, least=10, most=500)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        streamed = pool.submit(_stream_memory, args.stream_tokens, args.threads).result()
+    return {"sizes": SIZES, "pattern": PATTERN, "step_seconds": samples, "fill": fill, "stream": streamed}
+
+
+def _ratio_line(samples: dict, slow: str, fast: str) -> str:
+    ratios = spread([a / b for a, b in zip(samples[slow], samples[fast], strict=True)])
+    return f"| {slow} / {fast} | {ratios.median:.2f} ({ratios.least:.2f} to {ratios.most:.2f}) |"
+
+
+def headline(result: dict) -> str:
+    """Ratios of steps, speed of reading and growth of memory."""
+    samples = result["step_seconds"]
+    ours = [name for name in samples if name.startswith("longnet")]
+    dense = [name for name in samples if name.startswith("dense")]
+    lines = ["| one decoding step, time | median of rounds (least to most) |", "| --- | --- |"]
+    lines += [_ratio_line(samples, name, ours[0]) for name in ours[1:]]
+    lines += [_ratio_line(samples, d, o) for d in dense for o in ours if d.split()[1] == o.split()[1]]
+    full = [(tokens, seconds) for tokens, seconds in result["fill"] if tokens > max(PATTERN["segment_lengths"])]
+    if len(full) >= 4:
+        half = len(full) // 2
+        first, second = (spread([s for _, s in part]).median for part in (full[:half], full[half:]))
+        lines.append(
+            f"| reading, second half of {full[-1][0]:,} tokens / first (beyond the longest segment) "
+            f"| {second / first:.2f} |"
+        )
+    (early, _, small), (late, seconds, large) = result["stream"][0], result["stream"][-1]
+    text = (
+        f"A tiny model read {late:,} tokens in {seconds:,.0f} s; from token {early:,} on its memory changed by "
+        f"{(large - small) / 2**20:+.1f} MiB of {small / 2**20:,.0f} (the text itself included)."
+    )
+    return "\n".join(lines) + "\n\n" + text
+
+
+def tables(result: dict) -> str:
+    """The headline and every median."""
+    lines = ["| contestant, tokens of context | ms a step, median (least to most) |", "| --- | --- |"]
+    for name, seconds in result["step_seconds"].items():
+        s = spread([1e3 * x for x in seconds])
+        lines.append(f"| {name} | {s.median:.2f} ({s.least:.2f} to {s.most:.2f}) |")
+    return headline(result) + "\n\n" + "\n".join(lines)
+
+
+def plot(result: dict, path: str) -> None:
+    """Step time against context, and memory along the stream."""
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    for who in ("longnet", "dense"):
+        points = [
+            (int(name.split()[1]), 1e3 * spread(seconds).median)
+            for name, seconds in result["step_seconds"].items()
+            if name.startswith(who)
+        ]
+        left.plot(*zip(*points, strict=True), "o-", label=who)
+    left.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms a decoding step")
+    left.legend()
+    tokens, _, memory = zip(*result["stream"], strict=True)
+    right.plot(tokens, [x / 2**20 for x in memory], "o-")
+    right.set(xlabel="tokens streamed", ylabel="resident MiB", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
