@@ -1,0 +1,171 @@
+"""Slides in a batch equal each alone; background is left out; maps are those of the dense reference."""
+
+import pytest
+import torch
+from checks import assert_close, refused
+
+from modeling_longnet import LongNetSlideConfig, LongNetSlideEncoder
+from modeling_longnet.slide_encoder import place_features
+
+FEATURES = 5
+
+
+def make_encoder(**overrides) -> LongNetSlideEncoder:
+    """A small one whose segments end often, in float64; every weight random, so that all of them matter."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "segment_lengths": [4, 7, 16], "dilation_rates": [1, 2, 4], "tile_features": FEATURES, "grid_size": 11,
+    }  # fmt: skip
+    encoder = LongNetSlideEncoder(LongNetSlideConfig(**(sizes | overrides))).double().eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return encoder
+
+
+def make_slides(*counts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tiles, coordinates and mask of ragged slides; what stands in the padding is NaN and off the grid."""
+    tiles = torch.randn(len(counts), max(counts), FEATURES, dtype=torch.float64)
+    coordinates = torch.randint(0, 11 * 256, (len(counts), max(counts), 2))
+    mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    return tiles.masked_fill(~mask[..., None], torch.nan), coordinates.masked_fill(~mask[..., None], -999), mask
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [False, True], ids=["exact", "zero-padding"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_ragged_slides_equal_each_alone(pooling, padding, implementation):
+    counts = (13, 1, 29, 18)
+    encoder = make_encoder(pooling=pooling, attend_zero_padding=padding)
+    encoder.set_attn_implementation(implementation)
+    tiles, coordinates, mask = make_slides(*counts)
+    with torch.no_grad():
+        batch = encoder(tiles, coordinates, mask, attention_queries=[0, 1])
+        for row, count in enumerate(counts):
+            alone = encoder(tiles[row : row + 1, :count], coordinates[row : row + 1, :count], attention_queries=[0, 1])
+            assert_close("pooler_output", batch.pooler_output[row], alone.pooler_output[0])
+            assert_close("layer_embeddings", batch.layer_embeddings[:, row], alone.layer_embeddings[:, 0])
+            assert_close("last_hidden_state", batch.last_hidden_state[row, : 1 + count], alone.last_hidden_state[0])
+            assert_close("maps", batch.attention_maps[:, row, ..., : 1 + count], alone.attention_maps[:, 0])
+            assert batch.last_hidden_state[row, 1 + count :].count_nonzero() == 0
+            assert batch.attention_maps[:, row, ..., 1 + count :].count_nonzero() == 0
+
+
+def test_background_tiles_are_as_if_they_were_not_there():
+    encoder = make_encoder()
+    tiles, coordinates, _ = make_slides(23)
+    tissue = torch.rand(1, 23) < 0.6
+    assert 0 < tissue.sum() < 23
+    kept = tissue[0].nonzero().flatten()
+    tiles[~tissue] = torch.nan
+    queries = [0, int(kept[3]) + 1, int((~tissue[0]).nonzero()[0]) + 1]
+    with torch.no_grad():
+        whole = encoder(tiles, coordinates, tissue, attention_queries=queries)
+        alone = encoder(tiles[:, kept], coordinates[:, kept], attention_queries=[0, 4])
+    tokens = torch.cat([torch.zeros(1, dtype=torch.int64), kept + 1])
+    assert_close("pooler_output", whole.pooler_output, alone.pooler_output)
+    assert_close("last_hidden_state", whole.last_hidden_state[:, tokens], alone.last_hidden_state)
+    assert_close("maps", whole.attention_maps[..., :2, :][..., tokens], alone.attention_maps)
+    assert whole.attention_maps[..., 2, :].count_nonzero() == 0, "a tile left out attends to nothing"
+
+
+def test_gradients_do_not_know_of_padding():
+    encoder = make_encoder(pooling="mean")
+    tiles, coordinates, mask = make_slides(9, 14)
+    names = [name for name, _ in encoder.named_parameters()]
+    parameters = list(encoder.parameters())
+    batch = torch.autograd.grad(encoder(tiles, coordinates, mask).pooler_output.sum(), parameters, allow_unused=True)
+    alone = torch.autograd.grad(
+        sum(
+            encoder(tiles[i : i + 1, :n], coordinates[i : i + 1, :n]).pooler_output.sum() for i, n in enumerate((9, 14))
+        ),
+        parameters,
+        allow_unused=True,
+    )
+    for name, a, b in zip(names, batch, alone, strict=True):
+        # Adding a constant to every key changes no weight: that gradient is rounding alone.
+        if b is not None and "k_proj.bias" not in name:
+            assert_close(name, a, b, 1e-11)
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["exact", "zero-padding"])
+def test_maps_are_those_of_the_dense_reference(padding):
+    encoder = make_encoder(attend_zero_padding=padding)
+    tiles, coordinates, _ = make_slides(21)
+    with torch.no_grad():
+        maps = encoder(tiles, coordinates, attention_queries=[0, 5, 21]).attention_maps
+        encoder.set_attn_implementation("eager")
+        dense = []
+        for layer in encoder.layers:
+            layer.self_attn.register_forward_hook(lambda module, inputs, output: dense.append(output[1]))
+        encoder(tiles, coordinates)
+    assert_close("maps", maps, torch.stack(dense)[..., [0, 5, 21], :])
+    if not padding:
+        assert_close("sums", maps.sum(-1), torch.ones(3, 1, 6, 3, dtype=torch.float64))
+
+
+def test_place_features_tell_all_places_apart():
+    """The table of 1000 places: sines, then cosines, of fast to slow angles."""
+    table = place_features(1000, 8)
+    torch.testing.assert_close(table[3, 0], torch.tensor(3.0).sin())
+    torch.testing.assert_close(table[3, 7], torch.tensor(3 * 10000 ** (-3 / 4)).cos())
+    assert len(table.unique(dim=0)) == 1000
+
+
+def test_training_drops_paths_and_evaluation_does_not():
+    encoder = make_encoder(dropout=0.0, drop_path_rate=0.9)
+    tiles, coordinates, _ = make_slides(6)
+    with torch.no_grad():
+        quiet = [encoder(tiles, coordinates).pooler_output for _ in range(2)]
+        torch.testing.assert_close(*quiet, rtol=0, atol=0)
+        encoder.train()
+        states = [encoder(tiles, coordinates).layer_embeddings for _ in range(16)]
+    # The first block never drops, the last one loses both branches in 4 of 5 passes.
+    unchanged = [[bool((s[n + 1] == s[n]).all()) for s in states] for n in range(3)]
+    assert not any(unchanged[0])
+    assert any(unchanged[2])
+    assert not all(unchanged[2])
+
+
+def test_half_precision_tiles_enter_a_float32_model():
+    encoder = make_encoder().float()
+    tiles, coordinates, _ = make_slides(6)
+    with torch.no_grad():
+        assert encoder(tiles.half(), coordinates).pooler_output.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, c, m: (t[..., :3], c, m, None), ["tiles has shape", "5"]),
+        (lambda t, c, m: (t[:, :0], c[:, :0], m[:, :0], None), ["tiles has shape"]),
+        (lambda t, c, m: (t, c[:, 1:], m, None), ["coordinates has shape", "(2, 9, 2)"]),
+        (lambda t, c, m: (t, c, m[:, 1:], None), ["attention_mask has shape", "CLS"]),
+        (lambda t, c, m: (t, c, m & torch.tensor([[True], [False]]), None), ["slide 1 without any tile"]),
+        (lambda t, c, m: (t, c + 11 * 256, m, None), ["tile 0 of slide 0", "grid_size * tile_size = 2816"]),
+        (lambda t, c, m: (t, c, m, [10]), ["attention_queries=[10]", "9"]),
+        (lambda t, c, m: (t, c, m, []), ["attention_queries=[]"]),
+    ],
+    ids=["features", "no-tiles", "coordinates", "mask", "empty-slide", "grid", "query", "no-query"],
+)
+def test_inputs_that_do_not_fit_are_refused(change, words):
+    with refused(*words):
+        make_encoder()(*change(*make_slides(9, 4)))
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ({"grid_size": 0}, "grid_size"),
+        ({"pooling": "max"}, "pooling"),
+        ({"is_causal": True}, "bidirectional"),
+        ({"position_embedding": "xpos"}, "coordinates"),
+        ({"hidden_size": 18}, "multiple of 4"),
+        ({"tile_feature": 3}, "tile_features"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_configs_that_do_not_fit_are_refused(override, word):
+    with refused(word):
+        make_encoder(**override)
