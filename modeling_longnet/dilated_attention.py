@@ -455,13 +455,12 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"devices {query.device}, {key.device}, {value.device}: all three must be on one device.")
 
 
-def autocast_inputs(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast, the tensors in its dtype, as PyTorch's own attention takes them (float64 stays)."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which attention runs: autocast's where it is on, as PyTorch's own attention (float64 stays)."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def dilated_attention(
@@ -488,7 +487,7 @@ def dilated_attention(
         key, value: (B, G, L, D), G dividing H; not repeated in memory.
         segment_lengths, dilation_rates: w and r of each branch, in tokens, 1 <= r <= w, w not falling.
         is_causal: a query sees no later key.
-        scale: of the scores, 1 / sqrt(D) if None.
+        scale: of the scores, above 0; 1 / sqrt(D) if None.
         head_offsets: "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale).
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's flash and memory-efficient
             kernels), "flash_attn" (that package), or "auto", which takes "torch" where it runs.
@@ -508,7 +507,9 @@ def dilated_attention(
     """
     _check_inputs(query, key, value)
     branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), key.shape[1], head_offsets)
-    query, key, value = autocast_inputs(query, key, value)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} must be above 0: fused kernels multiply masked scores, -inf, by it.")
+    query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     backend = choose_backend(backend, query)
     if backend == "eager":
         positions = torch.arange(query.shape[2], device=query.device)[None]

@@ -25,7 +25,7 @@ from .branches import make_branches
 from .cache_longnet import LongNetCache, Step, cache_pattern
 from .chunked_loss import chunked_cross_entropy
 from .configuration_longnet import LongNetConfig
-from .dilated_attention import Plan, attend_chunks
+from .dilated_attention import Plan, attend_chunks, autocast_dtype
 from .packing import pack
 from .positions import Turns, make_turns, turn
 from .reference import count_branches, count_zero_padding, dense_attention
@@ -305,7 +305,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 f"attn_implementation={implementation!r}: allowed are 'eager', 'sdpa', 'flash_attention_2'."
             )
         name = "flash_attn" if implementation == "flash_attention_2" else self.config.attention_backend
-        sample = torch.empty(0, self.config.head_dim, dtype=_attention_dtype(embeds), device=embeds.device)
+        sample = torch.empty(0, self.config.head_dim, dtype=autocast_dtype(embeds), device=embeds.device)
         return choose_backend(name, sample)
 
     def _attention_inputs(self, embeds, attention_mask, position_ids, cache, backend) -> AttentionInputs:
@@ -315,7 +315,7 @@ class LongNetModel(LongNetPreTrainedModel):
             self._check_cache(cache, batch)
             starts, columns = cache.lengths or None, cache.get_seq_length()
         packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
-        turns = make_turns(self.config, packing.positions, _attention_dtype(embeds))
+        turns = make_turns(self.config, packing.positions, autocast_dtype(embeds))
         counts = zero_padding = step = None
         if backend == "eager":
             counts = self._count_keys(packing, cache)
@@ -328,7 +328,7 @@ class LongNetModel(LongNetPreTrainedModel):
         attention, config = self.layers[0].self_attn, self.config
         plan = Plan((), attention.branches, config.is_causal, attention.scale, backend, config.attend_zero_padding)
         packing, sharded = shard_inputs(shard, embeds, attention_mask, position_ids, plan)
-        turns = make_turns(config, packing.positions, _attention_dtype(embeds))
+        turns = make_turns(config, packing.positions, autocast_dtype(embeds))
         return AttentionInputs(packing.chunks, backend, turns, None, None, None, None, sharded)
 
     def _check_cache(self, cache, batch: int) -> None:
@@ -360,14 +360,6 @@ class LongNetModel(LongNetPreTrainedModel):
         for first, last, begin, end, *_ in packing.chunks.tolist():
             result[first:last, :, begin:end] = count_zero_padding(branches, end - begin)
         return result.to(embeds.device)
-
-
-def _attention_dtype(embeds: Tensor) -> torch.dtype:
-    """The dtype in which attention will run: autocast's where it is on."""
-    device = embeds.device.type
-    if torch.is_autocast_enabled(device) and embeds.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return embeds.dtype
 
 
 def _check_not_empty(name: str, x: Tensor) -> None:

@@ -13,16 +13,16 @@ ROUNDING = 1e-12  # float64, a few hundred additions
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = ROUNDING) -> None:
-    """Raise unless max|actual - expected| <= tolerance * max|expected|; NaN never passes.
+    """Raise unless max|actual - expected| <= tolerance * max(1, max|expected|); NaN never passes.
 
-    Where everything expected is zero the limit is `tolerance` itself.
+    Inputs are of the order of one, so where large terms cancel the rounding of those terms counts.
     """
     assert actual is not None, f"{name} is None"
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(expected).all(), f"{name}: the expected values are not finite"
     if actual.numel() == 0:
         return
-    scale = expected.abs().max().item() or 1.0
+    scale = max(1.0, expected.abs().max().item())
     error = (actual.to(expected.dtype) - expected).abs().max().item() / scale
     assert error <= tolerance, f"{name}: deviation {error:.3g} of the largest value, allowed {tolerance:.3g}"
 
