@@ -18,6 +18,8 @@ def unavailable(query: Tensor) -> str | None:
         return f"dtype {query.dtype} is no floating-point type"
     if query.device.type == "cuda" and query.dtype == torch.float64:
         return "PyTorch's CUDA kernels have no float64; use float32, or 'eager'"
+    if query.device.type == "cuda" and query.shape[-1] % 8:
+        return f"PyTorch's CUDA kernels take head dimensions that are multiples of 8, not {query.shape[-1]}; use 'eager'"
     return None
 
 
@@ -67,9 +69,8 @@ def _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale):
     groups, repeat = key.shape[1], query.shape[1] // key.shape[1]
     seeds = torch.zeros((), dtype=torch.int64, device=query.device)  # read with dropout only
     if _uses_flash(query):
-        none = torch.empty(0, device=query.device)
         return _aten._scaled_dot_product_flash_attention_backward(
-            grad_out, query, key, value, out, lse.contiguous(), none, none, query.shape[2], key.shape[2],
+            grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2],
             0.0, is_causal, seeds, seeds, scale=scale,
         )  # fmt: skip
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
