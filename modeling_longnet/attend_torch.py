@@ -19,7 +19,7 @@ def unavailable(query: Tensor) -> str | None:
     if query.device.type == "cuda" and query.dtype == torch.float64:
         return "PyTorch's CUDA kernels have no float64; use float32, or 'eager'"
     if query.device.type == "cuda" and query.shape[-1] % 8:
-        return f"PyTorch's CUDA kernels take head dimensions that are multiples of 8, not {query.shape[-1]}; use 'eager'"
+        return f"PyTorch's CUDA kernels take head dimensions of a multiple of 8, not {query.shape[-1]}; use 'eager'"
     return None
 
 
