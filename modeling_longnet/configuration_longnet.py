@@ -27,8 +27,9 @@ TORCHSCALE_NAMES = {
     "encoder_attention_heads": "num_attention_heads",
     "activation_fn": "hidden_act",
 }
-FLOAT32_MAX = 3.4028234663852886e38
-FLOAT16_MAX = 65504.0
+# The largest xPos scale: three quarters of a dtype's exponents, the rest is for the values that it multiplies.
+FLOAT32_SCALE = 2.0**96
+FLOAT16_SCALE = 2.0**12
 
 
 @strict
@@ -216,7 +217,7 @@ class LongNetConfig(PreTrainedConfig):
         """
         return math.lcm(*self.segment_lengths)
 
-    def smallest_xpos_scale_base(self, largest: float = FLOAT32_MAX) -> int:
+    def smallest_xpos_scale_base(self, largest: float = FLOAT32_SCALE) -> int:
         """The least whole base whose scales over half a period, zeta_0 ** (-period / 2 / base), stay below `largest`.
 
         zeta_0 = 0.4 / 1.4 is the fastest decay (arXiv 2212.10554, with TorchScale's gamma of 0.4).

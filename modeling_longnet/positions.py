@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .configuration_longnet import FLOAT16_MAX, LongNetConfig
+from .configuration_longnet import FLOAT16_SCALE, LongNetConfig
 
 # Positions turned at a time: float64 intermediates of a long sequence would outweigh its keys.
 _SLICE = 1 << 16
@@ -24,8 +24,10 @@ class Turns(NamedTuple):
 def make_turns(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> Turns | None:
     """The factors zeta_i ** (n / base) * exp(1j * n * theta_i) for queries, and with the inverse scale for keys.
 
-    n is the position modulo `config.position_period`, centred: only differences of n matter, and tokens that
-    meet lie in one period. theta_i = rope_theta ** (-2i / D), zeta_i = (2i + 0.4 D) / (1.4 D) (xPos, section 3).
+    n is the position modulo `config.position_period`, for xPos centred in it: only differences of n matter, and
+    tokens that meet lie in one period. Rotation alone needs no centre, and where segments do not nest a period is
+    so long that its middle has few digits left for an angle. theta_i = rope_theta ** (-2i / D), zeta_i =
+    (2i + 0.4 D) / (1.4 D) (xPos, section 3).
 
     Args:
         positions: (B or 1, L) integers on the device that attention runs on, each token's place in its document.
@@ -40,7 +42,7 @@ def make_turns(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> 
     if config.position_embedding == "none":
         return None
     if config.position_embedding == "xpos" and dtype == torch.float16:
-        smallest = config.smallest_xpos_scale_base(FLOAT16_MAX)
+        smallest = config.smallest_xpos_scale_base(FLOAT16_SCALE)
         if smallest > config.xpos_scale_base:
             raise ValueError(
                 f"float16 cannot hold xPos over {config.position_period} tokens with "
@@ -49,9 +51,11 @@ def make_turns(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> 
             )
     # MPS has no float64.
     device = positions.device if positions.device.type != "mps" else torch.device("cpu")
-    period = config.position_period
-    centred = (positions.to(device) % period - period // 2).double()
-    parts = [_turn(config, part, dtype) for part in centred.split(_SLICE, dim=1)]
+    period = min(config.position_period, 1 << 62)
+    n = positions.to(device) % period
+    if config.position_embedding == "xpos":
+        n = n - period // 2
+    parts = [_turn(config, part, dtype) for part in n.double().split(_SLICE, dim=1)]
     return Turns(*(torch.cat(x, 1).to(positions.device) if len(x) > 1 else x[0].to(positions.device)
                    for x in zip(*parts, strict=True)))  # fmt: skip
 
