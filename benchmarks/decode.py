@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="100000000 takes minutes, see README")
 
 
-def _longnet(sizes: dict) -> LongNetForCausalLM:
+def longnet_model(sizes: dict) -> LongNetForCausalLM:
     torch.manual_seed(0)
     config = LongNetConfig(**sizes, **PATTERN, intermediate_size=4 * sizes["hidden_size"], position_embedding="rope")
     return LongNetForCausalLM(config).eval()
 
 
-def _llama(sizes: dict) -> LlamaForCausalLM:
+def dense_model(sizes: dict) -> LlamaForCausalLM:
     # A gated feed-forward of 8/3 hidden sizes has as many parameters as LongNet's of 4.
     config = LlamaConfig(**sizes, intermediate_size=8 * sizes["hidden_size"] // 3, max_position_embeddings=1 << 20)
     return LlamaForCausalLM(config).eval()
@@ -70,14 +70,14 @@ def _stream_memory(tokens: int, threads: int) -> list[tuple[int, float, int]]:
     torch.set_num_threads(threads)
     text = torch.randint(TINY["vocab_size"], (tokens,), dtype=torch.uint8)
     samples, begin, every = [], time.perf_counter(), tokens // 10
-    for scored in stream(_longnet(TINY), text, chunk_size=CHUNK, progress=True):
+    for scored in stream(longnet_model(TINY), text, chunk_size=CHUNK, progress=True):
         if scored.stop > every * (len(samples) + 1) or scored.stop == tokens:
             samples.append((scored.stop, time.perf_counter() - begin, resident_bytes()))
     return samples
 
 
 def run(args: argparse.Namespace) -> dict:
-    ours, dense = _longnet(SIZES), _llama(SIZES)
+    ours, dense = longnet_model(SIZES), dense_model(SIZES)
     steps, fill = {}, []
     for length in args.contexts:
         cache = LongNetCache(ours.config)
