@@ -8,8 +8,8 @@ TRANSFORMERS ?=
 WORKERS ?= 2
 # Passed on to the command behind a target: make test ARGS='-k attention'
 ARGS ?=
-# Which benchmark `make bench` runs.
-BENCH ?= op
+# Which benchmarks `make bench` runs.
+BENCH ?= op train decode
 
 VENV := .venv$(if $(TRANSFORMERS),-transformers-$(subst *,x,$(TRANSFORMERS)))
 RUN := $(VENV)/bin/python -m
@@ -32,8 +32,8 @@ lint: $(READY) ## check style and format
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
-bench: $(READY) ## time against the rivals (BENCH=op), write benchmarks/results/*.json
-	$(RUN) benchmarks.run $(BENCH) $(ARGS)
+bench: $(READY) ## time against the rivals (BENCH=op for one), write benchmarks/results/*.json
+	for name in $(BENCH); do $(RUN) benchmarks.run $$name $(ARGS) || exit 1; done
 
 figures: $(READY) ## rebuild every table and plot from benchmarks/results/*.json
 	$(RUN) benchmarks.figures $(ARGS)
