@@ -12,8 +12,8 @@ from .branches import HEAD_OFFSETS, check_branches
 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 ATTENTION_BACKENDS = ("auto", "torch", "flash_attn")
-# Fields under the names that TorchScale gives them.
-TORCHSCALE_NAMES = {
+# Fields under the names that TorchScale and others give them.
+OTHER_NAMES = {
     "segment_length": "segment_lengths",
     "dilated_ratio": "dilation_rates",
     "xpos_rel_pos": "position_embedding",
@@ -26,6 +26,7 @@ TORCHSCALE_NAMES = {
     "decoder_attention_heads": "num_attention_heads",
     "encoder_attention_heads": "num_attention_heads",
     "activation_fn": "hidden_act",
+    "causal": "is_causal",
 }
 # The largest xPos scale: three quarters of a dtype's exponents, the rest is for the values that it multiplies.
 FLOAT32_SCALE = 2.0**96
@@ -138,7 +139,7 @@ class LongNetConfig(PreTrainedConfig):
         own = [field.name for field in fields(self)]
         for key in kwargs:
             close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
-            meant = TORCHSCALE_NAMES.get(key) or (close[0] if close else None)
+            meant = OTHER_NAMES.get(key) or (close[0] if close else None)
             if meant and not hasattr(type(self), key):
                 raise ValueError(f"LongNetConfig has no field {key!r}; did you mean {meant!r}?")
 
@@ -159,6 +160,9 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}.")
         if groups < 1 or heads % groups:
             raise ValueError(f"num_key_value_heads={groups} must be a divisor of num_attention_heads={heads}.")
+        pad = self.pad_token_id
+        if pad is not None and self.vocab_size is not None and not 0 <= pad < self.vocab_size:
+            raise ValueError(f"pad_token_id={pad} must be an id below vocab_size={self.vocab_size}, or None.")
         check_branches(self.segment_lengths, self.dilation_rates)
         self._check_name("head_offsets", HEAD_OFFSETS)
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
@@ -177,8 +181,8 @@ class LongNetConfig(PreTrainedConfig):
                 f"attention_dropout={self.attention_dropout} must be 0: the attention kernels have no dropout that "
                 "merges over branches; use dropout or activation_dropout."
             )
-        for name in ("xpos_scale_base", "rope_theta", "layer_norm_eps", "embedding_scale"):
-            if not getattr(self, name) > 0:
+        for name in ("xpos_scale_base", "rope_theta", "layer_norm_eps", "embedding_scale", "initializer_range"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
     def validate_positions(self):

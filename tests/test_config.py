@@ -1,0 +1,166 @@
+"""Every bad field is refused where the config is made, saved or read; good ones survive the round trip."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checks import make_config, make_model, refused
+from transformers import AutoConfig
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+
+CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-*.json"))
+
+BAD = [
+    ({"segment_lengths": [4, 8], "dilation_rates": [1]}, ["[4, 8]", "[1]", "one dilation rate for each"]),
+    ({"segment_lengths": [], "dilation_rates": []}, ["segment_lengths=[]", "at least one"]),
+    ({"segment_lengths": [0, 8], "dilation_rates": [1, 1]}, ["segment_lengths=[0, 8]", "at least 1"]),
+    ({"segment_lengths": [4, 8], "dilation_rates": [1, 0]}, ["dilation_rates=[1, 0]", "at least 1"]),
+    ({"segment_lengths": [8, 4], "dilation_rates": [1, 1]}, ["segment_lengths=[8, 4]", "must not fall"]),
+    ({"segment_lengths": [4, 8], "dilation_rates": [1, 9]}, ["rate 9", "segment length 8"]),
+    ({"segment_lengths": 16, "dilation_rates": 1}, ["segment_lengths"]),
+    ({"segment_lengths": [4.0], "dilation_rates": [1]}, ["segment_lengths"]),
+    ({"hidden_size": 25}, ["hidden_size=25", "num_attention_heads=6"]),
+    ({"num_key_value_heads": 4}, ["num_key_value_heads=4", "num_attention_heads=6"]),
+    ({"num_key_value_heads": 0}, ["num_key_value_heads=0"]),
+    ({"num_attention_heads": 0}, ["num_attention_heads=0", "at least 1"]),
+    ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
+    ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
+    ({"intermediate_size": -1}, ["intermediate_size=-1", "at least 1"]),
+    ({"hidden_size": "24"}, ["hidden_size"]),
+    ({"is_causal": 1}, ["is_causal"]),
+    ({"head_offsets": "diagonal"}, ["head_offsets='diagonal'", "'interleaved'", "'blocked'"]),
+    ({"position_embedding": "alibi"}, ["position_embedding='alibi'", "'xpos'", "'rope'", "'none'"]),
+    ({"attention_backend": "cudnn"}, ["attention_backend='cudnn'", "'torch'", "'auto'"]),
+    ({"hidden_act": "gelluu"}, ["hidden_act='gelluu'", "'gelu'"]),
+    ({"xpos_scale_base": 1, "segment_lengths": [4096], "dilation_rates": [1]}, ["xpos_scale_base=1", "smallest"]),
+    ({"xpos_scale_base": 0}, ["xpos_scale_base=0", "above 0"]),
+    ({"rope_theta": -1.0}, ["rope_theta=-1.0", "above 0"]),
+    ({"layer_norm_eps": 0.0}, ["layer_norm_eps=0.0", "above 0"]),
+    ({"embedding_scale": float("nan")}, ["embedding_scale=nan", "above 0"]),
+    ({"dropout": 1.0}, ["dropout=1.0", "0 <= p < 1"]),
+    ({"dropout": -0.1}, ["dropout=-0.1"]),
+    ({"activation_dropout": 2}, ["activation_dropout=2"]),
+    ({"drop_path_rate": 1.5}, ["drop_path_rate=1.5"]),
+    ({"attention_dropout": 0.1}, ["attention_dropout=0.1", "must be 0"]),
+    ({"initializer_range": -0.02}, ["initializer_range=-0.02"]),
+    ({"attend_zero_padding": True}, ["attend_zero_padding=True", "is_causal=False"]),
+    ({"pad_token_id": 29}, ["pad_token_id=29", "vocab_size=29"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD, ids=str)
+def test_bad_fields_are_refused(fields, words):
+    with refused(*words):
+        make_config(**fields)
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD, ids=str)
+def test_bad_overrides_are_refused(fields, words, tmp_path):
+    """Given beside a good folder to from_pretrained, which Transformers would set unchecked."""
+    make_config().save_pretrained(tmp_path)
+    with refused(*words):
+        LongNetConfig.from_pretrained(tmp_path, **fields)
+
+
+def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
+    config = make_config()
+    config.segment_lengths = [16, 8, 4]
+    with refused("[16, 8, 4]"):
+        config.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("keyword", "meant"), [
+    ("segment_length", "segment_lengths"),
+    ("segments_lengths", "segment_lengths"),
+    ("dilation_rate", "dilation_rates"),
+    ("dilated_ratio", "dilation_rates"),
+    ("xpos_rel_pos", "position_embedding"),
+    ("num_hidden_layer", "num_hidden_layers"),
+    ("num_attention_head", "num_attention_heads"),
+    ("decoder_embed_dim", "hidden_size"),
+    ("activation_fn", "hidden_act"),
+    ("vocab_sizes", "vocab_size"),
+    ("causal", "is_causal"),
+])  # fmt: skip
+def test_near_misses_are_refused(keyword, meant):
+    with refused(keyword, f"did you mean '{meant}'"):
+        make_config(**{keyword: 1})
+
+
+def test_keywords_of_others_pass():
+    """Transformers' own keywords, and unlike ones that a user's tools may keep in a config."""
+    config = make_config(
+        output_hidden_states=True, id2label={0: "a"}, name_or_path="me/x", my_note="hello", dtype="float32"
+    )
+    assert config.my_note == "hello"
+
+
+def test_round_trip(tmp_path):
+    config = make_config(num_key_value_heads=3, position_embedding="rope", dropout=0, segment_lengths=(4, 8, 16))
+    config.save_pretrained(tmp_path)
+    for loaded in (LongNetConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is LongNetConfig
+        before, after = (c.to_dict() for c in (config, loaded))
+        unequal = {"transformers_version", "_name_or_path"}
+        assert {k: v for k, v in after.items() if k not in unequal} == {
+            k: v for k, v in before.items() if k not in unequal
+        }
+    assert config.segment_lengths == [4, 8, 16]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert set(saved["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_two_configs_share_no_list():
+    first, second = make_config(), make_config()
+    first.segment_lengths.append(32)
+    assert second.segment_lengths == [4, 8, 16]
+    assert LongNetConfig().segment_lengths is not LongNetConfig().segment_lengths
+
+
+def test_the_defaults_are_the_papers_smallest_model():
+    config = LongNetConfig()
+    assert (config.segment_lengths, config.dilation_rates) == ([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.head_dim) == (
+        768,
+        12,
+        12,
+        64,
+    )
+    assert (config.position_embedding, config.position_period) == ("xpos", 32768)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_configurations_load(path):
+    config = LongNetConfig.from_pretrained(path)
+    given = json.loads(path.read_text())
+    assert {name: getattr(config, name) for name in given} == given
+    with torch.device("meta"):
+        model = LongNetForCausalLM(config)
+    assert model(torch.zeros(1, 3, dtype=torch.int64, device="meta")).logits.shape == (1, 3, config.vocab_size)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("125m", 85), ("350m", 303), ("760m", 680), ("2.7b", 2518)])
+def test_the_papers_models_have_their_sizes(name, millions):
+    """Millions in the blocks; with tied embeddings of GPT's vocabulary these are the sizes in the names."""
+    (path,) = (p for p in CONFIGURATIONS if p.stem == f"longnet-{name}")
+    config = LongNetConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = LongNetForCausalLM(config)
+    assert round(sum(p.numel() for p in model.model.layers.parameters()) / 1e6) == millions
+
+
+def test_from_pretrained_reads_the_same_weights_longer(tmp_path):
+    """segment_lengths and dilation_rates given beside the folder: other branches, same weights."""
+    make_model(LongNetForCausalLM).save_pretrained(tmp_path)
+    longer = {"segment_lengths": [8, 32], "dilation_rates": [1, 4]}
+    model = LongNetForCausalLM.from_pretrained(tmp_path, **longer)
+    assert (model.config.segment_lengths, model.config.dilation_rates) == ([8, 32], [1, 4])
+    expected = make_model(LongNetForCausalLM, **longer)
+    ids = torch.randint(0, 29, (2, 41))
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    with refused("[4, 8]"):
+        LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[4, 8])
+    with refused("xpos_scale_base=512", "smallest"):
+        LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[1 << 24], dilation_rates=[1])
