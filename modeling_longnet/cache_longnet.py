@@ -190,13 +190,13 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.is_recording = True
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` columns (negative: take that many back).
+        """Keep the first `max_length` columns; negative, take that many back (0: none, as Transformers counts).
 
         Raises:
             ValueError: rows of those columns were overwritten by a later segment.
         """
         target = int(max_length)
-        back = -target if target < 0 else max(0, self.columns - target)
+        back = max(0, self.columns - target) if target > 0 else -target
         undo, self._undo = self._undo, None
         if not back:
             return
