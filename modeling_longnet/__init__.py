@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
+from .dilate import DilatedCache, use_dilated_attention
 from .dilated_attention import dilated_attention
 from .image_encoder import LongNetImageConfig, LongNetImageEncoder
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
@@ -30,6 +31,7 @@ def __getattr__(name: str):
 
 __version__ = "0.1.0"
 __all__ = [
+    "DilatedCache",
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
@@ -45,4 +47,5 @@ __all__ = [
     "dilated_attention",
     "stream",
     "to_torchscale",
+    "use_dilated_attention",
 ]

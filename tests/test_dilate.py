@@ -1,0 +1,299 @@
+"""Transformers' decoders with dilated attention: as their own with one branch, as the dense reference with several."""
+
+import copy
+
+import pytest
+import torch
+from checks import assert_close, refused
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
+
+from modeling_longnet.dilate import DilatedCache, use_dilated_attention
+from modeling_longnet.modeling_longnet import CACHE
+
+SIZES = {
+    "vocab_size": 37, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=10, **SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=None, **SIZES)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(head_dim=10, **SIZES)),
+}
+BRANCHES = ([4, 8, 16], [1, 2, 4])
+
+
+def make_model(family: str = "llama"):
+    """A model in float64 whose attention matters: weights far above their usual size."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(20)
+    return model
+
+
+def dilated(family: str = "llama", **options):
+    return use_dilated_attention(make_model(family), *BRANCHES, **options)
+
+
+def read(model, ids, **inputs):
+    with torch.no_grad():
+        return model(ids, **inputs).logits
+
+
+def ids_of(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 37, shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_branch_over_the_whole_text_is_the_models_own_attention(family):
+    model, ids = make_model(family), ids_of(2, 29)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    own = read(model, ids, attention_mask=mask)
+    use_dilated_attention(model, [29], [1])
+    assert_close("logits", read(model, ids, attention_mask=mask)[mask == 1], own[mask == 1])
+    use_dilated_attention(model, *BRANCHES)
+    assert (read(model, ids, attention_mask=mask)[mask == 1] - own[mask == 1]).abs().max() > 1e-3
+    model.set_attn_implementation("sdpa")
+    assert_close("taken back", read(model, ids, attention_mask=mask), own, 0)
+
+
+@pytest.mark.parametrize("offsets", ["interleaved", "blocked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_the_dense_reference(family, offsets):
+    """Also where heads see no key: no branch of rate 1."""
+    ids = ids_of(2, 21)
+    results = []
+    for backend in ("torch", "eager"):
+        model = use_dilated_attention(make_model(family), [6, 12], [2, 5], head_offsets=offsets, backend=backend)
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        results.append({"logits": out.logits, **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in results[1].items():
+        # Adding a constant to every key changes no weight: that gradient is rounding alone.
+        if "k_proj.bias" not in name:
+            assert_close(name, results[0][name], expected, 1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+def test_padding_changes_nothing(backend):
+    model, ids = dilated(backend=backend), ids_of(3, 23)
+    for begin, end in ((0, 23), (9, 23), (0, 5)):
+        mask = torch.zeros_like(ids)
+        mask[1, begin:end] = 1
+        mask[[0, 2]] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = read(model, ids, attention_mask=mask, position_ids=positions)
+        assert_close("row", batch[1, begin:end], read(model, ids[1:2, begin:end])[0])
+        assert_close("others", batch[[0, 2]], read(model, ids[[0, 2]]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+def test_packed_documents_do_not_see_each_other(backend):
+    model, ids = dilated(backend=backend), ids_of(1, 30)
+    lengths = (11, 1, 18)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = read(model, ids, position_ids=positions).split(lengths, 1)
+    for part, alone in zip(packed, ids.split(lengths, 1), strict=True):
+        assert_close("document", part, read(model, alone))
+
+
+CACHES = {"own": lambda model: DynamicCache(config=model.config), "bounded": DilatedCache}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("cut", [[37], [1] * 37, [16, 16, 5], [3, 20, 1, 1, 12], [31, 6]], ids=str)
+def test_any_cut_into_chunks_gives_the_same(cut, kind):
+    model, ids = dilated(), ids_of(3, 37)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    mask[2, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = read(model, ids, attention_mask=mask, position_ids=positions)
+    cache, parts, end = CACHES[kind](model), [], 0
+    for n in cut:
+        new = slice(end, end := end + n)
+        parts.append(
+            read(model, ids[:, new], attention_mask=mask[:, :end], position_ids=positions[:, new], **{CACHE: cache})
+        )
+    assert_close("logits", torch.cat(parts, 1)[mask == 1], whole[mask == 1])
+    if kind == "bounded":
+        assert cache.layers[0].keys.shape[2] == 4 + 8 // 2 + 16 // 4
+
+
+def test_the_reference_reads_on_from_the_models_own_cache():
+    model, ids = dilated(backend="eager"), ids_of(2, 25)
+    cache = DynamicCache(config=model.config)
+    parts = [read(model, part, **{CACHE: cache}) for part in ids.split([10, 1, 14], 1)]
+    assert_close("logits", torch.cat(parts, 1), read(model, ids))
+
+
+def test_gradients_flow_through_a_chunk_to_those_before():
+    """A text read in two parts with the model's own cache, without detaching: as read at once."""
+    ids, grads = ids_of(1, 27), []
+    for cut in ([27], [10, 17]):
+        model = dilated()
+        cache = DynamicCache(config=model.config)
+        sum(
+            model(part, use_cache=True, **{CACHE: cache}).logits.square().sum() for part in ids.split(cut, 1)
+        ).backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in grads[0].items():
+        assert_close(name, grads[1][name], expected, 1e-11)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_is_the_same_with_every_cache_and_without(family, beams):
+    model, ids = dilated(family), ids_of(2, 15)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "num_beams": beams}
+    plain = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    own = model.generate(ids, attention_mask=mask, **options)
+    bounded = model.generate(ids, attention_mask=mask, **{CACHE: DilatedCache(model)}, **options)
+    assert plain.tolist() == own.tolist() == bounded.tolist()
+    alone = model.generate(ids[1:, 6:], **options)
+    assert alone[0].tolist() == own[1, 6:].tolist()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_prompt_lookup_takes_its_guesses_back(kind):
+    model = dilated()
+    ids = ids_of(1, 6).repeat(1, 4)
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    cache = CACHES[kind](model)
+    cache.activate_past_recording()
+    found = model.generate(ids, prompt_lookup_num_tokens=3, **{CACHE: cache}, **options)
+    assert found.tolist() == model.generate(ids, **options).tolist()
+
+
+def test_a_saved_model_knows_its_branches(tmp_path):
+    model, ids = dilated(head_offsets="blocked"), ids_of(1, 20)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    plain = read(loaded, ids)
+    use_dilated_attention(loaded)
+    assert loaded.config.dilated_attention == model.config.dilated_attention
+    assert_close("logits", read(loaded, ids), read(model, ids))
+    assert (read(loaded, ids) - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(checkpointing, tmp_path):
+    """Gradient checkpointing and accumulation take the same steps."""
+    model, texts = dilated(), [{"input_ids": t, "labels": t} for t in ids_of(8, 19)]
+    weights = []
+    for accumulate in (1, 2):
+        arguments = TrainingArguments(
+            output_dir=tmp_path, max_steps=2, per_device_train_batch_size=4 // accumulate, report_to=[], use_cpu=True,
+            gradient_accumulation_steps=accumulate, gradient_checkpointing=checkpointing and accumulate == 2,
+            learning_rate=1e-2, optim="sgd", save_strategy="no", disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        trained = copy.deepcopy(model)
+        Trainer(model=trained, args=arguments, train_dataset=texts).train()
+        weights.append(trained.state_dict())
+    for name, expected in weights[0].items():
+        assert_close(name, weights[1][name], expected, 1e-10)
+    assert (weights[0]["lm_head.weight"] - model.lm_head.weight).abs().max() > 1e-6
+
+
+def test_peft_lora():
+    peft = pytest.importorskip("peft")
+    model, ids = dilated(), ids_of(2, 19)
+    before = read(model, ids)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).double()
+    assert_close("a fresh adapter", read(adapted, ids), before)
+    adapted(ids, labels=ids).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("lora_B" in name for name in trained)
+    assert all("lora_" in name for name in trained)
+
+
+def with_config(make, config_class, **fields):
+    return lambda: make(config_class(**(SIZES | fields)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (with_config(MistralForCausalLM, MistralConfig, sliding_window=8), ["a sliding window (sliding_window=8)"]),
+        (
+            with_config(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+            ["'sliding_attention'"],
+        ),
+        (with_config(Gemma2ForCausalLM, Gemma2Config, head_dim=10), ["soft cap", "'sliding_attention'"]),
+        (
+            with_config(
+                GptOssForCausalLM, GptOssConfig, head_dim=10, num_local_experts=2,
+                layer_types=["full_attention"] * 2, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            ),
+            ["attention sinks"],
+        ),
+    ],
+    ids=["mistral-window", "qwen2-window", "gemma2", "gpt-oss-sinks"],
+)  # fmt: skip
+def test_what_has_no_dilated_form_is_refused_by_name(make, words):
+    model = make()
+    before = model.config._attn_implementation
+    with refused(*words):
+        use_dilated_attention(model, *BRANCHES)
+    assert model.config._attn_implementation == before
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    model = make_model()
+    with refused("segment_lengths and dilation_rates", "notes none"):
+        use_dilated_attention(model)
+    with refused("one dilation rate for each"):
+        use_dilated_attention(model, [4, 8], [1])
+    with refused("one dilation rate for each"):
+        use_dilated_attention(model, [4, 8])
+    with refused("head_offsets='middle'"):
+        use_dilated_attention(model, *BRANCHES, head_offsets="middle")
+    with refused("backend='fast'"):
+        use_dilated_attention(model, *BRANCHES, backend="fast")
+    with refused("after use_dilated_attention"):
+        DilatedCache(model)
+    model.set_attn_implementation("dilated")
+    with refused("needs branches"):
+        read(model, ids_of(1, 5))
+
+
+def test_calls_that_do_not_fit_are_refused():
+    model, ids = dilated(), ids_of(1, 9)
+    with refused("static caches"):
+        read(model, ids, **{CACHE: StaticCache(config=model.config, max_cache_len=32)})
+    with refused("masks of pairs"):
+        read(model, ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+    cache = DynamicCache(config=model.config)
+    read(model, ids, **{CACHE: cache})
+    with refused("cannot go on from a cache"):
+        read(model, ids, position_ids=torch.arange(9)[None], **{CACHE: cache})
+    model = make_model()
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with refused("attention_dropout=0"):
+        use_dilated_attention(model, *BRANCHES).train()(ids)
