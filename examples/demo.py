@@ -49,7 +49,7 @@ class DemoArguments:
         metadata={"help": "JSON file of the new model's LongNetConfig."},
     )
     steps: int | None = field(default=None, metadata={"help": "Training steps."})
-    output: str = field(default="demo", metadata={"help": "Folder for the model and the figures."})
+    output: str = field(default="output", metadata={"help": "Folder for the model and the figures."})
     tokenizer: str | None = field(default=None, metadata={"help": "'bpe' or 'bytes' (ByT5's)."})
     quick: bool = field(default=False, metadata={"help": "Every step of the demo in half a minute, no good model."})
 

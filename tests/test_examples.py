@@ -1,0 +1,292 @@
+"""The examples: a split that leaks nothing, an honest metric, training that resumes, the whole demo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))  # they are scripts, not a package
+
+import corpus  # noqa: E402
+import evaluate_perplexity  # noqa: E402
+import finetune  # noqa: E402
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "segment_lengths": [16, 64],
+    "dilation_rates": [1, 2],
+    "position_embedding": "rope",
+}
+
+
+def source_file(name: str, lines: int) -> str:
+    return "".join(f"def {name}_function_{n}(argument):\n    return argument + {n}\n" for n in range(lines))
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A folder of six packages of two files; two of them also hold a copy of a file of another."""
+    for number in range(6):
+        package = tmp_path / "text" / f"package{number}"
+        (package / "tests").mkdir(parents=True)
+        for part in "ab":
+            text = source_file(f"package{number}{part}", 40)
+            (package / f"{part}.py").write_text(text)
+        (package / "tests" / "test.py").write_text("never read")
+        (package / "data.bin").write_bytes(b"\xff\xfe\0")
+    original = tmp_path / "text" / "package0" / "a.py"
+    for number in (1, 5):
+        (tmp_path / "text" / f"package{number}" / "copy.py").write_text(original.read_text() + "# end\n")
+    return tmp_path / "text"
+
+
+class TestText:
+    def test_reads_text_alone_in_order(self, packages):
+        rows = corpus.read_documents(str(packages), document_bytes=10**6)
+        assert rows["path"] == sorted(rows["path"])
+        assert len(rows) == 14
+        assert {path.split("/")[0] for path in rows["path"]} == set(rows["document"])
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_split_leaks_no_file(self, packages, seed):
+        rows = corpus.read_documents(str(packages), document_bytes=10**6)
+        split = corpus.split_documents(rows, held_out=0.3, seed=seed)
+        assert not set(split["train"]["document"]) & set(split["evaluation"]["document"])
+        held_out = {line for text in split["evaluation"]["text"] for line in corpus.telling_lines(text)}
+        trained = {line for text in split["train"]["text"] for line in corpus.telling_lines(text)}
+        assert held_out
+        assert trained
+        assert not held_out & trained  # the generated packages share lines by copies alone
+
+    def test_copies_are_dropped_from_the_training(self, packages):
+        rows = corpus.read_documents(str(packages), document_bytes=10**6)
+        parts = [rows.filter(lambda row, held=held: (row["document"] == "package0") == held) for held in (False, True)]
+        kept = corpus.drop_copies(*parts)
+        assert set(parts[0]["path"]) - set(kept["path"]) == {"package1/copy.py", "package5/copy.py"}
+
+    def test_single_document_is_cut_at_a_line(self, packages):
+        file = packages / "package0" / "a.py"
+        rows = corpus.read_documents(str(file), document_bytes=10**6)
+        split = corpus.split_documents(rows, held_out=0.25, seed=0)
+        parts = [split[name]["text"][0] for name in ("train", "evaluation")]
+        assert "".join(parts) == file.read_text()
+        assert parts[0].endswith("\n")
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
+    def test_datasets(self, tmp_path, suffix):
+        rows = Dataset.from_dict({"body": ["first text", "second text"]})
+        path = str(tmp_path / f"rows.{suffix}")
+        {"jsonl": rows.to_json, "parquet": rows.to_parquet, "saved": rows.save_to_disk}[suffix](path)
+        read = corpus.read_documents(path, document_bytes=10**6, text_column="body")
+        assert read["text"][:] == ["first text", "second text"]
+        with pytest.raises(ValueError, match="no column 'text'"):
+            corpus.read_documents(path, document_bytes=10**6)
+
+    def test_empty_folder_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="holds no text"):
+            corpus.read_documents(str(tmp_path), document_bytes=10**6)
+
+    def test_tokenizer_is_reproducible_and_lossless(self, packages):
+        rows = corpus.read_documents(str(packages), document_bytes=10**6)
+        first, second = (corpus.load_tokenizer("bpe", rows, vocab_size=300) for _ in range(2))
+        assert first.get_vocab() == second.get_vocab()
+        text = "naïve <|endoftext|>\n\tdef  f(x):  # ümlaut, 字\n"
+        (ids,) = corpus.encode_texts([text], first)
+        assert first.eos_token_id not in ids
+        assert first.decode(ids) == text
+
+    def test_bytes_are_those_of_byt5(self):
+        text = "naïve\n\tdef f(x): # 字"
+        tokenizer = corpus.load_tokenizer("bytes", None, vocab_size=0)
+        (ids,) = corpus.encode_texts([text], tokenizer)
+        assert ids.tolist() == ByT5Tokenizer()(text, add_special_tokens=False).input_ids
+
+    def test_packing_keeps_documents_apart(self):
+        documents = {"a": np.arange(10, 15, dtype=np.int32), "b": np.arange(20, 29, dtype=np.int32)}
+        rows = corpus.pack(documents, 4)
+        assert rows["input_ids"] == [[10, 11, 12, 13], [14, 20, 21, 22], [23, 24, 25, 26]]
+        assert rows["position_ids"] == [[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, 2, 3]]
+        assert rows["labels"] == [[-100, 11, 12, 13], [-100, -100, 21, 22], [-100, 24, 25, 26]]
+        with pytest.raises(ValueError, match="fewer than one sequence of 15"):
+            corpus.pack(documents, 15)
+
+
+@pytest.fixture
+def metric():
+    return evaluate.load(str(evaluate_perplexity.METRIC))
+
+
+def rows_of_metric(losses_by_context: dict[int, list[list[float]]]) -> dict[str, list]:
+    rows = {name: [] for name in ("contexts", "documents", "starts", "targets", "losses", "text_bytes")}
+    for context, blocks in losses_by_context.items():
+        for number, losses in enumerate(blocks):
+            values = [context, f"document{number}", 7, list(range(len(losses))), losses, 5 + number]
+            for name, value in zip(rows, values, strict=True):
+                rows[name].append(value)
+    return rows
+
+
+class TestMetric:
+    def test_equals_the_computation_by_hand(self, metric):
+        losses = {8: [[1.0, 2.0], [3.0, 4.0, 5.0]], 4: [[2.0, 2.0], [4.0, 4.0, 6.0]]}
+        result = metric.compute(**rows_of_metric(losses))
+        assert result["contexts"] == [4, 8]
+        assert (result["tokens"], result["bytes"], result["documents"]) == (5, 11, 2)
+        np.testing.assert_allclose(result["perplexity"], np.exp([18 / 5, 15 / 5]))
+        np.testing.assert_allclose(result["bits_per_byte"], np.array([18, 15]) / np.log(2) / 11)
+        np.testing.assert_allclose(result["bits_saved_per_byte"], np.array([0, 3]) / np.log(2) / 11)
+        # Context 8: the residuals from the mean 3 are 3 - 2 * 3 = -3 and 12 - 3 * 3 = 3, of two documents.
+        error = np.sqrt(2 / 1 * (9 + 9)) / 5
+        np.testing.assert_allclose(result["perplexity_error"][1], np.exp(3) * error)
+        # Saved: 1 of 5 bytes and 2 of 6, against 3 / 11 a byte.
+        residuals = np.array([1 - 5 * 3 / 11, 2 - 6 * 3 / 11]) / np.log(2)
+        np.testing.assert_allclose(result["bits_saved_per_byte_error"][1], np.sqrt(2 * np.sum(residuals**2)) / 11)
+        assert result["bits_saved_per_byte_error"][0] == 0
+
+    def test_one_sample_has_no_error(self, metric):
+        result = metric.compute(**rows_of_metric({4: [[1.0]]}))
+        assert np.isnan(result["perplexity_error"]).all()
+
+    @pytest.mark.parametrize(
+        ("losses", "message"),
+        [
+            ({4: [[1.0], [1.0]], 8: [[1.0]]}, "same targets"),
+            ({4: [[1.0]], 8: [[1.0, 2.0]]}, "same targets"),
+            ({4: [[float("nan")]]}, "finite loss"),
+        ],
+        ids=["block missing", "other targets", "nan"],
+    )
+    def test_refuses_what_cannot_be_compared(self, metric, losses, message):
+        with pytest.raises(ValueError, match=message):
+            metric.compute(**rows_of_metric(losses))
+
+
+def tiny_model(kind: str):
+    torch.manual_seed(0)
+    if kind == "longnet":
+        return LongNetForCausalLM(LongNetConfig(vocab_size=259, **TINY)).double().eval()
+    sizes = {name: TINY[name] for name in list(TINY)[:4]}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).double().eval()
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("kind", ["longnet", "llama"])
+    @pytest.mark.parametrize("context", [8, 32, 64, 100])
+    def test_losses_are_those_of_each_window_alone(self, kind, context):
+        model, targets = tiny_model(kind), 16
+        tokens = np.random.default_rng(1).integers(3, 259, 120).astype(np.int32)
+        losses = [loss for part in evaluate_perplexity.score_block(model, tokens, context, targets) for loss in part]
+        assert len(losses) == targets
+        step = min(context // 2, targets)
+        for place, loss in enumerate(losses):
+            last = len(tokens) - targets + (place // step + 1) * step
+            window = torch.from_numpy(tokens[last - context : last].astype(np.int64))
+            target = context - step + place % step
+            logits = model(window[None]).logits[0, target - 1]
+            expected = -torch.log_softmax(logits.float(), -1)[window[target]]
+            assert loss == pytest.approx(expected.item(), rel=1e-6)
+            assert target >= context // 2
+
+    def test_targets_are_the_same_at_every_context(self):
+        documents = {
+            name: np.random.default_rng(len(name)).integers(3, 259, size).astype(np.int32)
+            for name, size in {"a": 300, "bb": 150, "ccc": 50}.items()
+        }
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        result = evaluate_perplexity.evaluate_contexts(
+            tiny_model("longnet"), tokenizer, documents, contexts=[64, 8, 16, 128], targets=32, blocks=4
+        )
+        assert result["contexts"] == [8, 16, 64, 128]
+        assert (result["documents"], result["blocks"], result["tokens"]) == (2, 3, 96)
+        assert "128" in evaluate_perplexity.format_table(result)
+
+    def test_bytes_are_those_of_the_targets(self):
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        ids = np.array(tokenizer("x = 'naïve' # plain", add_special_tokens=False).input_ids)
+        assert evaluate_perplexity.count_bytes(ids, len(ids), 7, tokenizer) == 7
+
+    @pytest.mark.parametrize(
+        ("contexts", "message"), [([20], "must divide"), ([1], "Context 1"), ([4096], "No document has")]
+    )
+    def test_refuses_contexts_that_do_not_fit(self, contexts, message):
+        documents = {"a": np.arange(3, 203, dtype=np.int32)}
+        with pytest.raises(ValueError, match=message):
+            evaluate_perplexity.evaluate_contexts(
+                tiny_model("longnet"), ByT5Tokenizer(extra_ids=0), documents, contexts=contexts, targets=32, blocks=1
+            )
+
+
+class TestTraining:
+    def train(self, packages, output, **options):
+        config = packages.parent / "config.json"
+        config.write_text(json.dumps({"model_type": "longnet", **TINY}))
+        arguments = finetune.ModelArguments(config=str(config), vocab_size=300, sequence_length=64)
+        training = TrainingArguments(
+            output_dir=str(output),
+            use_cpu=True,
+            max_steps=4,
+            save_steps=2,
+            report_to="none",
+            disable_tqdm=True,
+            **options,
+        )
+        text = corpus.load_text(corpus.TextArguments(text=str(packages), held_out=0.3))
+        return finetune.run(finetune.make_trainer(arguments, training, text))
+
+    def test_resumes_to_the_same_weights(self, packages, tmp_path):
+        whole = self.train(packages, tmp_path / "out")
+        (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "elsewhere")
+        resumed = self.train(packages, tmp_path / "out", resume_from_checkpoint="last")
+        for (name, value), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+            torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
+
+    def test_continues_from_its_own_folder(self, packages, tmp_path):
+        self.train(packages, tmp_path / "out")
+        text = corpus.load_text(corpus.TextArguments(text=str(packages), held_out=0.3))
+        arguments = finetune.ModelArguments(model_name_or_path=str(tmp_path / "out"), trust_remote_code=True)
+        model, tokenizer = finetune.load_model(arguments, text)
+        assert model.config.use_cache
+        assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+
+    def test_nothing_to_resume_is_refused(self, packages, tmp_path):
+        with pytest.raises(ValueError, match="holds no checkpoint"):
+            self.train(packages, tmp_path / "out", resume_from_checkpoint="last")
+
+    def test_needs_a_model_or_a_config(self, packages):
+        with pytest.raises(ValueError, match="give one of them"):
+            finetune.load_model(finetune.ModelArguments(), {})
+
+
+def test_demo_from_end_to_end(packages, tmp_path):
+    """The folder it writes is loaded, by the demo itself, in a process without the package."""
+    for number in range(6):
+        (packages / f"package{number}" / "c.py").write_text(source_file(f"package{number}c", 200))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "longnet", **TINY}))
+    output = tmp_path / "output"
+    command = [sys.executable, EXAMPLES / "demo.py", "--quick", "True", "--text", packages, "--config", config]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    subprocess.run(
+        [*command, "--steps", "2", "--output", output], env=environment, check=True, stdin=subprocess.DEVNULL
+    )
+    results = json.loads((output / "perplexity.json").read_text())
+    assert len(results["perplexity"]) == len(results["contexts"]) > 1
+    assert (output / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert "class Shape" in (output / "sample.txt").read_text()
+    assert {"model.safetensors", "tokenizer.json", "modeling_longnet.py"} <= {
+        file.name for file in (output / "model").iterdir()
+    }
