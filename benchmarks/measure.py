@@ -80,6 +80,11 @@ def resident_bytes() -> int:
     return _status_bytes("VmRSS")
 
 
+def highest_resident_bytes() -> int:
+    """The most memory that this process has had resident (Linux)."""
+    return _status_bytes("VmHWM")
+
+
 def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
     call = prepare(*arguments)
     call()  # the kernels' code and their own buffers are there from now on
@@ -88,7 +93,7 @@ def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark VmHWM
     before = resident_bytes()
     result = call()
-    peak = _status_bytes("VmHWM")
+    peak = highest_resident_bytes()
     del result
     return peak - before
 
