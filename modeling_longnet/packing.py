@@ -110,9 +110,11 @@ def _document_spans(position_ids, rows, batch, length, starts):
                     f"{int(ids[row, border])}: they must grow by 1, or start again at 0 for the next packed document "
                     "(which a cache cannot hold: pass packed documents without one)."
                 )
-        if starts is not None and starts[row] and int(ids[row, begin]) != starts[row]:
+        at, seen = int(ids[row, begin]), 0 if starts is None else starts[row]
+        # Without a cache also columns may be counted, as Transformers' models do for padded rows.
+        if at != seen and (seen or (starts is None and at != begin)):
             raise ValueError(
-                f"position_ids row {row} begin at {int(ids[row, begin])}, but the cache holds {starts[row]} tokens."
+                f"position_ids row {row} begin at {at}, but the cache holds {seen} tokens: they must begin at {seen}."
             )
         result.append(list(pairwise(borders)))
     return result
