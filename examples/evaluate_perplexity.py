@@ -37,6 +37,7 @@ from corpus import TextArguments, join_documents, load_text, tokenize
 
 METRIC = Path(__file__).parent / "perplexity_by_context"
 BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
+READ_TOKENS = 32_768  # a longer context is read in pieces, with the model's cache
 BYTES_MARGIN = 8  # tokens before a block that settle how its first characters decode
 
 
@@ -122,6 +123,22 @@ def count_bytes(ids: np.ndarray, stop: int, targets: int, tokenizer: PreTrainedT
     return lengths[1] - lengths[0]
 
 
+def read_context(model: PreTrainedModel, tokens: torch.Tensor) -> dict:
+    """Feeds a long context in pieces of `READ_TOKENS`, so that memory does not grow with it (where
+    the model's cache does not, as LongNet's).
+
+    Returns:
+        The keyword argument under which the model takes its cache; empty if the context is short.
+    """
+    past = {}
+    if tokens.shape[1] <= READ_TOKENS:
+        return past
+    for piece in tokens.split(READ_TOKENS, dim=1):
+        outputs = model(piece, logits_to_keep=1, use_cache=True, **past)
+        past = {name: outputs[name] for name in ("cache", "past_key_values") if name in outputs}
+    return past
+
+
 @torch.inference_mode()
 def score_windows(model: PreTrainedModel, windows: torch.Tensor, scored: int) -> torch.Tensor:
     """The negative log-likelihood in nats of each window's last `scored` tokens.
@@ -134,7 +151,9 @@ def score_windows(model: PreTrainedModel, windows: torch.Tensor, scored: int) ->
     Returns:
         (N, scored) float32. Only `scored + 1` rows of logits a window are held, not `context`.
     """
-    logits = model(windows, logits_to_keep=scored + 1, use_cache=False).logits
+    past = read_context(model, windows[:, : -scored - 1])
+    rest = windows[:, -scored - 1 :] if past else windows
+    logits = model(rest, logits_to_keep=scored + 1, use_cache=bool(past), **past).logits
     logits = logits[:, -scored - 1 : -1].transpose(1, 2).float()  # (N, vocabulary, scored)
     return cross_entropy(logits, windows[:, -scored:], reduction="none")
 
