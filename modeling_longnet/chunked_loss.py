@@ -17,12 +17,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses; gradients are taken chunk by chunk during the forward pass, where the logits are."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, head, *params):
-        wanted = [p for p, needed in zip(params, ctx.needs_input_grad[3:], strict=True) if needed]
+    def forward(ctx, hidden, targets, head, size, *params):
+        wanted = [p for p, needed in zip(params, ctx.needs_input_grad[4:], strict=True) if needed]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(p) for p in wanted]
-        size = _tokens_per_chunk(hidden, head)
         for i, (part, target) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
             with torch.set_grad_enabled(grad_hidden is not None or bool(wanted)):
                 part = part.detach().requires_grad_(grad_hidden is not None)
@@ -44,8 +43,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grads = ctx.grads
         grads = iter(grads)
-        params = [grad * next(grads) if needed else None for needed in ctx.needs_input_grad[3:]]
-        return None if grad_hidden is None else grad * grad_hidden, None, None, *params
+        params = [grad * next(grads) if needed else None for needed in ctx.needs_input_grad[4:]]
+        return None if grad_hidden is None else grad * grad_hidden, None, None, None, *params
 
 
 def _tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
@@ -68,4 +67,12 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
     keep = targets != ignore_index
     if not keep.all():
         hidden, targets = hidden[keep], targets[keep]
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, *head.parameters())
+    forward, size, is_replaced = head.forward, _tokens_per_chunk(hidden, head), "forward" in vars(head)
+    # The head's hooks run once, around all chunks: in them FSDP2 gathers, reduces and frees its parameters.
+    head.forward = lambda x: _ChunkedCrossEntropy.apply(x, targets, forward, size, *head.parameters())
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+        if is_replaced:
+            head.forward = forward
