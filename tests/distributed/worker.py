@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -222,7 +223,8 @@ def fsdp2(sequence: str, state: str, folder: str) -> None:
     sharding = SequenceSharding(cp_size=int(sequence))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, parallelism_config=sharding)
     # Accelerate chooses FSDP for accelerators only; the code behind it runs on CPUs as well.
-    accelerator.state.distributed_type = "FSDP"
+    for state_class in (PartialState, AcceleratorState):
+        state_class._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     data = accelerator.num_processes // int(sequence)
     tiny, optimizer, losses, norms = _loop(accelerator, 3, 4 // data, 2)
