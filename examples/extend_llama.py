@@ -1,0 +1,138 @@
+"""What does it cost to let a dense model attend dilated? A small Llama, trained here, tells it in minutes.
+
+    python examples/extend_llama.py [--text stdlib] [--output extended]
+
+A Llama is trained on short sequences of real text. Then the same weights attend dilated; then they are fine-tuned
+so on longer sequences. Beside it the dense model gets the same fine-tuning, so that the table also says what dense
+attention would have reached. All are scored on the same held-out tokens under growing contexts.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
+from evaluate_perplexity import evaluate_contexts, write_whole
+from matplotlib.figure import Figure
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from modeling_longnet import use_dilated_attention
+
+SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
+SIZES |= {"num_key_value_heads": 3, "tie_word_embeddings": True}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default="stdlib", help="as in examples/finetune.py")
+    parser.add_argument("--output", type=Path, default=Path("extended"), help="folder for the model, JSON and PNG")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence in the first training")
+    parser.add_argument("--steps", type=int, default=600, help="of the first training, 8 sequences each")
+    parser.add_argument("--long-length", type=int, default=4096, help="tokens of a sequence in the fine-tuning")
+    parser.add_argument("--long-steps", type=int, default=100, help="of the fine-tuning, one sequence each")
+    parser.add_argument("--segment-lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--targets", type=int, default=1024, help="scored tokens of a block")
+    parser.add_argument("--blocks", type=int, default=8, help="scored stretches of text")
+    return parser.parse_args()
+
+
+def train(model: PreTrainedModel, documents: dict[str, np.ndarray], length: int, steps: int, batch: int, rate: float):
+    """Train on packed sequences of `length` tokens."""
+    settings = TrainingArguments(
+        output_dir="unused", max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.1, adam_beta2=0.98,
+        logging_steps=max(1, steps // 10), save_strategy="no", report_to="none",
+    )  # fmt: skip
+    data = pack(documents, length)
+    Trainer(model=model, args=settings, train_dataset=data, data_collator=default_data_collator).train()
+    model.config.use_cache = True  # Trainer turned it off
+
+
+def make_stages(
+    tokenizer: PreTrainedTokenizerBase, documents: dict[str, np.ndarray], arguments: argparse.Namespace
+) -> dict[str, PreTrainedModel]:
+    """The four models to compare, by name."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=max(arguments.contexts), **SIZES,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    print(f"{model.num_parameters():,} parameters; training on sequences of {arguments.length:,} tokens")
+    train(model, documents, arguments.length, arguments.steps, batch=8, rate=2e-3)
+    stages = {"dense": model, "dense, fine-tuned": copy.deepcopy(model)}
+    for name in ("dilated", "dilated, fine-tuned"):
+        switched = copy.deepcopy(model)
+        stages[name] = use_dilated_attention(switched, arguments.segment_lengths, arguments.dilation_rates)
+    for name in ("dense, fine-tuned", "dilated, fine-tuned"):
+        print(f"{name}: {arguments.long_steps} steps on sequences of {arguments.long_length:,} tokens")
+        train(stages[name], documents, arguments.long_length, arguments.long_steps, batch=1, rate=5e-4)
+    return stages
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Perplexity, one line for each context and one column for each model."""
+    names = list(results)
+    lines = ["context" + "".join(f"{name:>24}" for name in names)]
+    for row, context in enumerate(results[names[0]]["contexts"]):
+        cells = (f"{r['perplexity'][row]:.2f} +- {r['perplexity_error'][row]:.2f}" for r in results.values())
+        lines.append(f"{context:>7}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict], trained: int, file: Path) -> None:
+    """Perplexity against context, the first training's length marked."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, result in results.items():
+        axis.plot(result["contexts"], result["perplexity"], "o-", label=name)
+    axis.axvline(trained, color="grey", linestyle=":", label="length of the first training")
+    axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same targets")
+    axis.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Train, switch, fine-tune, score, and keep the fine-tuned dilated model."""
+    arguments = parse()
+    set_seed(0)
+    text = load_text(TextArguments(text=arguments.text))
+    tokenizer = load_tokenizer("bpe", text["train"], vocab_size=2048)
+    documents = {part: join_documents(tokenize(text[part], tokenizer)) for part in ("train", "evaluation")}
+    stages = make_stages(tokenizer, documents["train"], arguments)
+    results = {}
+    for name, model in stages.items():
+        results[name] = evaluate_contexts(
+            model, tokenizer, documents["evaluation"],
+            contexts=arguments.contexts, targets=arguments.targets, blocks=arguments.blocks,
+        )  # fmt: skip
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stages["dilated, fine-tuned"].save_pretrained(arguments.output / "model")
+    tokenizer.save_pretrained(arguments.output / "model")
+    settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+    report = json.dumps({"settings": settings, "results": results}, indent=2)
+    write_whole(arguments.output / "perplexity.json", report.encode() + b"\n")
+    plot(results, arguments.length, arguments.output / "perplexity.png")
+    branches = ", ".join(
+        f"({w}, {r})" for w, r in zip(arguments.segment_lengths, arguments.dilation_rates, strict=True)
+    )
+    print(f"Branches {branches}; perplexity +- standard error of {results['dense']['tokens']:,} held-out tokens")
+    print(format_table(results))
+    print(f"Written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
