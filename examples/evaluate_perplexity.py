@@ -22,6 +22,7 @@ import evaluate
 import numpy as np
 import torch
 import transformers
+from corpus import TextArguments, join_documents, load_text, tokenize
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -32,8 +33,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-from corpus import TextArguments, join_documents, load_text, tokenize
 
 METRIC = Path(__file__).parent / "perplexity_by_context"
 BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
@@ -135,7 +134,9 @@ def read_context(model: PreTrainedModel, tokens: torch.Tensor) -> dict:
         return past
     for piece in tokens.split(READ_TOKENS, dim=1):
         outputs = model(piece, logits_to_keep=1, use_cache=True, **past)
-        past = {name: outputs[name] for name in ("cache", "past_key_values") if name in outputs}
+        # Transformers 5.17 and 5.24 give the cache one of two names.
+        name = "cache" if "cache" in outputs else "past_key_values"
+        past = {name: outputs[name]}
     return past
 
 

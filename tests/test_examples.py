@@ -186,7 +186,9 @@ def tiny_model(kind: str):
 class TestEvaluation:
     @pytest.mark.parametrize("kind", ["longnet", "llama"])
     @pytest.mark.parametrize("context", [8, 32, 64, 100])
-    def test_losses_are_those_of_each_window_alone(self, kind, context):
+    @pytest.mark.parametrize("piece", [13, 1000], ids=["in pieces", "at once"])
+    def test_losses_are_those_of_each_window_alone(self, kind, context, piece, monkeypatch):
+        monkeypatch.setattr(evaluate_perplexity, "READ_TOKENS", piece)
         model, targets = tiny_model(kind), 16
         tokens = np.random.default_rng(1).integers(3, 259, 120).astype(np.int32)
         losses = [loss for part in evaluate_perplexity.score_block(model, tokens, context, targets) for loss in part]
