@@ -125,6 +125,8 @@ class LongNetImageEncoder(LongNetModel):
         Raises:
             ValueError: images of another size; the learned positions belong to this one.
         """
+        if self.sequence_group() is not None:
+            raise ValueError("processes that share sequences cannot share an image; give each one its own images.")
         config = self.config
         expected = (config.num_channels, config.image_size, config.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:

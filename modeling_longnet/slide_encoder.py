@@ -194,6 +194,8 @@ class LongNetSlideEncoder(LongNetModel):
         Raises:
             ValueError: shapes that do not fit, a slide without tiles, a tile outside the grid.
         """
+        if self.sequence_group() is not None:
+            raise ValueError("processes that share sequences cannot share a slide; give each one its own slides.")
         self._check_slides(tiles, coordinates, attention_mask)
         layout = _lay_out(attention_mask)
         if layout is not None:

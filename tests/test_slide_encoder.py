@@ -4,7 +4,7 @@ import pytest
 import torch
 from checks import assert_close, refused
 
-from modeling_longnet import LongNetSlideConfig, LongNetSlideEncoder
+from modeling_longnet import LongNetImageConfig, LongNetImageEncoder, LongNetSlideConfig, LongNetSlideEncoder
 from modeling_longnet.slide_encoder import place_features
 
 FEATURES = 5
@@ -152,6 +152,21 @@ def test_half_precision_tiles_enter_a_float32_model():
 def test_inputs_that_do_not_fit_are_refused(change, words):
     with refused(*words):
         make_encoder()(*change(*make_slides(9, 4)))
+
+
+def test_slides_and_images_are_not_shared_among_processes():
+    encoder = make_encoder()
+    encoder._sequence_group = object()
+    with refused("share a slide"):
+        encoder(*make_slides(9))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4, "segment_lengths": [4]}
+    images = LongNetImageEncoder(LongNetImageConfig(dilation_rates=[1], **sizes))
+    images._sequence_group = object()
+    with refused("share an image"):
+        images(torch.zeros(1, 3, 8, 8))
+    images._sequence_group = None
+    with refused("pixel_values has shape (1, 3, 8, 4)", "(images, 3, 8, 8)"):
+        images(torch.zeros(1, 3, 8, 4))
 
 
 @pytest.mark.parametrize(
