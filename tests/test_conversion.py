@@ -350,37 +350,39 @@ def test_command_line(tmp_path, capsys):
 
 
 REMOTE = """
-import sys, torch
+import json, sys, torch
+sys.modules["modeling_longnet"] = None  # an installed one cannot be imported either
+from pathlib import Path
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-folder, auto, inputs, output = sys.argv[1:]
-assert "modeling_longnet" not in sys.modules
-model = {"AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}[auto].from_pretrained(
-    folder, trust_remote_code=True, dtype=torch.float64)
-with torch.no_grad():
-    out = model(**load_file(inputs))
-save_file({"out": out.logits if auto.endswith("LM") else out.last_hidden_state}, output)
-assert "modeling_longnet" not in sys.modules
+from transformers import AutoModel, AutoModelForCausalLM
+for folder in sorted(Path().glob("folder-*")):
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    auto = AutoModelForCausalLM if name.endswith("LM") else AutoModel
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    with torch.no_grad():
+        out = model(**load_file(folder / "inputs.safetensors"))
+    out = out.logits if auto is AutoModelForCausalLM else out.last_hidden_state
+    save_file({"out": out}, folder / "out.safetensors")
 """
 
 
-@pytest.mark.parametrize("name", ["decoder_xpos", "encoder_plain", "slide", "longvit"])
-def test_converted_folders_load_as_remote_code(name, tmp_path):
-    """In a process that cannot import this package."""
-    notes, weights, tensors = read_fixture(name)
-    save_file(weights, tmp_path / "source.safetensors")
-    model = convert_checkpoint(tmp_path / "source.safetensors", tmp_path / "folder", **overrides_of(notes, "a"))
-    assert AutoConfig.from_pretrained(tmp_path / "folder").model_type == model.config.model_type
-    auto = AutoModelForCausalLM if hasattr(model, "lm_head") else AutoModel
-    assert type(auto.from_pretrained(tmp_path / "folder")) is type(model)
+def test_converted_folders_load_as_remote_code(tmp_path):
+    """Each in turn, in a process that cannot import this package."""
     names = {"tokens": "input_ids", "patches": "tiles", "coords": "coordinates", "image": "pixel_values"}
-    inputs = {names[k[2:]]: x for k, x in tensors.items() if k.startswith("a.") and k[2:] in names}
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    arguments = [tmp_path / "folder", auto.__name__, tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]
+    expected = {}
+    for name in MODELS:
+        notes, weights, tensors = read_fixture(name)
+        folder = tmp_path / f"folder-{name}"
+        save_file(weights, tmp_path / "source.safetensors")
+        model = convert_checkpoint(tmp_path / "source.safetensors", folder, **overrides_of(notes, "a"))
+        auto = AutoModelForCausalLM if hasattr(model, "lm_head") else AutoModel
+        assert AutoConfig.from_pretrained(folder).model_type == model.config.model_type
+        assert type(auto.from_pretrained(folder)) is type(model)
+        inputs = {names[k[2:]]: x for k, x in tensors.items() if k.startswith("a.") and k[2:] in names}
+        save_file(inputs, folder / "inputs.safetensors")
+        expected[folder] = next(tensors[k] for k in ("a.logits", "a.encoder_out", "a.output") if k in tensors)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    (tmp_path / "run.py").write_text(REMOTE)
-    subprocess.run([sys.executable, "run.py", *map(str, arguments)], cwd=tmp_path, env=environment, check=True)
-    out = load_file(tmp_path / "out.safetensors")["out"]
-    key = next(k for k in ("a.logits", "a.encoder_out", "a.output") if k in tensors)
-    assert_close("out", out, tensors[key])
+    subprocess.run([sys.executable, "-c", REMOTE], cwd=tmp_path, env=environment, check=True)
+    for folder, wanted in expected.items():
+        assert_close(folder.name, load_file(folder / "out.safetensors")["out"], wanted)
