@@ -21,7 +21,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = [p for p, needed in zip(params, ctx.needs_input_grad[4:], strict=True) if needed]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grads = [torch.zeros_like(p) for p in wanted]
+        # In at least float32: thousands of chunks added up in bfloat16 would lose most of their digits.
+        grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         for i, (part, target) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
             with torch.set_grad_enabled(grad_hidden is not None or bool(wanted)):
                 part = part.detach().requires_grad_(grad_hidden is not None)
@@ -35,15 +36,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[i * size : i * size + len(part)] = found.pop(0)
             for grad, new in zip(grads, found, strict=True):
                 grad += new
-        ctx.grads = grad_hidden, grads
+        ctx.grads, ctx.dtypes = (grad_hidden, grads), [p.dtype for p in wanted]
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_hidden, grads = ctx.grads
-        grads = iter(grads)
-        params = [grad * next(grads) if needed else None for needed in ctx.needs_input_grad[4:]]
+        grads = ((grad * g).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        params = [next(grads) if needed else None for needed in ctx.needs_input_grad[4:]]
         return None if grad_hidden is None else grad * grad_hidden, None, None, None, *params
 
 

@@ -313,6 +313,11 @@ class LongNetModel(LongNetPreTrainedModel):
         starts, columns = None, 0
         if cache is not None:
             self._check_cache(cache, batch)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "gradient checkpointing computes each block twice, and would take its tokens into the cache twice: "
+                    "turn it off, or train without a cache."
+                )
             starts, columns = cache.lengths or None, cache.get_seq_length()
         packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
         turns = make_turns(self.config, packing.positions, autocast_dtype(embeds))
