@@ -17,16 +17,19 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench figures clean
+.PHONY: help demo test test-distributed lint bench figures clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it back
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
+
+test-distributed: $(READY) ## run the whole matrix of sequences shared among processes
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/sharding_matrix.py $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

@@ -1,13 +1,13 @@
 """What the processes of a distributed test run: `launch(NAME, arguments, processes)` starts one function here on each.
 
-A function ends normally when everything held; what it writes as JSON to standard output, rank 0 writes alone.
+A function ends normally when everything held; results are files that rank 0 writes.
 """
 
-import json
 import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,26 +23,28 @@ from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.dilated_attention import Plan, attend_chunks
 from modeling_longnet.sharding import Shard, ShardInputs, attend_sharded, plan_exchange
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-12  # float64
 
 
-def launch(name: str, *arguments: object, processes: int, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run a function of this file on so many gloo processes with one thread each; raises with their output if one fails."""
+def launch(name: str, *arguments: object, processes: int, timeout: float = 240) -> None:
+    """Run a function of this file on so many gloo processes of one thread each; raises with their output if one fails.
+
+    A `+` among the arguments ends them, and the name of a further function follows.
+    """
     words = [name, *map(str, arguments)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [*command, __file__, *words], env=environment, capture_output=True, text=True, timeout=timeout
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        [*command, __file__, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    if done.returncode:
-        raise AssertionError(f"{words} on {processes} processes:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
-    return done
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # the launcher then ends its processes
+        output, _ = job.communicate()
+    if job.returncode:
+        raise AssertionError(f"{words} on {processes} processes ended with {job.returncode}:\n{output[-12000:]}")
 
 
 def close(name: str, given: torch.Tensor, expected: torch.Tensor) -> None:
@@ -62,13 +64,14 @@ def _draw_chunks(rng: random.Random, batch: int, length: int) -> tuple[Chunk, ..
     chunks = []
     for row in range(batch):
         cuts = sorted({rng.randint(0, length) for _ in range(rng.randint(2, 4))})
-        chunks += [Chunk(row, row + 1, a, b, 0, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        chunks += [Chunk(row, row + 1, a, b, 0, b - a) for a, b in pairwise(cuts)]
     return tuple(chunks)
 
 
 def op(cases: str) -> None:
     """Random shapes, branches, documents and cuts: out and every gradient equal the whole sequence's on one process."""
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     rng = random.Random(0)
     for case in range(int(cases)):
@@ -147,7 +150,8 @@ def _batch(length: int, padding: str | None, packed: bool, shift: bool) -> dict[
 
 def model(*names: str) -> None:
     """Loss and every gradient of the models named equal those of one process, with and without num_items_in_batch."""
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     size = dist.get_world_size()
     for name in names or MODELS:
         fields = {"length": 64, "padding": None, "packed": False, "shift": False, "checkpoint": False} | MODELS[name]
@@ -193,7 +197,7 @@ def _loop(accelerator: Accelerator, steps: int, batch_size: int, accumulation: i
                 norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
             optimizer.step()
             optimizer.zero_grad()
-    return tiny, optimizer, torch.tensor(losses), torch.tensor(norms)
+    return tiny, torch.tensor(losses), torch.tensor(norms)
 
 
 def _weights(tiny) -> dict[str, torch.Tensor]:
@@ -208,7 +212,7 @@ def loop(sequence: str, output: str) -> None:
     sharding = SequenceSharding(cp_size=int(sequence))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, parallelism_config=sharding)
     data = accelerator.num_processes // int(sequence)
-    tiny, _, losses, norms = _loop(accelerator, 3, 4 // data, 2)
+    tiny, losses, norms = _loop(accelerator, 3, 4 // data, 2)
     if accelerator.is_main_process:
         torch.save({"losses": losses, "norms": norms} | _weights(tiny), output)
 
@@ -227,7 +231,7 @@ def fsdp2(sequence: str, state: str, folder: str) -> None:
         state_class._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     data = accelerator.num_processes // int(sequence)
-    tiny, optimizer, losses, norms = _loop(accelerator, 3, 4 // data, 2)
+    tiny, losses, norms = _loop(accelerator, 3, 4 // data, 2)
     weights = _weights(tiny)
     accelerator.save_state(f"{folder}/{state}")
     with torch.no_grad():
@@ -258,11 +262,12 @@ def trainer(sequence: str, folder: str, steps: str, resume: str = "", kill_at: s
     set_seed(0)
     tiny = make_model()
     rows = [{"input_ids": x, "labels": x} for x in torch.randint(0, 33, (64, 53))]
+    sharding, batch_size = SequenceSharding(cp_size=int(sequence)), 4 // data
     arguments = TrainingArguments(
-        output_dir=folder, max_steps=int(steps), save_steps=2, logging_steps=1, per_device_train_batch_size=4 // data,
-        gradient_accumulation_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.5,
-        use_cpu=True, report_to=[], disable_tqdm=True, eval_strategy="steps", eval_steps=2, logging_nan_inf_filter=False,
-        per_device_eval_batch_size=4 // data, parallelism_config=SequenceSharding(cp_size=int(sequence)), ddp_timeout=30,
+        output_dir=folder, max_steps=int(steps), save_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=2,
+        per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, gradient_accumulation_steps=2,
+        learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.5, use_cpu=True, report_to=[],
+        disable_tqdm=True, parallelism_config=sharding, ddp_timeout=30,
     )  # fmt: skip
     job = _Killed(model=tiny, args=arguments, train_dataset=rows, eval_dataset=rows[:8])
     job.at = int(kill_at) if kill_at else None
@@ -302,10 +307,11 @@ def refusals() -> None:
     whole = tiny.eval().generate(ids, max_new_tokens=3)
     if whole.shape != (2, 23):
         raise AssertionError(f"generate gave {tuple(whole.shape)}")
-    print(json.dumps({"world": accelerator.num_processes}))
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    for words in " ".join(sys.argv[1:]).split(" + "):
+        function, *rest = words.split(" ")
+        globals()[function](*rest)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""Sharing a sequence among processes: what two of them show in a minute. The rest is in sharding_matrix.py."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sharding_worker import launch
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
+from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.sharding import Shard, count_received, outside_rows, plan_exchange, shard_borders
+
+
+@given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 60))
+def test_borders_are_equal_shards(length, size, shortest):
+    borders = shard_borders(length, size, shortest)
+    lengths = [b - a for a, b in pairwise(borders)]
+    assert (borders[0], borders[-1], len(lengths)) == (0, length, size)
+    n = lengths[0]
+    assert n >= math.ceil(length / size)
+    assert n == length or n <= shortest or n % shortest == 0
+    full, rest = divmod(length, n)
+    assert lengths == ([n] * full + [rest] + [0] * size)[:size]
+
+
+@given(st.data())
+def test_what_one_rank_sends_is_what_the_other_receives(data):
+    """The plans of all ranks fit each other, and nobody gets a row of its own."""
+    length, size, heads = data.draw(st.integers(1, 61)), data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
+    w = sorted(data.draw(st.lists(st.integers(1, 47), min_size=1, max_size=3)))
+    r = [data.draw(st.integers(1, x)) for x in w]
+    is_causal = data.draw(st.booleans())
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), min_size=size - 1, max_size=size - 1)))
+    branches = make_branches(tuple(w), tuple(r), heads, "interleaved")
+    chunks = (Chunk(0, 2, 0, length, 0, length),)
+    shards = [Shard(None, rank, (0, *cuts, length)) for rank in range(size)]
+    plans = [plan_exchange(shard, chunks, branches, is_causal, 2, "cpu") for shard in shards]
+    sent = np.array([plan.send_counts for plan in plans])
+    assert (sent == np.array([plan.receive_counts for plan in plans]).T).all()
+    assert not sent.diagonal().any()
+    assert not is_causal or not np.tril(sent).any()
+    for plan in plans:
+        assert len(plan.send) == sum(plan.send_counts)
+        assert len(set(plan.slots.tolist())) == len(plan.slots) == sum(plan.receive_counts)
+        assert plan.is_needed == bool(sent.any())
+
+
+@pytest.mark.parametrize("devices", [8, 64, 512])
+def test_received_rows_stop_growing_with_the_sequence(devices):
+    """At most sum of w / r rows a head over the branches that a shard cuts, however many devices there are."""
+    w, r = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)
+    branches, length = make_branches(w, r, 12, "interleaved"), 2048 * devices
+    borders = shard_borders(length, devices, w[0])
+    rank = min(devices, 16) - 1
+    shard = Shard(None, rank, borders)
+    needs = list(outside_rows(shard, (Chunk(0, 1, 0, length, 0, length),), branches, True, rank))
+    bound = 12 * sum(math.ceil(x / y) for x, y in zip(w[1:], r[1:], strict=True))
+    assert 0 < count_received(shard, needs).sum() <= bound
+
+
+def test_two_processes_work_as_one():
+    """One start of processes for three functions of the worker: starting them takes the time."""
+    models = ["ragged", "empty-shards", "bidirectional", "grouped-heads"]
+    launch("op", 25, "+", "model", *models, "+", "refusals", processes=2)
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"sp_size": 2}])
+def test_other_parallelism_is_refused(sizes):
+    with pytest.raises(ValueError, match="leave the other sizes at 1"):
+        SequenceSharding(**sizes)
+
+
+def test_too_few_processes_are_refused():
+    with pytest.raises(ValueError, match="needs 4 processes, there are 1"):
+        SequenceSharding(cp_size=4).build_device_mesh("cpu")
+
+
+def test_accelerates_own_context_parallelism_is_refused(monkeypatch):
+    from accelerate import ParallelismConfig
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(cp_size=2))
+    config = LongNetConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"ParallelismConfig with cp_size=2.*SequenceSharding"):
+        LongNetForCausalLM(config)(input_ids=torch.zeros(1, 3, dtype=torch.int64))
