@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -52,6 +53,13 @@ class EvaluationArguments:
     )
     targets: int = field(default=4096, metadata={"help": "Scored tokens of a block."})
     blocks: int = field(default=12, metadata={"help": "Scored stretches of text."})
+    segment_lengths: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Read the same weights with these branches instead; a Llama or the like then attends dilated."
+        },
+    )
+    dilation_rates: list[int] | None = field(default=None, metadata={"help": "One for each segment length."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the folder's own code."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
     device: str = field(
@@ -296,14 +304,30 @@ def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]
     print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")
 
 
+def load_model(arguments: EvaluationArguments) -> PreTrainedModel:
+    """The model, with the branches asked for: a LongNet's replaced, another decoder's attention made dilated."""
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    given = {"segment_lengths": arguments.segment_lengths, "dilation_rates": arguments.dilation_rates}
+    branches = {name: value for name, value in given.items() if value is not None}
+    config = AutoConfig.from_pretrained(arguments.model, **trust)
+    if config.model_type == "longnet":
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **trust, **branches)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **trust)
+    if branches or hasattr(config, "dilated_attention"):
+        # Not imported above: it would take the place of the code that a LongNet's folder brings.
+        from modeling_longnet import use_dilated_attention
+
+        use_dilated_attention(model, **branches)
+    return model
+
+
 def main() -> None:
     """Evaluates the model that the command line names."""
     parser = HfArgumentParser((EvaluationArguments, TextArguments))
     arguments, text_arguments = parser.parse_args_into_dataclasses()
     check_contexts(arguments.contexts, arguments.targets)
-    trust = {"trust_remote_code": arguments.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trust)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **trust)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = load_model(arguments)
     text = load_text(text_arguments)["evaluation"]
     results = evaluate_contexts(
         model.to(arguments.device),
@@ -313,7 +337,8 @@ def main() -> None:
         targets=arguments.targets,
         blocks=arguments.blocks,
     )
-    write_results({"model": arguments.model, **results}, Path(arguments.output))
+    branches = {"segment_lengths": arguments.segment_lengths, "dilation_rates": arguments.dilation_rates}
+    write_results({"model": arguments.model, **branches, **results}, Path(arguments.output))
 
 
 if __name__ == "__main__":

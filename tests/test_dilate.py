@@ -1,6 +1,7 @@
 """Transformers' decoders with dilated attention: as their own with one branch, as the dense reference with several."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
 from modeling_longnet.modeling_longnet import CACHE
 
@@ -297,3 +299,46 @@ def test_calls_that_do_not_fit_are_refused():
     model.model.layers[0].self_attn.attention_dropout = 0.1
     with refused("attention_dropout=0"):
         use_dilated_attention(model, *BRANCHES).train()(ids)
+
+
+def test_evaluation_with_other_branches(tmp_path, monkeypatch):
+    """examples/evaluate_perplexity.py --segment_lengths: a LongNet's are replaced, a Llama becomes dilated."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    from evaluate_perplexity import EvaluationArguments, load_model
+
+    given = {"segment_lengths": [8, 32], "dilation_rates": [1, 4]}
+    ids = ids_of(1, 41)
+    llama = make_model()
+    llama.save_pretrained(tmp_path / "llama")
+    config = LongNetConfig(
+        vocab_size=37, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+        segment_lengths=[4, 8], dilation_rates=[1, 2],
+    )  # fmt: skip
+    longnet = LongNetForCausalLM(config).double().eval()
+    longnet.save_pretrained(tmp_path / "longnet")
+    for name, model in (("llama", llama), ("longnet", longnet)):
+        arguments = {"model": str(tmp_path / name), "dtype": "float64"}
+        assert_close(name, read(load_model(EvaluationArguments(**arguments)), ids), read(model, ids))
+        switched = load_model(EvaluationArguments(**arguments, **given))
+        if name == "llama":
+            use_dilated_attention(model, **given)
+        else:
+            wider = LongNetConfig(**(config.to_dict() | given))
+            model = LongNetForCausalLM(wider).double().eval()
+            model.load_state_dict(longnet.state_dict())
+        assert_close(name, read(switched, ids), read(model, ids))
+    switched.save_pretrained(tmp_path / "wider")
+    assert LongNetConfig.from_pretrained(tmp_path / "wider").segment_lengths == [8, 32]
+
+
+def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_path):
+    """xPos with base 16 over a period of a million tokens leaves float32."""
+    config = LongNetConfig(
+        vocab_size=37, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=6,
+        segment_lengths=[4, 8], dilation_rates=[1, 2], xpos_scale_base=16,
+    )  # fmt: skip
+    LongNetForCausalLM(config).save_pretrained(tmp_path)
+    with refused("xpos_scale_base=16 is too small", "[8, 1048576]"):
+        LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
+    longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20], position_embedding="rope")
+    assert longer.model.layers[0].self_attn.branches[1].w == 1 << 20
