@@ -4,12 +4,14 @@
         --output_dir out --max_steps 500 --learning_rate 2e-3
     python examples/finetune.py --model_name_or_path out --text my_folder --output_dir more
     python examples/finetune.py settings.json
+    accelerate launch --config_file configuration/accelerate/ddp.yaml examples/finetune.py ...
 
 Every option of `TrainingArguments` works: `--bf16`, `--gradient_accumulation_steps`,
 `--resume_from_checkpoint last`, `--push_to_hub`. `output_dir` holds the model, its tokenizer and,
 for a LongNet, the code that loads it without this package.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 
 
 @dataclass
@@ -89,6 +91,8 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
         text: `train`, and `evaluation` where `training_arguments.do_eval` asks for its loss.
     """
     set_seed(training_arguments.seed)
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        training_arguments.parallelism_config = SequenceSharding()  # sizes from the launch configuration
     model, tokenizer = load_model(arguments, text)
     parts = ["train", "evaluation"] if training_arguments.do_eval else ["train"]
     sequences = {
