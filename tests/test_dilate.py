@@ -113,6 +113,17 @@ def test_padding_changes_nothing(backend):
         assert_close("others", batch[[0, 2]], read(model, ids[[0, 2]]))
 
 
+def test_a_mask_that_is_changed_in_place_counts_as_it_is_now():
+    """The layers share one layout a forward pass, and no pass that of another."""
+    model, ids = dilated(), ids_of(1, 20)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    read(model, ids, attention_mask=mask)
+    mask[:, :7] = False
+    positions = torch.arange(20)[None] - 7
+    batch = read(model, ids, attention_mask=mask, position_ids=positions.clamp(min=0))
+    assert_close("row", batch[:, 7:], read(model, ids[:, 7:]))
+
+
 @pytest.mark.parametrize("backend", ["torch", "eager"])
 def test_packed_documents_do_not_see_each_other(backend):
     model, ids = dilated(backend=backend), ids_of(1, 30)

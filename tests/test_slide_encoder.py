@@ -121,6 +121,10 @@ def test_training_drops_paths_and_evaluation_does_not():
         torch.testing.assert_close(*quiet, rtol=0, atol=0)
         encoder.train()
         states = [encoder(tiles, coordinates).layer_embeddings for _ in range(16)]
+    branch = torch.ones(4000, 1, 1)
+    dropped = encoder.layers[1]._drop(branch)  # p = 0.45
+    torch.testing.assert_close(dropped.unique(), torch.tensor([0, 1 / 0.55]))
+    torch.testing.assert_close(dropped.mean(), torch.tensor(1.0), rtol=0, atol=0.06)  # four standard errors
     # The first block never drops, the last one loses both branches in 4 of 5 passes.
     unchanged = [[bool((s[n + 1] == s[n]).all()) for s in states] for n in range(3)]
     assert not any(unchanged[0])
