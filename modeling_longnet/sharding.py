@@ -10,7 +10,6 @@ dimension, S rows sent, R rows received.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,7 +36,6 @@ except ImportError as error:
             raise ImportError("SequenceSharding needs the accelerate package: pip install accelerate") from _missing
 
 
-@dataclass
 class SequenceSharding(ParallelismConfig):
     """Tells Accelerate to hold each sequence on `cp_size` devices, of which LongNet computes a part each.
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding_worker import launch
 
+from benchmarks import communication
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.reference import count_branches
 from modeling_longnet.sharding import Shard, count_received, outside_rows, plan_exchange, shard_borders
 
 
@@ -66,6 +68,17 @@ def test_two_processes_work_as_one():
     """One start of processes for three functions of the worker: starting them takes the time."""
     models = ["ragged", "empty-shards", "bidirectional", "grouped-heads"]
     launch("op", 25, "+", "model", *models, "+", "refusals", processes=2)
+
+
+@pytest.mark.parametrize("devices", [1, 3, 4, 7])
+def test_benchmark_counts_every_pair_once(devices):
+    """The simulated devices' work adds up to the pairs of tokens that see each other."""
+    branches = make_branches((6, 15), (1, 4), 2, "interleaved")
+    shard = Shard(None, 0, shard_borders(43, devices, 6))
+    chunks = (Chunk(0, 1, 0, 43, 0, 43),)
+    positions = torch.arange(43)[None]
+    pairs = int(count_branches(branches, positions, positions).sum())
+    assert sum(communication._pairs(shard, chunks, branches, rank) for rank in range(devices)) == pairs
 
 
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"sp_size": 2}])

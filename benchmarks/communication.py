@@ -1,0 +1,217 @@
+"""What sequences shared among devices cost: bytes that travel, balance of work, memory.
+
+- measured: gloo processes with a fixed number of tokens each, so that the sequence grows with them. The bytes that
+  the collectives carried are counted where they are called, and must be those that the plan says.
+- simulated: the same plans for up to 1,024 devices and 10^9 tokens, in integers only.
+
+Beside ours stands what a device would get by gathering every branch's rows over the whole group (as TorchScale) and
+by ring attention (all keys and values go round). Bytes are those a device receives in one layer's forward.
+
+Letters: w, r segment length and dilation rate, G key/value heads, D head dimension.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch.multiprocessing import spawn
+from tqdm import tqdm
+
+from modeling_longnet.branches import Branch, Chunk, chunk_rows, make_branches
+from modeling_longnet.dilated_attention import Plan
+from modeling_longnet.sharding import (
+    Shard,
+    ShardInputs,
+    attend_sharded,
+    count_received,
+    outside_rows,
+    plan_exchange,
+    shard_borders,
+)
+
+HEADS, HEAD_DIM = 12, 64
+# A key and a value in bfloat16.
+ROW_BYTES = 2 * HEAD_DIM * 2
+MEASURED = ((512, 1024, 2048), (1, 2, 4))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 6, 8])
+    parser.add_argument("--tokens-per-process", type=int, default=512)
+    parser.add_argument("--devices", type=int, nargs="+", default=[8, 32, 128, 512, 1024])
+    parser.add_argument("--tokens", type=int, default=10**9, help="at least, of the sequence on the most devices")
+    parser.add_argument("--config", type=Path, default=Path("configuration/longnet-billion.json"))
+
+
+def whole_group_rows(branches: tuple[Branch, ...], n: int, devices: int) -> int:
+    """Rows a device would get if each branch longer than a shard were gathered over the whole group."""
+    return sum((devices - 1) * math.ceil(n / b.r) * len(b.offsets) for b in branches if b.w > n)
+
+
+def ring_rows(n: int, devices: int) -> int:
+    """Rows that pass a device when all keys and values go round."""
+    return (devices - 1) * n * HEADS
+
+
+class _Carried:
+    """Counts the bytes that cross processes in `all_to_all_single`, by its own arguments."""
+
+    def __init__(self, rank: int):
+        self.rank, self.received, self._call = rank, [], dist.all_to_all_single
+
+    def __call__(self, output, rows, output_counts, *args, **kwargs):
+        others = sum(count for rank, count in enumerate(output_counts) if rank != self.rank)
+        self.received.append(others * output[0].numel() * output.element_size() if len(output) else 0)
+        return self._call(output, rows, output_counts, *args, **kwargs)
+
+
+def _measure(rank: int, processes: int, n: int, folder: str) -> None:
+    """One process: attention forward and backward; rank 0 writes what all of them counted and carried."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    torch.manual_seed(rank)
+    branches = make_branches(*MEASURED, HEADS, "interleaved")
+    shard = Shard(dist.group.WORLD, rank, shard_borders(n * processes, processes, MEASURED[0][0]))
+    chunks = (Chunk(0, 1, 0, shard.total, 0, shard.total),)
+    exchange = plan_exchange(shard._replace(group=None), chunks, branches, True, 1, torch.device("cpu"))
+    plan = Plan(shard.cut_chunks(chunks, rank), branches, True, HEAD_DIM**-0.5, "torch", False)
+    inputs = torch.randn(3, 1, shard.end - shard.begin, HEADS, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
+    carried = dist.all_to_all_single = _Carried(rank)
+    attend_sharded(*inputs, ShardInputs(shard.group, plan, exchange)).float().square().sum().backward()
+    forward, backward = carried.received
+    own = {"received": sum(exchange.receive_counts) * ROW_BYTES, "sent": sum(exchange.send_counts) * ROW_BYTES}
+    results = [None] * processes
+    dist.all_gather_object(results, own | {"forward": forward, "backward": backward})
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def measure(processes: int, n: int) -> dict:
+    """Bytes of each rank, counted and carried, and what the other ways would carry.
+
+    Raises:
+        RuntimeError: the collectives carried other bytes than the plan counts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_measure, (processes, n, folder), nprocs=processes)
+        ranks = json.loads(Path(folder, "result.json").read_text())
+    for rank, x in enumerate(ranks):
+        if (x["forward"], x["backward"]) != (x["received"], x["sent"]):
+            raise RuntimeError(f"rank {rank} of {processes}: counted and carried bytes differ: {x}.")
+    branches = make_branches(*MEASURED, HEADS, "interleaved")
+    return {
+        "processes": processes,
+        "tokens": processes * n,
+        "received": [x["forward"] for x in ranks],
+        "returned": [x["backward"] for x in ranks],
+        "whole_group": whole_group_rows(branches, n, processes) * ROW_BYTES,
+        "ring": ring_rows(n, processes) * ROW_BYTES,
+    }
+
+
+def _pairs(shard: Shard, chunks: tuple[Chunk, ...], branches: tuple[Branch, ...], rank: int) -> int:
+    """Pairs of a query and a key that a rank computes, causal, over all heads and branches."""
+    pieces = (r for c in shard.cut_chunks(chunks, rank) for b in branches for r in chunk_rows(c, b, False))
+    return sum(p.segments * p.heads * (p.rows * (p.rows + 1) // 2 + p.rows * p.before) for p in pieces)
+
+
+def simulate(devices: int, n: int, branches: tuple[Branch, ...]) -> dict:
+    """Bytes, work and memory of every device of a group, from the plans alone."""
+    length = devices * n
+    shard = Shard(None, 0, shard_borders(length, devices, branches[0].w))
+    chunks = (Chunk(0, 1, 0, length, 0, length),)
+    received, sent = np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
+    for rank in tqdm(range(devices), desc=f"{devices} devices", mininterval=1):
+        counts = count_received(shard, list(outside_rows(shard, chunks, branches, True, rank)))
+        received[rank] = counts.sum()
+        sent += counts
+    work = np.array([_pairs(shard, chunks, branches, rank) for rank in range(devices)], dtype=float)
+    shard_length = shard.borders[1]
+    return {
+        "devices": devices,
+        "tokens": length,
+        "received_most": int(received.max()) * ROW_BYTES,
+        "received_and_sent_most": int((received + sent).max()) * ROW_BYTES,
+        "work_most_over_mean": float(work.max() / work.mean()),
+        "own_bytes": shard_length * HEADS * ROW_BYTES,
+        "whole_group": whole_group_rows(branches, shard_length, devices) * ROW_BYTES,
+        "ring": ring_rows(shard_length, devices) * ROW_BYTES,
+    }
+
+
+def run(args: argparse.Namespace) -> dict:
+    config = json.loads(args.config.read_text())
+    pattern = config["segment_lengths"], config["dilation_rates"]
+    branches = make_branches(*map(tuple, pattern), HEADS, "interleaved")
+    shortest = branches[0].w
+    n = math.ceil(args.tokens / max(args.devices) / shortest) * shortest
+    return {
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "measured_pattern": MEASURED,
+        "pattern": pattern,
+        "measured": [measure(processes, args.tokens_per_process) for processes in args.processes],
+        "simulated": [simulate(devices, n, branches) for devices in args.devices],
+    }
+
+
+def _size(count: float) -> str:
+    unit = next(i for i in range(5) if count < 1000 * 1024**i or i == 4)
+    return f"{count / 1024**unit:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][unit]}"
+
+
+def headline(result: dict) -> str:
+    """The largest simulated group."""
+    last = result["simulated"][-1]
+    return (
+        f"{last['tokens']:,} tokens on {last['devices']:,} devices, one layer's forward, {result['heads']} heads of "
+        f"{result['head_dim']}, bfloat16: a device receives at most {_size(last['received_most'])}, where gathering "
+        f"over the whole group brings {_size(last['whole_group'])} and ring attention {_size(last['ring'])}; its own "
+        f"keys and values take {_size(last['own_bytes'])}. Work, most over mean: {last['work_most_over_mean']:.2f}."
+    )
+
+
+def tables(result: dict) -> str:
+    """Measured and simulated bytes."""
+    lines = [
+        headline(result),
+        "Carried between gloo processes, as counted in the code: the most that a device received.",
+        "| processes | tokens | forward | backward | whole group | ring |\n| --- | --- | --- | --- | --- | --- |\n"
+        + "\n".join(
+            f"| {x['processes']} | {x['tokens']:,} | {_size(max(x['received']))} | {_size(max(x['returned']))} | "
+            f"{_size(x['whole_group'])} | {_size(x['ring'])} |"
+            for x in result["measured"]
+        ),
+        "Simulated: the most of any device, in one layer's forward.",
+        "| devices | tokens | received | received and sent | whole group | ring | own K and V | work, most / mean |"
+        "\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        + "\n".join(
+            f"| {x['devices']:,} | {x['tokens']:,} | {_size(x['received_most'])} | "
+            f"{_size(x['received_and_sent_most'])} | {_size(x['whole_group'])} | {_size(x['ring'])} | "
+            f"{_size(x['own_bytes'])} | {x['work_most_over_mean']:.3f} |"
+            for x in result["simulated"]
+        ),
+    ]
+    return "\n\n".join(lines)
+
+
+def plot(result: dict, path: str) -> None:
+    """Bytes received by a device against the number of devices, measured and simulated."""
+    figure = Figure(figsize=(10, 4))
+    panels = figure.subplots(1, 2)
+    measured = [x | {"devices": x["processes"], "received_most": max(x["received"])} for x in result["measured"]]
+    for axes, title, rows in zip(panels, ("measured", "simulated"), (measured, result["simulated"]), strict=True):
+        devices = [x["devices"] for x in rows]
+        for key, label in (("received_most", "ours"), ("whole_group", "whole group"), ("ring", "ring attention")):
+            axes.plot(devices, [x[key] / 2**20 for x in rows], "o-", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="MiB received, one layer's forward", title=title)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
