@@ -58,13 +58,15 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.columns = 0  # columns fed, padding counted
         self.capacity = 0  # tokens that the slots are allocated for
         self.is_recording = False
+        self.ends_in_padding = False  # have columns of padding followed a row's tokens?
         self._undo: _Undo | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, heads, dtype and device from the first (B, L, G, D) keys and values."""
         batch, _, heads, dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (x.new_zeros(batch, heads, 0, dim) for x in (key_states, value_states))
+        with torch.inference_mode(False):  # a later call may write outside of inference mode
+            self.keys, self.values = (x.new_zeros(batch, heads, 0, dim) for x in (key_states, value_states))
         self.lengths = [0] * batch
         self.is_initialized = True
         if self.max_length:
@@ -89,10 +91,9 @@ class LongNetCacheLayer(CacheLayerMixin):
         capacity = min(longest, max(tokens, 2 * self.capacity, 64))
         old, new = self.slots(self.capacity), self.slots(capacity)
         for name in ("keys", "values"):
-            parts = getattr(self, name).split(old, 2)
-            setattr(self, name, torch.cat(
-                [torch.nn.functional.pad(part, (0, 0, 0, n - o)) for part, o, n in zip(parts, old, new, strict=True)], 2
-            ))  # fmt: skip
+            with torch.inference_mode(False):
+                parts = zip(getattr(self, name).split(old, 2), old, new, strict=True)
+                setattr(self, name, torch.cat([torch.nn.functional.pad(x, (0, 0, 0, n - o)) for x, o, n in parts], 2))
         self.capacity = capacity
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -129,11 +130,14 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.reserve(max((c.total for c in chunk_list), default=0))
         if self.is_recording or torch.is_grad_enabled():
             # The old slots may be needed to step back, or by a backward pass: leave them as they are.
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+            with torch.inference_mode(False):
+                self.keys, self.values = self.keys.clone(), self.values.clone()
         self.lengths = list(self.lengths)
         for chunk in chunk_list:
             self._store(chunk, key_states.detach(), value_states.detach())
             self.lengths[chunk.row_begin : chunk.row_end] = [chunk.total] * (chunk.row_end - chunk.row_begin)
+        at_end = sum(c.row_end - c.row_begin for c in chunk_list if c.column_end == key_states.shape[1])
+        self.ends_in_padding |= at_end + self.lengths.count(0) < len(self.lengths)
         self.columns += key_states.shape[1]
         return key_states, value_states
 
@@ -183,6 +187,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         super().reset()
         self.lengths = [0] * len(self.lengths)
         self.columns = 0
+        self.ends_in_padding = False
         self._undo = None
 
     def activate_past_recording(self) -> None:
@@ -193,7 +198,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Keep the first `max_length` columns; negative, take that many back (0: none, as Transformers counts).
 
         Raises:
-            ValueError: rows of those columns were overwritten by a later segment.
+            ValueError: rows of those columns were given up, at the end of their segment.
         """
         target = int(max_length)
         back = max(0, self.columns - target) if target > 0 else -target
@@ -205,14 +210,18 @@ class LongNetCacheLayer(CacheLayerMixin):
         if undo and undo.columns <= self.columns - back:
             self._redo(undo, self.columns - back - undo.columns)
             return
+        if self.ends_in_padding:
+            raise ValueError(
+                f"crop({max_length}): padding followed the tokens of a row, and in which of the last {back} columns "
+                "is not kept; keep a copy of the cache from then, or pad on the left."
+            )
         lengths = [t - back for t in self.lengths]
         for t, kept in zip(self.lengths, lengths, strict=True):
             for b in self.branches:
-                if kept < 0 or (kept % b.w and (t - 1) // b.w != kept // b.w):
+                if kept < 0 or (kept % b.w and t // b.w != kept // b.w):
                     raise ValueError(
-                        f"crop({max_length}): going back {back} tokens from {t} needs rows that the segment of "
-                        f"{b.w} tokens after them has overwritten; keep a copy of the cache from then, or feed the "
-                        "text again."
+                        f"crop({max_length}): going back {back} tokens from {t} needs rows of a segment of {b.w} "
+                        "tokens that has ended; keep a copy of the cache from then, or feed the text again."
                     )
         self.lengths, self.columns = lengths, self.columns - back
 
@@ -262,10 +271,8 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _select(self, rows: list[int]) -> None:
         """Batch row i becomes a copy of the old row `rows[i]`."""
         index = torch.tensor(rows, device=self.keys.device)
-        self.keys, self.values = (
-            self.keys.index_select(0, index),
-            self.values.index_select(0, index),
-        )
+        with torch.inference_mode(False):
+            self.keys, self.values = (x.index_select(0, index) for x in (self.keys, self.values))
         self.lengths = [self.lengths[row] for row in rows]
         self._undo = None
 

@@ -1,0 +1,393 @@
+"""The bounded cache: any cut into chunks and steps gives what one forward gives, in bounded memory.
+
+Letters: B batch, L tokens, G key/value heads, P slots.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from checks import assert_close, make_config, make_model, refused
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel
+from modeling_longnet.modeling_longnet import CACHE
+
+EXACT = 1e-10  # float64, through two layers
+
+
+@st.composite
+def models(draw):
+    """A model in float64 with any branches, fewer heads than a rate now and then."""
+    heads = draw(st.sampled_from([1, 2, 3, 6]))
+    if draw(st.booleans()):
+        base = draw(st.integers(2, 5))
+        lengths, rates = [base, 2 * base, 4 * base], [1, 2, 4]
+    else:
+        lengths = sorted(draw(st.lists(st.integers(1, 23), min_size=1, max_size=3)))
+        rates = [draw(st.integers(1, w)) for w in lengths]
+    return make_model(
+        LongNetModel, implementation=draw(st.sampled_from(["sdpa", "sdpa", "eager"])), segment_lengths=lengths,
+        dilation_rates=rates, num_attention_heads=heads, hidden_size=4 * heads, intermediate_size=7,
+        num_key_value_heads=draw(st.sampled_from([g for g in (1, 2, 3, 6) if heads % g == 0])),
+        head_offsets=draw(st.sampled_from(["interleaved", "blocked"])),
+        position_embedding=draw(st.sampled_from(["xpos", "rope"])),
+    )  # fmt: skip
+
+
+def hidden(model, ids, cache=None, **kwargs):
+    return model(ids, use_cache=cache is not None, **{CACHE: cache}, **kwargs).last_hidden_state
+
+
+def most_rows(config, length):
+    """sum_i ceil(min(w_i, t) / r_i)."""
+    pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)
+    return sum(math.ceil(min(w, length) / r) for w, r in pairs)
+
+
+@given(models(), st.data())
+def test_chunks_and_steps_equal_one_forward(model, data):
+    """Ragged rows padded on the left, cut anywhere, with and without gradients; held rows within the formula."""
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
+    width = max(lengths)
+    ids = torch.randint(0, 29, (len(lengths), width))
+    mask = torch.stack([torch.arange(width) >= width - n for n in lengths])
+    expected = [hidden(model, ids[i : i + 1, width - n :])[0] for i, n in enumerate(lengths)]
+    cache, begin, parts = LongNetCache(model.config, data.draw(st.sampled_from([None, 9, 200]))), 0, []
+    while begin < width:
+        end = min(width, begin + data.draw(st.sampled_from([1, 1, 1, 2, 5, 16, 31])))
+        explicit = len(set(lengths)) > 1 or data.draw(st.booleans())
+        with torch.set_grad_enabled(data.draw(st.booleans())):
+            parts.append(hidden(
+                model, ids[:, begin:end], cache, attention_mask=mask[:, :end] if explicit else None,
+            ).detach())  # fmt: skip
+        begin = end
+        for layer in cache.layers:
+            for held, n in zip(layer.held_rows(), lengths, strict=True):
+                assert held <= most_rows(model.config, max(0, n - (width - end)))
+            assert layer.keys.shape[2] == most_rows(model.config, layer.capacity)
+            assert layer.keys.shape[2] <= most_rows(model.config, 1 << 40)
+    out = torch.cat(parts, 1)
+    for i, n in enumerate(lengths):
+        assert_close(f"row {i}", out[i, width - n :], expected[i].detach(), EXACT)
+
+
+def test_held_rows_at_every_step():
+    model = make_model(LongNetModel, segment_lengths=[4, 6, 20], dilation_rates=[1, 4, 7])
+    cache = LongNetCache(model.config)
+    with torch.no_grad():
+        for t in range(1, 121):
+            model(torch.randint(0, 29, (2, 1)), **{CACHE: cache})
+            for layer in cache.layers:
+                assert max(layer.held_rows()) <= most_rows(model.config, t)
+                # Room is made ahead, in doubling steps from 64 tokens on, but never beyond the bound.
+                assert layer.keys.shape[2] <= most_rows(model.config, max(64, 2 * t))
+            assert cache.get_seq_length() == t
+            assert cache.lengths == [t, t]
+
+
+@pytest.mark.parametrize("length", [None, 100])
+def test_memory_stops_growing(length):
+    model = make_model(LongNetModel, torch.float32)
+    cache = LongNetCache(model.config, max_length=length)
+    sizes = set()
+    with torch.no_grad():
+        for _ in range(60):
+            model(torch.randint(0, 29, (1, 37)), **{CACHE: cache})
+            sizes.add((cache.layers[0].keys.shape[2], cache.layers[0].values.untyped_storage().nbytes()))
+    assert len(sizes) == 1
+    assert sizes.pop()[0] == most_rows(model.config, 60 * 37) == 12
+
+
+@pytest.mark.parametrize(("branches", "count"), [
+    pytest.param({}, 2000, id="nested"),
+    pytest.param({"segment_lengths": [6, 10], "dilation_rates": [2, 3]}, 300, id="uncovered"),
+])  # fmt: skip
+def test_greedy_generation_is_the_argmax_of_one_forward(branches, count):
+    """Over hundreds of segment borders, each token is the argmax of what one forward says there."""
+    model = make_model(LongNetForCausalLM, position_embedding="rope", **branches)
+    prompt = torch.randint(0, 29, (1, 5))
+    tokens = model.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    assert tokens.shape == (1, 5 + count)
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    assert torch.equal(logits[0, 4:-1].argmax(-1), tokens[0, 5:])
+
+
+def test_the_next_chunk_may_need_a_gradient():
+    """A training loop that carries the cache: each chunk's own gradient, whatever the cache took in since."""
+    model = make_model(LongNetModel)
+    ids = torch.randint(0, 29, (2, 30))
+    cache, losses = LongNetCache(model.config), []
+    for part in ids.split(7, 1):
+        losses.append(hidden(model, part, cache).square().sum())
+    sum(losses).backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    cache = LongNetCache(model.config)
+    for part in ids.split(7, 1):
+        hidden(model, part, cache).square().sum().backward()
+    for grad, p in zip(together, model.parameters(), strict=True):
+        assert_close("gradient", grad, p.grad, EXACT)
+
+
+def test_the_loss_of_a_text_in_chunks_is_that_of_the_whole():
+    """labels and shift_labels for each chunk, one sum of losses."""
+    model = make_model(LongNetForCausalLM)
+    ids = torch.randint(0, 29, (1, 61))
+    shifted = torch.cat([ids[:, 1:], torch.tensor([[-100]])], 1)
+    cache, total = LongNetCache(model.config), 0
+    with torch.no_grad():
+        for begin in range(0, 61, 13):
+            part = slice(begin, begin + 13)
+            outputs = model(ids[:, part], shift_labels=shifted[:, part], num_items_in_batch=1, **{CACHE: cache})
+            total += outputs.loss
+        expected = model(ids, labels=ids).loss * 60
+    assert_close("loss", total, expected, EXACT)
+
+
+def filled(model, length, recording=False, piece=None, seed=0):
+    """A cache after `length` tokens (fed in pieces), and those tokens."""
+    cache = LongNetCache(model.config)
+    if recording:
+        for layer in cache.layers:
+            layer.activate_past_recording()
+    ids = torch.randint(0, 29, (2, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for part in ids.split(piece or length, 1):
+            model(part, **{CACHE: cache})
+    return cache, ids
+
+
+def assert_goes_on_like(model, cache, ids):
+    """The next tokens after this cache get what they get after these ids."""
+    new = torch.randint(0, 29, (len(ids), 9))
+    with torch.no_grad():
+        expected = hidden(model, torch.cat([ids, new], 1))[:, ids.shape[1] :]
+        parts = [hidden(model, part, cache) for part in new.split([1, 1, 7], 1)]
+    assert_close("hidden", torch.cat(parts, 1), expected, EXACT)
+
+
+@given(
+    st.one_of(st.integers(1, 45), st.sampled_from([4, 8, 9, 12, 16, 18, 36])),
+    st.one_of(st.integers(1, 4), st.integers(1, 45)),
+    st.sampled_from([1, 3, 8, 45]),
+    st.booleans(),
+)
+def test_crop_is_exact_or_refused(length, back, piece, recording):
+    """Never silently wrong: after a crop that is not refused, the text goes on as if never fed."""
+    model = make_model(LongNetModel, segment_lengths=[4, 9, 16], dilation_rates=[1, 3, 5], num_hidden_layers=1)
+    cache, ids = filled(model, length, recording, piece)
+    kept = length - back
+    borders = [w for w in (4, 9, 16) if kept % w and length // w != kept // w]
+    if back <= length and (not borders or (recording and back <= (length - 1) % piece + 1)):
+        cache.crop(-back)
+        assert cache.get_seq_length() == kept
+        assert_goes_on_like(model, cache, ids[:, :kept])
+    else:
+        with refused(f"crop({-back})"):
+            cache.crop(-back)
+        assert_goes_on_like(model, cache, ids)  # nothing half-applied
+
+
+def test_crop_to_a_length():
+    model = make_model(LongNetModel)
+    for target, left in ((22, 22), (torch.tensor(21), 21), (23, 23), (99, 23), (0, 23), (torch.tensor(-2), 21)):
+        cache, ids = filled(model, 23)
+        cache.crop(target)
+        assert cache.get_seq_length() == left
+        assert_goes_on_like(model, cache, ids[:, :left])
+
+
+def test_crop_behind_right_padding():
+    """The cache cannot know which of the last columns were a row's padding, unless it recorded them."""
+    model = make_model(LongNetModel)
+    ids, mask = torch.randint(0, 29, (2, 11)), torch.tensor([[1] * 11, [1] * 9 + [0] * 2])
+    cache = LongNetCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{CACHE: cache})
+        with refused("crop(-1)", "padding"):
+            cache.crop(-1)
+
+
+def test_rows_are_reordered_repeated_and_selected():
+    model = make_model(LongNetModel)
+    texts = [torch.randint(0, 29, (n,)) for n in (13, 21, 18)]
+    ids, mask = torch.zeros(3, 21, dtype=torch.int64), torch.zeros(3, 21)
+    for row, text in enumerate(texts):
+        ids[row, 21 - len(text) :], mask[row, 21 - len(text) :] = text, 1
+    for change, rows in (
+        (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda c: c.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+        (lambda c: c.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    ):
+        cache = LongNetCache(model.config)
+        new = torch.randint(0, 29, (len(rows), 5))
+        with torch.no_grad():
+            model(ids, attention_mask=mask, **{CACHE: cache})
+            change(cache)
+            assert cache.lengths == [len(texts[row]) for row in rows]
+            parts = [hidden(model, part, cache) for part in new.split([1, 4], 1)]
+            for i, row in enumerate(rows):
+                alone = hidden(model, torch.cat([texts[row], new[i]])[None])[0, -5:]
+                assert_close(f"row {i}", torch.cat(parts, 1)[i], alone, EXACT)
+
+
+def test_reset_forgets():
+    model = make_model(LongNetModel)
+    cache, _ = filled(model, 23)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert_goes_on_like(model, cache, torch.zeros(2, 0, dtype=torch.int64))
+
+
+def test_inference_mode_and_no_grad_may_alternate():
+    model = make_model(LongNetModel)
+    ids = torch.randint(0, 29, (2, 12))
+    cache = LongNetCache(model.config)
+    with torch.inference_mode():
+        model(ids[:, :6], **{CACHE: cache})
+    with torch.no_grad():
+        model(ids[:, 6:7], **{CACHE: cache})
+        model(ids[:, 7:], **{CACHE: cache})
+    assert_goes_on_like(model, cache, ids)
+
+
+def test_eager_and_sdpa_share_a_cache():
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 23)
+    model.set_attn_implementation("eager")
+    assert_goes_on_like(model, cache, ids)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_maps_with_a_cache(length):
+    """(B, H, L, P + L): each query's weights over slots and new tokens sum to one."""
+    model = make_model(LongNetModel, implementation="eager")
+    cache, ids = filled(model, 23)
+    slots = cache.layers[0].keys.shape[2]
+    with torch.no_grad():
+        maps = model(ids[:, :length], output_attentions=True, **{CACHE: cache}).attentions
+    assert maps[0].shape == (2, 6, length, slots + length)
+    assert_close("sum", maps[0].sum(-1), torch.ones(2, 6, length, dtype=torch.float64))
+
+
+def test_unread_slots_may_hold_anything():
+    """Memory that no token wrote is NaN here: neither the steps nor the chunks read it."""
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 17)
+    for layer in cache.layers:
+        positions, slots = torch.arange(17), cache.slots()
+        written = torch.zeros(layer.keys.shape[1:3], dtype=torch.bool)  # (G, P)
+        for p in positions:
+            if (p // slots.w == 17 // slots.w).any():
+                same = p // slots.w == 17 // slots.w
+                written |= same & (p % slots.w == slots.number * slots.r + slots.offset)
+        layer.keys[:, ~written] = layer.values[:, ~written] = 1e6
+    assert_goes_on_like(model, cache, ids)
+
+
+# Refusals: each with what was given and what is allowed, nothing half-applied.
+
+
+def test_a_cache_of_another_model_is_refused():
+    model = make_model(LongNetModel)
+    ids = torch.randint(0, 29, (2, 3))
+    for other, words in (
+        ({"segment_lengths": [4, 8, 32]}, ["another config", "32"]),
+        ({"num_hidden_layers": 3}, ["another config", "3"]),
+        ({"num_key_value_heads": 3}, ["another config"]),
+        ({"head_offsets": "blocked"}, ["another config", "'blocked'"]),
+    ):
+        with refused(*words):
+            model(ids, **{CACHE: LongNetCache(make_config(**other))})
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("grad", [False, True])
+def test_misfits_are_refused_and_leave_the_cache_as_it_was(length, grad):
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 23)
+    new = torch.randint(0, 29, (2, length))
+    wide = torch.ones(2, 23 + length)
+    contradicting = wide.clone()
+    contradicting[0, :2] = 0
+    single = copy.deepcopy(model).float()
+    with torch.set_grad_enabled(grad):
+        for call, words in (
+            (lambda: model(new[:1], **{CACHE: cache}), ["2 rows", "1"]),
+            (lambda: single(new, **{CACHE: cache}), ["float64", "float32"]),
+            (lambda: model(new, attention_mask=wide[:, 1:], **{CACHE: cache}), ["attention_mask", str(23 + length)]),
+            (lambda: model(new, attention_mask=contradicting, **{CACHE: cache}), ["contradicts", "[21, 23]"]),
+            (
+                lambda: model(new, position_ids=torch.arange(length)[None] + 5, **{CACHE: cache}),
+                ["begin at 5", "23"],
+            ),
+            (lambda: model(new + 29, **{CACHE: cache}), ["0 to 28"]),
+        ):
+            with refused(*words):
+                call()
+    assert cache.lengths == [23, 23]
+    assert_goes_on_like(model, cache, ids)
+
+
+def test_packed_documents_and_holes_are_refused_with_a_cache():
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 23)
+    new = torch.randint(0, 29, (2, 4))
+    with refused("position_ids", "jump"):
+        model(new, position_ids=torch.tensor([[23, 24, 0, 1]]), **{CACHE: cache})
+    holes = torch.ones(2, 27)
+    holes[1, 24] = 0
+    with refused("row 1", "holes"):
+        model(new, attention_mask=holes, **{CACHE: cache})
+    assert_goes_on_like(model, cache, ids)
+
+
+def test_an_interrupted_forward_is_noticed(monkeypatch):
+    model = make_model(LongNetModel)
+    cache, _ = filled(model, 5)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[1].self_attn, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randint(0, 29, (2, 3)), **{CACHE: cache})
+    with refused("interrupted", "start a new one"):
+        model(torch.randint(0, 29, (2, 3)), **{CACHE: cache})
+
+
+def test_foreign_caches_are_refused():
+    model = make_model(LongNetForCausalLM)
+    ids = torch.randint(0, 29, (1, 3))
+    with refused("DynamicCache", "LongNetCache"):
+        model(ids, **{CACHE: DynamicCache()})
+    with refused("DynamicCache", "LongNetCache"):
+        model.generate(ids, max_new_tokens=2, **{CACHE: DynamicCache()})
+    for name in ("static", "quantized", "dynamic"):
+        with refused("cache_implementation", name):
+            model.generate(ids, max_new_tokens=2, cache_implementation=name)
+
+
+def test_a_bidirectional_model_has_no_cache():
+    model = make_model(LongNetModel, is_causal=False)
+    ids = torch.randint(0, 29, (1, 3))
+    assert getattr(model(ids, use_cache=True), CACHE) is None
+    with refused("is_causal=False"):
+        model(ids, **{CACHE: LongNetCache(model.config)})
+
+
+def test_both_names_of_the_cache_work():
+    model = make_model(LongNetForCausalLM)
+    ids = torch.randint(0, 29, (1, 13))
+    expected = model(ids).logits[:, 6:]
+    for name in ("cache", "past_key_values"):
+        cache = LongNetCache(model.config)
+        model(ids[:, :6], **{name: cache})
+        assert_close("logits", model(ids[:, 6:], **{name: cache}).logits, expected, EXACT)
