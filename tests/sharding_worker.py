@@ -5,8 +5,11 @@ A function ends normally when everything held; results are files that rank 0 wri
 
 import os
 import random
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,24 +30,46 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-12  # float64
 
 
+def start(words: list[str], processes: int, folder: str) -> list[subprocess.Popen]:
+    """Start the processes as a launcher does, but nobody ends the others when one fails; output goes to `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    if processes > 1:
+        size = str(processes)
+        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    jobs = []
+    for rank in range(processes):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        with open(f"{folder}/{rank}.log", "w") as log:
+            command = [sys.executable, __file__, *words]
+            jobs.append(subprocess.Popen(command, env=os.environ | shared | ranks, stdout=log, stderr=log))
+    return jobs
+
+
 def launch(name: str, *arguments: object, processes: int, timeout: float = 240) -> None:
     """Run a function of this file on so many gloo processes of one thread each; raises with their output if one fails.
 
     A `+` among the arguments ends them, and the name of a further function follows.
     """
     words = [name, *map(str, arguments)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen(
-        [*command, __file__, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        job.terminate()  # the launcher then ends its processes
-        output, _ = job.communicate()
-    if job.returncode:
-        raise AssertionError(f"{words} on {processes} processes ended with {job.returncode}:\n{output[-12000:]}")
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = start(words, processes, folder)
+        end = time.monotonic() + timeout
+        while any(job.poll() is None for job in jobs) and not any(job.poll() for job in jobs):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        codes = [job.poll() for job in jobs]
+        for job in jobs:
+            job.kill()
+            job.wait()
+        if any(codes) or None in codes:
+            output = "\n".join(
+                f"--- rank {i}\n" + Path(folder, f"{i}.log").read_text()[-6000:] for i in range(processes)
+            )
+            raise AssertionError(f"{words} on {processes} processes ended with {codes} (None: too late):\n{output}")
 
 
 def close(name: str, given: torch.Tensor, expected: torch.Tensor) -> None:
