@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
-
 from corpus import TextArguments, join_documents, load_text, tokenize
 from evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_results
 from finetune import ModelArguments, make_trainer, run
+from safetensors.torch import save_file
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 LOADER = Path(__file__).with_name("load_remote.py")

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
 from datasets import DatasetDict
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 
 
