@@ -248,7 +248,9 @@ class LongNetModel(LongNetPreTrainedModel):
             output_hidden_states, output_attentions: as in Transformers; maps need attn_implementation="eager".
 
         Returns:
-            last_hidden_state (B, L, E) after the final norm, the cache, and what was asked for.
+            last_hidden_state (B, L, E) after the final norm, the cache, and what was asked for. Where processes
+            share each sequence (`set_sequence_group`, `SequenceSharding`) and no cache is given, all take the whole
+            batch and get their part of the outputs, without a cache; `gather_sequence` joins them.
 
         Raises:
             ValueError: inputs that do not fit each other, the vocabulary or the cache.
@@ -426,6 +428,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
         Returns:
             loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was asked for.
+            Where processes share each sequence, the loss is that of all of it, and logits_to_keep counts in this
+            process's part; use_cache=True, asked for here, reads the whole sequence on every process.
         """
         cache = cache if cache is not None else past_key_values
         shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
