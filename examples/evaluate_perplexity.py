@@ -48,7 +48,7 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Folder or Hub name of a causal language model."})
     output: str = field(default="perplexity", metadata={"help": "Folder for the JSON and PNG."})
     contexts: list[int] = field(
-        default_factory=lambda: [256 << i for i in range(9)],
+        default_factory=lambda: [32 << i for i in range(12)],
         metadata={"help": "Context lengths in tokens."},
     )
     targets: int = field(default=4096, metadata={"help": "Scored tokens of a block."})
