@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import mpmath
@@ -72,15 +73,20 @@ def test_positions_repeat_with_the_period(lengths):
             assert torch.equal(other, first)
 
 
+@pytest.mark.parametrize("start", [0, 10**6 + 5], ids=str)
 @pytest.mark.parametrize("position_embedding", ["xpos", "rope"])
-def test_tokens_that_meet_see_their_true_distance(position_embedding):
-    """Two tokens of one segment of some branch, anywhere: their factors depend on their distance alone."""
+def test_tokens_that_meet_see_their_true_distance(position_embedding, start):
+    """Two tokens of one segment of any branch, anywhere: their factors depend on their distance alone."""
     config = make_config(position_embedding=position_embedding, segment_lengths=[6, 10], dilation_rates=[1, 2])
-    near, far = (make_turns(config, torch.arange(10)[None] + start, torch.float64) for start in (0, 10**6))
-    for distance in range(10):
-        expected = near.query[0, distance, 0] * near.key[0, 0, 0].conj()
-        actual = far.query[0, distance, 0] * far.key[0, 0, 0].conj()
-        assert_close("factor", torch.view_as_real(actual), torch.view_as_real(expected))
+    positions = start + torch.arange(70)
+    near, far = (make_turns(config, p[None], torch.float64) for p in (torch.arange(10), positions))
+    for w in config.segment_lengths:
+        for n, m in combinations_with_replacement(range(69, -1, -1), 2):
+            if positions[n] // w != positions[m] // w:
+                continue
+            expected = near.query[0, n - m, 0] * near.key[0, 0, 0].conj()
+            actual = far.query[0, n, 0] * far.key[0, m, 0].conj()
+            assert_close("factor", torch.view_as_real(actual), torch.view_as_real(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
