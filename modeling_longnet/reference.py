@@ -16,7 +16,6 @@ def count_branches(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
     is_causal: bool = True,
-    key_branch: Tensor | None = None,
 ) -> Tensor:
     """In how many branches does a head's query see a key? (design of LongNet, Eq. 4-8 and 13-15)
 
@@ -27,7 +26,6 @@ def count_branches(
         query_positions, key_positions: (B, L) and (B, S) integers, the place of a token in its own document.
         query_documents, key_documents: (B, L) and (B, S) integers; tokens of different documents never meet, and
             a negative one marks padding, which meets nothing. None: one document a row.
-        key_branch: (S,) integers; a key that only one branch may see names it, -1 means every branch.
 
     Returns:
         (B, G, L, S) int64 counts.
@@ -40,11 +38,9 @@ def count_branches(
     counts = []
     for head in range(len(branches[0].offsets)):
         count = torch.zeros_like(allowed, dtype=torch.int64)
-        for index, (w, r, offsets) in enumerate(branches):
+        for w, r, offsets in branches:
             o = offsets[head]
             sees = (p // w == q // w) & ((p % w) % r == o) & ((q % w) % r == o) & allowed
-            if key_branch is not None:
-                sees = sees & ((key_branch == index) | (key_branch == -1))
             count += sees
         counts.append(count)
     return torch.stack(counts, 1)
