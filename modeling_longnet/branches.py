@@ -60,7 +60,7 @@ class Rows(NamedTuple):
 
 
 def check_branches(segment_lengths, dilation_rates) -> None:
-    """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w, w not falling."""
+    """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w, w growing."""
     pairs = f"segment_lengths={list(segment_lengths)}, dilation_rates={list(dilation_rates)}"
     if len(segment_lengths) == 0 or len(segment_lengths) != len(dilation_rates):
         raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")
@@ -74,8 +74,11 @@ def check_branches(segment_lengths, dilation_rates) -> None:
                 f"{pairs}: rate {r} is larger than its segment length {w}, so most heads would keep no token; "
                 "a rate is at most its segment length."
             )
-    if list(segment_lengths) != sorted(segment_lengths):
-        raise ValueError(f"{pairs}: segment lengths must not fall from one branch to the next; sort the pairs.")
+    if list(segment_lengths) != sorted(set(segment_lengths)):
+        raise ValueError(
+            f"{pairs}: segment lengths must grow from one branch to the next; sort the pairs, and of two with the "
+            "same segments keep the one with the smaller rate."
+        )
 
 
 def make_branches(

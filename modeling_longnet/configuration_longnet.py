@@ -15,6 +15,7 @@ ATTENTION_BACKENDS = ("auto", "torch", "flash_attn")
 # Fields under the names that TorchScale and others give them.
 OTHER_NAMES = {
     "segment_length": "segment_lengths",
+    "max_position_embeddings": "segment_lengths",
     "dilated_ratio": "dilation_rates",
     "xpos_rel_pos": "position_embedding",
     "decoder_embed_dim": "hidden_size",
@@ -45,7 +46,7 @@ class LongNetConfig(PreTrainedConfig):
         num_hidden_layers: blocks, N.
         num_attention_heads: query heads, H; a head has D = hidden_size / H dimensions.
         num_key_value_heads: key/value heads, G, a divisor of H; None means H (as the paper).
-        segment_lengths: w of each branch, in tokens, not falling (Eq. 4).
+        segment_lengths: w of each branch, in tokens, growing (Eq. 4).
         dilation_rates: r of each branch, 1 <= r <= w: a head keeps every r-th token of a segment (Eq. 5).
         head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13),
             "blocked" is TorchScale's `g // ceil(G / r)`, which converted checkpoints need.

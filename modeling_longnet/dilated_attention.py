@@ -485,7 +485,7 @@ def dilated_attention(
     Args:
         query: (B, H, L, D), floating point. The fastest layout is (B, L, H, D) in memory, transposed.
         key, value: (B, G, L, D), G dividing H; not repeated in memory.
-        segment_lengths, dilation_rates: w and r of each branch, in tokens, 1 <= r <= w, w not falling.
+        segment_lengths, dilation_rates: w and r of each branch, in tokens, 1 <= r <= w, w growing.
         is_causal: a query sees no later key.
         scale: of the scores, above 0; 1 / sqrt(D) if None.
         head_offsets: "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale).

@@ -102,7 +102,7 @@ def op(cases: str) -> None:
     for case in range(int(cases)):
         torch.manual_seed(case)
         batch, length, heads, repeat = rng.randint(1, 3), rng.randint(1, 70), rng.randint(1, 3), rng.randint(1, 2)
-        w = sorted(rng.randint(1, 50) for _ in range(rng.randint(1, 4)))
+        w = sorted({rng.randint(1, 50) for _ in range(rng.randint(1, 4))})
         r = [rng.randint(1, min(x, 6)) for x in w]
         is_causal = rng.random() < 0.5
         branches = make_branches(tuple(w), tuple(r), heads, rng.choice(["interleaved", "blocked"]))

@@ -27,7 +27,7 @@ def models(draw):
         base = draw(st.integers(2, 5))
         lengths, rates = [base, 2 * base, 4 * base], [1, 2, 4]
     else:
-        lengths = sorted(draw(st.lists(st.integers(1, 23), min_size=1, max_size=3)))
+        lengths = sorted(draw(st.lists(st.integers(1, 23), min_size=1, max_size=3, unique=True)))
         rates = [draw(st.integers(1, w)) for w in lengths]
     return make_model(
         LongNetModel, implementation=draw(st.sampled_from(["sdpa", "sdpa", "eager"])), segment_lengths=lengths,

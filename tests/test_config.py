@@ -17,7 +17,7 @@ BAD = [
     ({"segment_lengths": [], "dilation_rates": []}, ["segment_lengths=[]", "at least one"]),
     ({"segment_lengths": [0, 8], "dilation_rates": [1, 1]}, ["segment_lengths=[0, 8]", "at least 1"]),
     ({"segment_lengths": [4, 8], "dilation_rates": [1, 0]}, ["dilation_rates=[1, 0]", "at least 1"]),
-    ({"segment_lengths": [8, 4], "dilation_rates": [1, 1]}, ["segment_lengths=[8, 4]", "must not fall"]),
+    ({"segment_lengths": [8, 4], "dilation_rates": [1, 1]}, ["segment_lengths=[8, 4]", "must grow"]),
     ({"segment_lengths": [4, 8], "dilation_rates": [1, 9]}, ["rate 9", "segment length 8"]),
     ({"segment_lengths": 16, "dilation_rates": 1}, ["segment_lengths"]),
     ({"segment_lengths": [4.0], "dilation_rates": [1]}, ["segment_lengths"]),
@@ -74,6 +74,7 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
 @pytest.mark.parametrize(("keyword", "meant"), [
     ("segment_length", "segment_lengths"),
     ("segments_lengths", "segment_lengths"),
+    ("max_position_embeddings", "segment_lengths"),
     ("dilation_rate", "dilation_rates"),
     ("dilated_ratio", "dilation_rates"),
     ("xpos_rel_pos", "position_embedding"),

@@ -33,7 +33,7 @@ def test_borders_are_equal_shards(length, size, shortest):
 def test_what_one_rank_sends_is_what_the_other_receives(data):
     """The plans of all ranks fit each other, and nobody gets a row of its own."""
     length, size, heads = data.draw(st.integers(1, 61)), data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
-    w = sorted(data.draw(st.lists(st.integers(1, 47), min_size=1, max_size=3)))
+    w = sorted(data.draw(st.lists(st.integers(1, 47), min_size=1, max_size=3, unique=True)))
     r = [data.draw(st.integers(1, x)) for x in w]
     is_causal = data.draw(st.booleans())
     cuts = sorted(data.draw(st.lists(st.integers(0, length), min_size=size - 1, max_size=size - 1)))
