@@ -41,8 +41,8 @@ class Step(NamedTuple):
     """One decoding step, the same for every layer: which slots are written, and which are seen."""
 
     written: tuple[Tensor, Tensor, Tensor]  # batch row, head and slot of each new row
-    seen: Tensor  # (B, G, 1, P) bool
-    covered: Tensor | None  # (B, G, 1, 1) bool, None where a branch of rate 1 covers every token
+    seen: Tensor  # (B, H, 1, P) bool
+    covered: Tensor | None  # (B, H, 1, 1) bool, None where a branch of rate 1 covers every token
 
 
 class LongNetCacheLayer(CacheLayerMixin):
@@ -259,13 +259,12 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.values[step.written] = value_states[batch, 0, head]
         self.lengths = [t + 1 for t in self.lengths]
         self.columns += 1
-        repeat = query.shape[2] // key_states.shape[2]
         out = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), self.keys, self.values,
-            attn_mask=step.seen.repeat_interleave(repeat, 1), scale=scale, enable_gqa=repeat > 1,
+            attn_mask=step.seen, scale=scale, enable_gqa=query.shape[2] > key_states.shape[2],
         )  # fmt: skip
         if step.covered is not None:
-            out = out.masked_fill(~step.covered.repeat_interleave(repeat, 1), 0.0)
+            out = out.masked_fill(~step.covered, 0.0)
         return out.transpose(1, 2)
 
     def _select(self, rows: list[int]) -> None:
@@ -366,14 +365,14 @@ class LongNetCache(Cache):
         same_segment = p // slots.w == (start // slots.w)[:, None, None]
         return is_row & same_segment & (slots.number * slots.r + offset < filled)
 
-    def step(self) -> Step:
-        """Prepare a decoding step of one token a row."""
+    def step(self, num_heads: int) -> Step:
+        """Prepare a decoding step of one token a row, for `num_heads` query heads."""
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)
         slots = self.slots()
         t = torch.tensor(self.lengths, device=slots.w.device)[:, None, None]  # (B, 1, 1)
         new = (t % slots.w) == slots.number * slots.r + slots.offset  # (B, G, P)
-        seen = self.seen_slots(t[:, :, 0], ahead=1)
+        seen = self.seen_slots(t[:, :, 0], ahead=1).repeat_interleave(num_heads // slots.offset.shape[0], 1)
         covers_all = any(b.r == 1 for b in self.layers[0].branches)
         return Step(new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True))
 

@@ -230,7 +230,7 @@ def _lay_out(mask, query, key, position_ids, branches, backend, held) -> _Batch:
     before = step = None
     if held is not None:
         cache = held[0]
-        step = cache.step() if cache.can_step(packing.chunks, length) else None
+        step = cache.step(query.shape[1]) if cache.can_step(packing.chunks, length) else None
     elif past:
         first = torch.zeros(rows, dtype=torch.int64) if mask is None else mask.int().argmax(1).cpu()
         before = tuple(x.to(device) for x in _prefix_columns(branches, starts, first, past))

@@ -53,7 +53,9 @@ class LongNetAttention(torch.nn.Module):
 
     def __init__(self, config: LongNetConfig, layer_idx: int):
         super().__init__()
-        self.config = config
+        # Read once: Transformers' configuration looks up an attribute in microseconds, at each layer of each step.
+        self.head_dim, self.is_causal = config.head_dim, config.is_causal
+        self.attend_zero_padding = config.attend_zero_padding
         self.layer_idx = layer_idx
         self.branches = make_branches(*cache_pattern(config))
         self.scale = config.head_dim**-0.5
@@ -68,7 +70,7 @@ class LongNetAttention(torch.nn.Module):
     def forward(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         """(B, L, E) -> (B, L, E), and the (B, H, L, P + L) attention weights under the dense reference."""
         query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, self.config.head_dim))
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if inputs.turns is not None:
@@ -89,8 +91,7 @@ class LongNetAttention(torch.nn.Module):
             weights = None
             out = attend_chunks(
                 query, key, value, self.branches, chunks=inputs.chunks, before=before, scale=self.scale,
-                is_causal=self.config.is_causal, backend=inputs.backend,
-                zero_padding=self.config.attend_zero_padding,
+                is_causal=self.is_causal, backend=inputs.backend, zero_padding=self.attend_zero_padding,
             )  # fmt: skip
         if layer is not None:
             layer.update(key, value, inputs.chunks)
@@ -328,7 +329,7 @@ class LongNetModel(LongNetPreTrainedModel):
             counts = self._count_keys(packing, cache)
             zero_padding = self._count_padding(packing, embeds) if self.config.attend_zero_padding else None
         elif cache is not None and cache.can_step(packing.chunks, length):
-            step = cache.step()
+            step = cache.step(self.config.num_attention_heads)
         return AttentionInputs(packing.chunks, backend, turns, cache, step, counts, zero_padding)
 
     def _sharded_inputs(self, embeds, attention_mask, position_ids, shard: Shard, backend: str) -> AttentionInputs:
