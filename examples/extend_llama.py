@@ -16,6 +16,7 @@ import numpy as np
 from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
 from evaluate_perplexity import evaluate_contexts, write_whole
 from matplotlib.figure import Figure
+from optimizer import MuonAndAdamW
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", default="stdlib", help="as in examples/finetune.py")
     parser.add_argument("--output", type=Path, default=Path("extended"), help="folder for the model, JSON and PNG")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence in the first training")
-    parser.add_argument("--steps", type=int, default=600, help="of the first training, 8 sequences each")
+    parser.add_argument("--steps", type=int, default=300, help="of the first training, 8 sequences each")
     parser.add_argument("--long-length", type=int, default=4096, help="tokens of a sequence in the fine-tuning")
     parser.add_argument("--long-steps", type=int, default=100, help="of the fine-tuning, one sequence each")
     parser.add_argument("--segment-lengths", type=int, nargs="+", default=[256, 1024, 4096])
@@ -52,12 +53,16 @@ def parse() -> argparse.Namespace:
 def train(model: PreTrainedModel, documents: dict[str, np.ndarray], length: int, steps: int, batch: int, rate: float):
     """Train on packed sequences of `length` tokens."""
     settings = TrainingArguments(
-        output_dir="unused", max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
-        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.1, adam_beta2=0.98,
-        logging_steps=max(1, steps // 10), save_strategy="no", report_to="none",
+        output_dir="unused", max_steps=steps, per_device_train_batch_size=batch, lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20), logging_steps=max(1, steps // 10), save_strategy="no", report_to="none",
     )  # fmt: skip
-    data = pack(documents, length)
-    Trainer(model=model, args=settings, train_dataset=data, data_collator=default_data_collator).train()
+    optimizer = MuonAndAdamW(
+        model.to(settings.device), learning_rate=rate, muon_learning_rate=10 * rate, weight_decay=0.1
+    )
+    Trainer(
+        model=model, args=settings, train_dataset=pack(documents, length), data_collator=default_data_collator,
+        optimizers=(optimizer, None),
+    ).train()  # fmt: skip
     model.config.use_cache = True  # Trainer turned it off
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
 from datasets import DatasetDict
+from optimizer import MuonAndAdamW
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -50,6 +51,10 @@ class ModelArguments:
     )
     vocab_size: int = field(default=2048, metadata={"help": "Tokens of a new BPE."})
     sequence_length: int = field(default=8192, metadata={"help": "Tokens of a training sequence."})
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Train the blocks' matrices by Muon at this rate, say 0.02, and the rest by AdamW."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the folder's own code."})
 
 
@@ -94,6 +99,15 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         training_arguments.parallelism_config = SequenceSharding()  # sizes from the launch configuration
     model, tokenizer = load_model(arguments, text)
+    optimizer = None
+    if arguments.muon_learning_rate is not None:
+        optimizer = MuonAndAdamW(
+            model.to(training_arguments.device),
+            learning_rate=training_arguments.learning_rate,
+            muon_learning_rate=arguments.muon_learning_rate,
+            betas=(training_arguments.adam_beta1, training_arguments.adam_beta2),
+            weight_decay=training_arguments.weight_decay,
+        )
     parts = ["train", "evaluation"] if training_arguments.do_eval else ["train"]
     sequences = {
         part: pack(join_documents(tokenize(text[part], tokenizer)), arguments.sequence_length) for part in parts
@@ -109,6 +123,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
         eval_dataset=sequences.get("evaluation"),
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        optimizers=(optimizer, None),
     )
 
 

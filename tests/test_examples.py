@@ -21,6 +21,7 @@ sys.path.insert(0, str(EXAMPLES))  # they are scripts, not a package
 import corpus  # noqa: E402
 import evaluate_perplexity  # noqa: E402
 import finetune  # noqa: E402
+from optimizer import MuonAndAdamW  # noqa: E402
 
 TINY = {
     "hidden_size": 16,
@@ -233,10 +234,12 @@ class TestEvaluation:
 
 
 class TestTraining:
-    def train(self, packages, output, **options):
+    def train(self, packages, output, muon_learning_rate=None, **options):
         config = packages.parent / "config.json"
         config.write_text(json.dumps({"model_type": "longnet", **TINY}))
-        arguments = finetune.ModelArguments(config=str(config), vocab_size=300, sequence_length=64)
+        arguments = finetune.ModelArguments(
+            config=str(config), vocab_size=300, sequence_length=64, muon_learning_rate=muon_learning_rate
+        )
         training = TrainingArguments(
             output_dir=str(output),
             use_cpu=True,
@@ -249,12 +252,37 @@ class TestTraining:
         text = corpus.load_text(corpus.TextArguments(text=str(packages), held_out=0.3))
         return finetune.run(finetune.make_trainer(arguments, training, text))
 
-    def test_resumes_to_the_same_weights(self, packages, tmp_path):
-        whole = self.train(packages, tmp_path / "out")
+    @pytest.mark.parametrize("muon_learning_rate", [None, 0.02], ids=["adamw", "muon"])
+    def test_resumes_to_the_same_weights(self, packages, tmp_path, muon_learning_rate):
+        whole = self.train(packages, tmp_path / "out", muon_learning_rate)
         (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "elsewhere")
-        resumed = self.train(packages, tmp_path / "out", resume_from_checkpoint="last")
+        resumed = self.train(packages, tmp_path / "out", muon_learning_rate, resume_from_checkpoint="last")
         for (name, value), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
             torch.testing.assert_close(other, value, rtol=0, atol=0, msg=name)
+
+    def test_muon_and_adamw_are_those_of_pytorch(self):
+        torch.manual_seed(0)
+        models = [LongNetForCausalLM(LongNetConfig(vocab_size=50, **TINY)) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        inner = [p for p in models[1].model.layers.parameters() if p.dim() == 2]
+        outer = [p for p in models[1].parameters() if not any(p is q for q in inner)]
+        rates = {"learning_rate": 1e-2, "muon_learning_rate": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.3}
+        optimizers = [
+            [MuonAndAdamW(models[0], **rates)],
+            [
+                torch.optim.Muon(inner, lr=0.1, weight_decay=0.3),
+                torch.optim.AdamW(outer, lr=1e-2, betas=(0.9, 0.95), weight_decay=0),
+            ],
+        ]
+        ids = torch.randint(50, (1, 40))
+        for _ in range(3):
+            for model, parts in zip(models, optimizers, strict=True):
+                model(ids, labels=ids).loss.backward()
+                for part in parts:
+                    part.step()
+                    part.zero_grad()
+        for (name, value), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(value, other, rtol=0, atol=0, msg=name)
 
     def test_continues_from_its_own_folder(self, packages, tmp_path):
         self.train(packages, tmp_path / "out")
