@@ -334,6 +334,11 @@ class LongNetModel(LongNetPreTrainedModel):
 
     def _sharded_inputs(self, embeds, attention_mask, position_ids, shard: Shard, backend: str) -> AttentionInputs:
         attention, config = self.layers[0].self_attn, self.config
+        if self.training and config.drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate={config.drop_path_rate}: each process would draw for itself which texts skip a block, "
+                "of a text they share; train it with drop_path_rate=0, or with whole sequences on each process."
+            )
         plan = Plan((), attention.branches, config.is_causal, attention.scale, backend, config.attend_zero_padding)
         packing, sharded = shard_inputs(shard, embeds, attention_mask, position_ids, plan)
         turns = make_turns(config, packing.positions, autocast_dtype(embeds))

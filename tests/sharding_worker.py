@@ -325,6 +325,8 @@ def refusals() -> None:
     _refused("leave use_cache=False out", lambda: tiny.eval().generate(ids, use_cache=False, max_new_tokens=1))
     _refused("divides them", lambda: SequenceSharding(cp_size=3).build_device_mesh("cpu"))
     _refused("leave the other sizes at 1", lambda: SequenceSharding(cp_size=1, tp_size=2))
+    dropping = make_model(drop_path_rate=0.1)
+    _refused("drop_path_rate=0.1", lambda: dropping(ids, labels=ids))
     tiny.set_attn_implementation("eager")
     _refused("dense reference", lambda: tiny(ids, labels=ids))
     tiny.set_attn_implementation("sdpa")
