@@ -6,11 +6,18 @@ from pathlib import Path
 
 import torch
 
-from . import communication, decode, op, slide, train
+from . import communication, decode, length, op, slide, train
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
-BENCHMARKS = {"op": op, "decode": decode, "train": train, "slide": slide, "communication": communication}
+BENCHMARKS = {
+    "op": op,
+    "length": length,
+    "decode": decode,
+    "train": train,
+    "slide": slide,
+    "communication": communication,
+}
 RESULTS = ROOT / "benchmarks" / "results"
 
 

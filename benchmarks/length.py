@@ -1,0 +1,194 @@
+"""How time, memory and operations grow with the text: the paper's Fig. 5 and Table 1 on one device.
+
+`ours` against dense attention and against a causal sliding window of equal work (FlexAttention, compiled; forward
+only, as PyTorch has no backward of it on a CPU). A rival is dropped at the length where one call would take longer
+than `--limit` seconds. The growth is the exponent b of a fit cost = a * tokens ** b over the lengths from the longest
+segment on for ours and the window, over all measured ones for dense attention.
+"""
+
+import argparse
+import math
+
+import torch
+from matplotlib.figure import Figure
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
+
+from . import op
+from .measure import Call, peak_bytes, seconds_of, spread
+
+PATTERN = "2048/1 4096/2 8192/4 16384/6 32768/12"  # the paper's
+LENGTHS = [1 << n for n in range(11, 21)]
+WINDOW_BLOCK = 128  # FlexAttention's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark; the defaults are the published run."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    parser.add_argument("--pattern", default=PATTERN, help="'LENGTH/RATE ...'")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--modes", nargs="+", default=op.MODES, choices=op.MODES)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each length is measured, in turn")
+    parser.add_argument("--limit", type=float, default=15, help="longest call, seconds")
+
+
+def window_of(pattern: str) -> int:
+    """The window of equal work: on average a query sees as many keys as in the pattern, whole blocks."""
+    keys = sum(w / r / 2 for w, r in zip(*op.parse_pattern(pattern), strict=True))  # half a segment on average
+    return max(1, round(keys / WINDOW_BLOCK)) * WINDOW_BLOCK
+
+
+def count_flops(who: str, case: op.Case, pattern: str) -> int:
+    """Products of the attention, counted from what is seen; 2 of them forward, 5 backward."""
+    if who != "window":
+        return op.count_flops(case, pattern if who == "ours" else None)
+    window = min(window_of(pattern), case.length)
+    pairs = window * (window + 1) // 2 + (case.length - window) * window
+    return case.heads * pairs * 2 * case.head_dim * (7 if case.backward else 2)
+
+
+def prepare(who: str, case: op.Case, pattern: str) -> Call:
+    """The inputs of a contestant and the call to be measured."""
+    if who != "window":
+        return op.prepare(who, case, pattern if who == "ours" else None)
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    window, blocks = window_of(pattern), math.ceil(case.length / WINDOW_BLOCK)
+    inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(3)]
+    query = torch.arange(blocks)[:, None]
+    indices = query - window // WINDOW_BLOCK + torch.arange(window // WINDOW_BLOCK + 1)
+    counts = (indices >= 0).sum(1)
+    first = torch.arange(indices.shape[1])
+    indices = torch.where(first < counts[:, None], first + (query - window // WINDOW_BLOCK).clamp(min=0), 0)
+    mask = BlockMask.from_kv_blocks(
+        counts[None, None].int(),
+        torch.nn.functional.pad(indices, (0, max(0, blocks - indices.shape[1])))[None, None, :, :blocks].int(),
+        BLOCK_SIZE=WINDOW_BLOCK,
+        mask_mod=lambda b, h, q, k: (q >= k) & (q - k < window),
+        seq_lengths=(case.length, case.length),
+    )
+    compiled = torch.compile(flex_attention)
+    return torch.no_grad()(lambda: compiled(*inputs, block_mask=mask))
+
+
+def _measure(who: str, case: op.Case, pattern: str) -> dict:
+    call = prepare(who, case, pattern)
+    call()
+    seconds = seconds_of(call)
+    flops = count_flops(who, case, pattern)
+    return {"who": who, **case._asdict(), "flops": flops, "seconds": [seconds]}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measure every length, each contestant in turn; memory once, in processes of their own."""
+    rows: dict[tuple, dict] = {}
+    dropped: dict[tuple, str] = {}
+    for number in range(args.rounds):
+        order = [(length, mode) for length in args.lengths for mode in args.modes]
+        for length, mode in tqdm(order, desc=f"Round {number + 1}", unit="case"):
+            case = op.Case(length, args.heads, args.head_dim, args.dtype, mode, args.threads)
+            for who in ("ours", "sdpa", "window"):
+                key = (who, mode, length)
+                if (who, mode) in dropped and key not in rows:
+                    continue
+                if who == "window" and case.backward:
+                    dropped[who, mode] = "PyTorch has no backward of FlexAttention on a CPU"
+                    continue
+                before = rows.get((who, mode, length // 2))
+                if before and (estimate := before["seconds"][0] * (4 if who == "sdpa" else 2)) > args.limit:
+                    dropped[who, mode] = f"a call of {length:,} tokens would take about {estimate:.0f} s"
+                    continue
+                measured = _measure(who, case, args.pattern)
+                if key in rows:
+                    rows[key]["seconds"] += measured["seconds"]
+                else:
+                    rows[key] = measured
+                    if who != "window":  # a compiler works in that one's process
+                        pattern = args.pattern if who == "ours" else None
+                        rows[key]["peak_bytes"] = peak_bytes(op.prepare, who, case, pattern)
+    drops = [{"who": who, "mode": mode, "reason": reason} for (who, mode), reason in dropped.items()]
+    return {"pattern": args.pattern, "window": window_of(args.pattern), "rows": list(rows.values()), "dropped": drops}
+
+
+def growth(rows: list[dict], cost: str, least: int) -> float | None:
+    """The exponent b of cost = a * tokens ** b, by least squares of logarithms; None for fewer than 3 lengths."""
+    points = [
+        (math.log(row["length"]), math.log(spread(row[cost]).median if cost == "seconds" else row[cost]))
+        for row in rows
+        if row["length"] >= least and row.get(cost)
+    ]
+    if len(points) < 3:
+        return None
+    x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
+    x, y = x - x.mean(), y - y.mean()
+    return ((x * y).sum() / (x * x).sum()).item()
+
+
+def _groups(result: dict) -> list[tuple[str, str, list[dict], int]]:
+    longest = max(op.parse_pattern(result["pattern"])[0])
+    names = dict.fromkeys((row["who"], row["mode"]) for row in result["rows"])
+    return [
+        (
+            who,
+            mode,
+            [row for row in result["rows"] if (row["who"], row["mode"]) == (who, mode)],
+            1 if who == "sdpa" else longest,
+        )
+        for who, mode in names
+    ]
+
+
+def headline(result: dict) -> str:
+    """The exponents, and how even a token's time is."""
+    lines = ["| | mode | operations | time | memory | us a token, longest text | over that at the longest segment |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for who, mode, rows, least in _groups(result):
+        cells = [growth(rows, cost, least) for cost in ("flops", "seconds", "peak_bytes")]
+        powers = ["" if b is None else f"L^{b:.2f}" for b in cells]
+        times = {row["length"]: spread(row["seconds"]).median / row["length"] for row in rows}
+        even = f"{times[max(times)] / times[least]:.2f}" if least in times else ""
+        name = {"sdpa": "dense", "window": f"window of {result['window']:,}"}.get(who, who)
+        lines.append(f"| {name} | {mode} | {' | '.join(powers)} | {times[max(times)] * 1e6:.2f} | {even} |")
+    longest = max(row["length"] for row in result["rows"] if row["who"] == "ours")
+    text = f"Branches {result['pattern']}; cost = a * L^b, fitted up to {longest:,} tokens for ours."
+    return text + "\n\n" + "\n".join(lines)
+
+
+def tables(result: dict) -> str:
+    """The headline and every measured length."""
+    lines = [
+        "| tokens | who | mode | ms, median (least to most) | GFLOP/s | peak MiB |",
+        "| ---: | --- | --- " + "| ---: " * 3 + "|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: (row["mode"], row["length"])):
+        s = spread([1e3 * x for x in row["seconds"]])
+        rate = row["flops"] / s.median / 1e6
+        peak = row.get("peak_bytes")
+        lines.append(
+            f"| {row['length']:,} | {row['who']} | {row['mode']} | {s.median:.1f} ({s.least:.1f} to {s.most:.1f}) "
+            f"| {rate:.0f} | {'' if peak is None else f'{peak / 2**20:.0f}'} |"
+        )
+    drops = [f"- {d['who']}, {d['mode']}: dropped, {d['reason']}." for d in result["dropped"]]
+    return "\n\n".join([headline(result), "\n".join(lines), "\n".join(drops)])
+
+
+def plot(result: dict, path: str) -> None:
+    """Seconds and peak memory against tokens."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axis, cost, unit, name in ((panels[0], "seconds", 1, "seconds"), (panels[1], "peak_bytes", 2**30, "peak GiB")):
+        for who, mode, rows, _ in _groups(result):
+            points = [
+                (row["length"], (spread(row[cost]).median if cost == "seconds" else row[cost]) / unit)
+                for row in rows
+                if row.get(cost)
+            ]
+            if points:
+                style = "--" if mode == "forward" else "-"
+                axis.plot(*zip(*sorted(points), strict=True), "." + style, label=f"{who}, {mode}")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=name)
+        axis.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
