@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def window_of(pattern: str) -> int:
-    """The window of equal work: on average a query sees as many keys as in the pattern, whole blocks."""
-    keys = sum(w / r / 2 for w, r in zip(*op.parse_pattern(pattern), strict=True))  # half a segment on average
+    """The window of equal work: a query sees as many keys as the average one in the pattern, whole blocks."""
+    # Half a segment of w / r rows, and a token is a row for every r-th head only.
+    keys = sum(w / r / r / 2 for w, r in zip(*op.parse_pattern(pattern), strict=True))
     return max(1, round(keys / WINDOW_BLOCK)) * WINDOW_BLOCK
 
 
@@ -57,10 +58,10 @@ def prepare(who: str, case: op.Case, pattern: str) -> Call:
     torch.manual_seed(0)
     window, blocks = window_of(pattern), math.ceil(case.length / WINDOW_BLOCK)
     inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(3)]
-    query = torch.arange(blocks)[:, None]
-    indices = query - window // WINDOW_BLOCK + torch.arange(window // WINDOW_BLOCK + 1)
+    query = torch.arange(blocks, device=case.device)[:, None]
+    indices = query - window // WINDOW_BLOCK + torch.arange(window // WINDOW_BLOCK + 1, device=case.device)
     counts = (indices >= 0).sum(1)
-    first = torch.arange(indices.shape[1])
+    first = torch.arange(indices.shape[1], device=case.device)
     indices = torch.where(first < counts[:, None], first + (query - window // WINDOW_BLOCK).clamp(min=0), 0)
     mask = BlockMask.from_kv_blocks(
         counts[None, None].int(),
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> dict:
     for number in range(args.rounds):
         order = [(length, mode) for length in args.lengths for mode in args.modes]
         for length, mode in tqdm(order, desc=f"Round {number + 1}", unit="case"):
-            case = op.Case(length, args.heads, args.head_dim, args.dtype, mode, args.threads)
+            case = op.Case(length, args.heads, args.head_dim, args.dtype, mode, args.threads, args.device)
             for who in ("ours", "sdpa", "window"):
                 key = (who, mode, length)
                 if (who, mode) in dropped and key not in rows:

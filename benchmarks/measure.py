@@ -38,11 +38,19 @@ def spread(samples: list[float]) -> Spread:
 
 def seconds_of(call: Call) -> float:
     """Wall-clock seconds of one call, its result freed outside the measured time."""
+    _synchronize()
     begin = time.perf_counter()
     result = call()
+    _synchronize()
     end = time.perf_counter()
     del result
     return end - begin
+
+
+def _synchronize() -> None:
+    """Wait for a GPU that this process uses: its calls return before they are done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def time_alternately(
@@ -88,6 +96,12 @@ def highest_resident_bytes() -> int:
 def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
     call = prepare(*arguments)
     call()  # the kernels' code and their own buffers are there from now on
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # give back what the first call left, or the second would reuse it
     Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark VmHWM
@@ -99,7 +113,7 @@ def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
 
 
 def peak_bytes(prepare: Callable[..., Call], *arguments: object) -> int | None:
-    """By how many bytes one call raises a process's resident memory at most, inputs not counted.
+    """By how many bytes one call raises a process's memory at most, inputs not counted: resident, or the GPU's.
 
     Args:
         prepare: a module's function that makes the inputs, warms up, and returns the call.
@@ -147,7 +161,8 @@ def describe_run() -> dict[str, object]:
         "uncommitted_changes": bool(changed),
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "triton", "flash-attn")},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "machine": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),

@@ -2,7 +2,7 @@
 
 - `ours`: `dilated_attention` on (B, L, H, D) storage.
 - `sdpa`: PyTorch's `scaled_dot_product_attention`, causal, over the whole sequence.
-- `floor`: PyTorch's CPU flash kernel alone, on as many rows laid out contiguously. It reads no
+- `floor`: PyTorch's own kernel of the device alone, on as many rows laid out contiguously. It reads no
   strided row and merges nothing, so what `ours` takes beyond it is all our own.
 
 Letters: L tokens, H heads, D head dimension; batch 1.
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modeling_longnet import dilated_attention
+from modeling_longnet.attend import BACKENDS
 
 from .measure import Call, Spread, peak_bytes, seconds_of, spread, time_alternately
 
@@ -33,9 +34,6 @@ ESTIMATE_LENGTH = 4096
 # Larger kernel results lie in fresh pages, which the system must clear: the floor avoids that too.
 FLOOR_BYTES_PER_CALL = 8 << 20
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 
 class Case(NamedTuple):
     """What one round times: every contestant at this size."""
@@ -46,13 +44,14 @@ class Case(NamedTuple):
     dtype: str
     mode: str
     threads: int
+    device: str = "cpu"
 
     @property
     def backward(self) -> bool:
         return self.mode == "forward+backward"
 
     def tensor(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=getattr(torch, self.dtype))
+        return torch.randn(*shape, dtype=getattr(torch, self.dtype), device=self.device)
 
 
 def parse_pattern(text: str) -> tuple[list[int], list[int]]:
@@ -101,7 +100,7 @@ def prepare(who: str, case: Case, pattern: str | None) -> Call:
     return make(case, pattern)
 
 
-def _differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
+def differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
     if not case.backward:
         return torch.no_grad()(lambda: attend(*inputs))
     grad_out = torch.randn_like(inputs[0])
@@ -118,13 +117,13 @@ def _ours(case: Case, pattern: str) -> Call:
     segment_lengths, dilation_rates = parse_pattern(pattern)
     shape = (1, case.length, case.heads, case.head_dim)
     inputs = [case.tensor(*shape).transpose(1, 2) for _ in range(3)]
-    return _differentiated(case, lambda q, k, v: dilated_attention(q, k, v, segment_lengths, dilation_rates), inputs)
+    return differentiated(case, lambda q, k, v: dilated_attention(q, k, v, segment_lengths, dilation_rates), inputs)
 
 
 def _sdpa(case: Case, pattern: None) -> Call:
     inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(3)]
     attend = torch.nn.functional.scaled_dot_product_attention
-    return _differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
+    return differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
 
 
 def _floor(case: Case, pattern: str) -> Call:
@@ -139,12 +138,14 @@ def _floor(case: Case, pattern: str) -> Call:
                 for n in _call_sizes(count, size * buffers[0].element_size())
             ]
 
+    kernel, scale = BACKENDS["torch"], case.head_dim**-0.5
+
     @torch.no_grad()
     def call():
         for q, k, v, grad_out in inputs:
-            out, lse = _flash(q, k, v, 0.0, True)
+            out, lse = kernel.forward(q, k, v, True, scale)
             if case.backward:
-                _flash_backward(grad_out, q, k, v, out, lse, 0.0, True)
+                kernel.backward(grad_out, q, k, v, out, lse, True, scale)
 
     return call
 
@@ -155,7 +156,7 @@ def _call_sizes(count: int, unit: int) -> list[int]:
     return [min(most, count - begin) for begin in range(0, count, most)]
 
 
-def measure_error(case: Case, pattern: str) -> dict[str, dict[str, float]]:
+def measure_error(case: Case, pattern: str, backend: str = "auto") -> dict[str, dict[str, float]]:
     """||x - exact|| / ||exact|| of out and of the worst gradient: ours and the dense reference.
 
     The exact numbers come from the dense reference in float64, on the same (rounded) inputs.
@@ -176,7 +177,7 @@ def measure_error(case: Case, pattern: str) -> dict[str, dict[str, float]]:
         out, *grads = (((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
         return {"out": out, "grad": max(grads)}
 
-    return {"ours": errors("auto"), "dense reference": errors("eager")}
+    return {"ours": errors(backend), "dense reference": errors("eager")}
 
 
 def _dense_estimate(case: Case) -> float:
@@ -226,7 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Measure every case; returns the raw rows and errors for the JSON file."""
     cases = [
-        Case(length, args.heads, args.head_dim, dtype, mode, args.threads)
+        Case(length, args.heads, args.head_dim, dtype, mode, args.threads, args.device)
         for dtype in args.dtypes
         for mode in args.modes
         for length in args.lengths
@@ -267,7 +268,7 @@ def summarize(result: dict) -> list[dict]:
     """The numbers of tables and plots: one dictionary for each row of ours, None where skipped."""
     summary = []
     for row in (row for row in result["rows"] if row["who"] == "ours"):
-        case = Case(*(row[field] for field in Case._fields))
+        case = Case(*(row[field] for field in Case._fields if field in row))
         floor = _find(result["rows"], row, "floor", row["pattern"])
         dense = _find(result["rows"], row, "sdpa", None)
         errors = _error_of(result, row)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from . import communication, decode, length, op, slide, train
+from . import backends, communication, decode, length, op, slide, train
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
 BENCHMARKS = {
     "op": op,
     "length": length,
+    "backends": backends,
     "decode": decode,
     "train": train,
     "slide": slide,
@@ -32,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         chosen.add_argument("--threads", type=int, default=os.cpu_count())
+        chosen.add_argument("--device", default="cpu", help="cpu or cuda (op, length, backends, train)")
         chosen.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/...")
         module.add_arguments(chosen)
     return parser.parse_args(arguments)
@@ -41,10 +43,11 @@ def describe(result: dict) -> str:
     """One paragraph that says where a result comes from."""
     machine, versions = result["machine"], result["versions"]
     changed = ", with uncommitted changes" if result["uncommitted_changes"] else ""
+    gpu = f", {result['gpu']}" if result.get("gpu") else ""
     return (
         f"`{result['command']}` at commit {result['commit'][:10]}{changed}, {result['date']}, on "
         f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['cpu_capability']}, {machine['memory_gib']} GiB), PyTorch {versions['torch']}."
+        f"{machine['cpu_capability']}, {machine['memory_gib']} GiB){gpu}, PyTorch {versions['torch']}."
     )
 
 

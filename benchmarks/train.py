@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least")
 
 
-def prepare(who: str, length: int, threads: int) -> Call:
+def prepare(who: str, length: int, threads: int, device: str = "cpu") -> Call:
     """One training step of a model at a length, gradients freed after it."""
     torch.set_num_threads(threads)
-    model = MODELS[who](SIZES).train()
-    ids = torch.randint(SIZES["vocab_size"], (1, length))
+    model = MODELS[who](SIZES).train().to(device)
+    ids = torch.randint(SIZES["vocab_size"], (1, length), device=device)
 
     def step():
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> dict:
     rows = []
     for length in args.lengths:
         who = ["longnet", *(["dense"] if length <= args.dense_most else [])]
-        calls = {name: prepare(name, length, args.threads) for name in who}
+        calls = {name: prepare(name, length, args.threads, args.device) for name in who}
         print(f"{length:,} tokens ...", flush=True)
         seconds = time_alternately(calls, seconds=args.seconds, least=args.rounds)
-        peaks = {name: peak_bytes(prepare, name, length, args.threads) for name in who}
+        peaks = {name: peak_bytes(prepare, name, length, args.threads, args.device) for name in who}
         rows.append({"length": length, "seconds": seconds, "peak_bytes": peaks})
     return {"sizes": SIZES, "pattern": PATTERN, "rows": rows}
 

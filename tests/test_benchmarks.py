@@ -6,7 +6,7 @@ import shlex
 import pytest
 import torch
 
-from benchmarks import figures, op, run
+from benchmarks import figures, length, op, run
 from benchmarks.measure import peak_bytes, spread, time_alternately
 
 
@@ -88,6 +88,38 @@ def test_small_run_reaches_the_readme(tmp_path):
     assert f"{summary[1]['seconds'] * 1e3:.1f}" in text
     for made in (path.with_suffix(".md"), path.with_suffix(".png"), tmp_path / "branches.png"):
         assert made.stat().st_size > 0
+
+
+SMALL = {
+    "length": "--lengths 64 128 256 --pattern '16/1 64/3' --heads 3 --head-dim 16 --rounds 1 --modes forward+backward",
+    "backends": "--length 96 --shapes 3x16 --dtypes float32 bfloat16 --pattern '16/1 48/3' --error-length 50 --seconds 0",
+    "train": "--lengths 64 --dense-most 64 --rounds 1 --seconds 0",
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_runs_fill_their_part(name, tmp_path):
+    path, readme = tmp_path / "results" / f"{name}-test.json", tmp_path / "README.md"
+    readme.write_text(f"<!-- results:{name} -->\n<!-- end:{name} -->\n")
+    run.main([name, *shlex.split(SMALL[name]), "--threads", "1", "--output", str(path)])
+    figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
+    assert f"benchmarks.run {name}" not in readme.read_text()  # the command is this test's own
+    assert len(readme.read_text().splitlines()) > 8
+    assert path.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_growth_is_the_fitted_exponent(power):
+    rows = [{"length": n, "flops": 7 * n**power} for n in (1, 10, 100, 1000)]
+    assert length.growth(rows, "flops", least=10) == pytest.approx(power)
+    assert length.growth(rows, "flops", least=100) is None
+
+
+def test_the_window_does_equal_work():
+    """Beyond the longest segment: every query of the window sees as many keys as the pattern's do on average."""
+    case = op.Case(1 << 16, 4, 16, "float32", "forward", 1)
+    ours, window = (length.count_flops(who, case, "1024/1 4096/2") for who in ("ours", "window"))
+    assert window == pytest.approx(ours, rel=0.02)
 
 
 def test_long_dense_call_is_skipped_and_said_so(tmp_path):

@@ -1,0 +1,109 @@
+"""Every backend that runs on this device over the floor, by shape and dtype: time, and error beside it.
+
+The floor is PyTorch's own kernel on as many rows laid out contiguously (see `op`). The error is that against the
+dense reference in float64, at `--error-length` tokens, of out and of the worst gradient; beside it the dense
+reference's own in that dtype.
+"""
+
+import argparse
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from modeling_longnet import dilated_attention
+from modeling_longnet.attend import BACKENDS
+
+from . import op
+from .measure import Call, spread, time_alternately
+
+SHAPES = ("8x64", "12x64", "4x128", "16x48", "32x16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark; the defaults are the published run."""
+    parser.add_argument("--length", type=int, default=16_384, help="tokens")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="HEADSxDIMENSION each")
+    parser.add_argument("--pattern", default=op.PATTERNS[1], help="'LENGTH/RATE ...'")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--error-length", type=int, default=3000, help="tokens of the error's run")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing one case")
+
+
+def prepare(backend: str, case: op.Case, pattern: str) -> Call:
+    """A backend's call on (1, L, H, D) storage."""
+    inputs = [case.tensor(1, case.length, case.heads, case.head_dim).transpose(1, 2) for _ in range(3)]
+    branches = op.parse_pattern(pattern)
+    return op.differentiated(case, lambda q, k, v: dilated_attention(q, k, v, *branches, backend=backend), inputs)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Time and error of each backend, or why it cannot run."""
+    rows = []
+    cases = [
+        op.Case(args.length, *map(int, shape.split("x")), dtype, mode, args.threads, args.device)
+        for shape in args.shapes
+        for dtype in args.dtypes
+        for mode in op.MODES
+    ]
+    for case in tqdm(cases, desc="backends", unit="case"):
+        reasons = {name: backend.unavailable(case.tensor(1, 1, 1, case.head_dim)) for name, backend in BACKENDS.items()}
+        usable = [name for name, reason in reasons.items() if reason is None]
+        calls = {name: prepare(name, case, args.pattern) for name in usable}
+        samples = time_alternately(
+            calls | {"floor": op.prepare("floor", case, args.pattern)}, seconds=args.seconds, most=10
+        )
+        short = case._replace(length=args.error_length)
+        for name, reason in reasons.items():
+            row = {**case._asdict(), "backend": name, "unavailable": reason}
+            if reason is None:
+                error = op.measure_error(short, args.pattern, name)
+                row |= {"seconds": samples[name], "floor_seconds": samples["floor"], "error": error}
+            rows.append(row)
+    return {"pattern": args.pattern, "error_length": args.error_length, "rows": rows}
+
+
+def tables(result: dict) -> str:
+    """One line for each case that ran, then what could not run."""
+    lines = ["| heads x dimension | dtype | mode | backend | / floor | error | / dense reference's |"]
+    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
+    for row in (row for row in result["rows"] if row["unavailable"] is None):
+        ratio = spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)])
+        what = "grad" if row["mode"] == "forward+backward" else "out"
+        error, own = row["error"]["ours"][what], row["error"]["dense reference"][what]
+        lines.append(
+            f"| {row['heads']} x {row['head_dim']} | {row['dtype']} | {row['mode']} | {row['backend']} "
+            f"| {ratio.median:.2f} ({ratio.least:.2f} to {ratio.most:.2f}) | {error:.1e} | {error / own:.2f} |"
+        )
+    reasons = dict.fromkeys(
+        f"- {row['backend']}, {row['dtype']}: {row['unavailable']}." for row in result["rows"] if row["unavailable"]
+    )
+    return "\n\n".join([f"Branches {result['pattern']}.", "\n".join(lines), "\n".join(reasons)])
+
+
+def headline(result: dict) -> str:
+    """The least and the most overhead of each backend and mode."""
+    lines = ["| backend | mode | / floor, least to most over shapes and dtypes |", "| --- | --- | ---: |"]
+    ran = [row for row in result["rows"] if row["unavailable"] is None]
+    for backend, mode in dict.fromkeys((row["backend"], row["mode"]) for row in ran):
+        ratios = [
+            spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)]).median
+            for row in ran
+            if (row["backend"], row["mode"]) == (backend, mode)
+        ]
+        lines.append(f"| {backend} | {mode} | {min(ratios):.2f} to {max(ratios):.2f} |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: str) -> None:
+    """Each case's time over the floor."""
+    ran = [row for row in result["rows"] if row["unavailable"] is None]
+    names = [f"{row['backend']} {row['heads']}x{row['head_dim']} {row['dtype']} {row['mode']}" for row in ran]
+    ratios = [spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)]).median for row in ran]
+    figure = Figure(figsize=(8, 1 + 0.25 * len(ran)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(names, ratios)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.invert_yaxis()
+    axis.set(xlabel="time over the floor")
+    axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=120)
