@@ -92,7 +92,7 @@ def test_small_run_reaches_the_readme(tmp_path):
 
 SMALL = {
     "length": "--lengths 64 128 256 --pattern '16/1 64/3' --heads 3 --head-dim 16 --rounds 1 --modes forward+backward",
-    "backends": "--length 96 --shapes 3x16 --dtypes float32 bfloat16 --pattern '16/1 48/3' --error-length 50 --seconds 0",
+    "backends": "--length 96 --shapes 3x16 --dtypes float32 --pattern '16/1 48/3' --error-length 50 --seconds 0",
     "train": "--lengths 64 --dense-most 64 --rounds 1 --seconds 0",
 }
 
@@ -103,7 +103,6 @@ def test_small_runs_fill_their_part(name, tmp_path):
     readme.write_text(f"<!-- results:{name} -->\n<!-- end:{name} -->\n")
     run.main([name, *shlex.split(SMALL[name]), "--threads", "1", "--output", str(path)])
     figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
-    assert f"benchmarks.run {name}" not in readme.read_text()  # the command is this test's own
     assert len(readme.read_text().splitlines()) > 8
     assert path.with_suffix(".png").stat().st_size > 0
 
