@@ -259,7 +259,10 @@ class LongNetModel(LongNetPreTrainedModel):
         cache = cache if cache is not None else past_key_values
         shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
         if shard is not None:
-            check_same_batch(input_ids if inputs_embeds is None else inputs_embeds, shard.group)
+            check_same_batch(
+                shard.group, input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                position_ids=position_ids, labels=kwargs.get("labels"), shift_labels=kwargs.get("shift_labels"),
+            )  # fmt: skip
         embeds = self._embed(input_ids, inputs_embeds, shard)
         backend = self._backend(embeds, kwargs)
         if cache is None and use_cache and self.config.is_causal and shard is None:
@@ -442,20 +445,22 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if shard is not None and use_cache:
             cache, shard = LongNetCache(self.config), None
         shift_labels = kwargs.get("shift_labels")
-        if shard is not None and self.training and labels is None and shift_labels is None and logits_to_keep is None:
-            raise ValueError(
-                "training on a shared sequence needs labels here: label smoothing and compute_loss_func would compare "
-                "this process's logits with the whole sequence's labels. Turn them off; or, to compute a loss of your "
-                "own on this process's part of the logits, pass logits_to_keep=0."
-            )
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, labels=labels,
+            **kwargs,
         )  # fmt: skip
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or shift_labels is not None:
             loss = self._loss(hidden_states, labels, shift_labels, kwargs.get("num_items_in_batch"), shard)
+        # Not before: where only one rank has labels, the others would wait for it in the comparison of the batches.
+        if shard is not None and loss is None and logits_to_keep is None:
+            raise ValueError(
+                "a shared sequence needs labels here: label smoothing and compute_loss_func, in training and in "
+                "evaluation, would compare this process's logits with the whole sequence's labels. Turn them off; or, "
+                "to get this process's part of the logits, pass logits_to_keep=0 (gather_sequence joins the parts)."
+            )
         if logits_to_keep is not None or loss is None:
             keep = 0 if logits_to_keep is None else logits_to_keep
             kept = (

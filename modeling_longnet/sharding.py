@@ -459,17 +459,39 @@ def _all_gather(x: Tensor, group) -> list[Tensor]:
     return parts
 
 
-def check_same_batch(batch: Tensor, group) -> None:
-    """Raise ValueError, on every rank, unless all ranks of the group were given the same (B, L, ...) batch."""
-    weights = torch.arange(batch.shape[1], device=batch.device) % 65_521 + 1
-    checksum = (batch * weights).sum() if batch.dim() == 2 else batch.new_zeros((), dtype=torch.int64)
-    own = torch.stack([*torch.tensor(batch.shape[:2], device=batch.device), checksum])
-    given = [tuple(x.tolist()) for x in _all_gather(own, group)]
-    if len(set(given)) > 1:
+def _checksum(x: Tensor) -> Tensor:
+    """() int64 of a tensor's numbers, or of their bits if they are real, in which every place has its own weight."""
+    if x.is_floating_point():
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        x = x.detach().contiguous().view(bits)
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for i, part in enumerate(x.flatten().split(2**20)):  # in pieces: weights and products take 8 bytes a number
+        places = torch.arange(i * 2**20, i * 2**20 + len(part), device=x.device)
+        weights = (places + 1) * -7046029254386353131  # 2^64 / golden ratio, as in SplitMix64
+        # Mixed, so that changes in several places do not cancel; odd, so that no change in one is lost modulo 2^64.
+        total += (part.long() * ((weights ^ (weights >> 32)) | 1)).sum()
+    return total
+
+
+def check_same_batch(group, **batch: Tensor | None) -> None:
+    """Raise ValueError, on every rank, unless all ranks of the group were given the same tensors, in one collective.
+
+    Args:
+        batch: what `forward` was given, by name, of any shape; None for what was left out.
+    """
+    device = next(x.device for x in batch.values() if x is not None)
+    own = torch.zeros(len(batch), 2, dtype=torch.int64, device=device)
+    for row, x in zip(own, batch.values(), strict=True):
+        if x is not None:
+            row[0], row[1] = _checksum(torch.tensor([x.dim(), *x.shape])), _checksum(x)
+    given = torch.stack(_all_gather(own, group))  # (C, tensors, 2)
+    differs = (given != given[0]).any(2).any(0).tolist()
+    names = [name for name, unlike in zip(batch, differs, strict=True) if unlike]
+    if names:
         raise ValueError(
-            "the ranks of a sequence group were given different batches: (batch, length, checksum of the ids) are "
-            f"{given}. All must get the same whole sequences, which the model "
-            "cuts itself; with an IterableDataset set dispatch_batches=False (Trainer: accelerator_config)."
+            f"the ranks of a sequence group were given different batches: they differ in {', '.join(names)} (shape or "
+            "content, or only some were given it). All must get the same whole sequences, which the model cuts itself; "
+            "with an IterableDataset set dispatch_batches=False (Trainer: accelerator_config)."
         )
 
 
