@@ -19,6 +19,7 @@ from .packing import pack
 from .reference import count_branches, dense_attention
 
 IMPLEMENTATION = "dilated"
+_AT_FIRST = {"segment_lengths": [], "dilation_rates": [], "head_offsets": "interleaved", "backend": "auto"}
 # What else a model may ask of its attention, by the name under which it passes it on.
 _UNFIT = {
     "sliding_window": "a sliding window",
@@ -46,8 +47,8 @@ def use_dilated_attention(
     segment_lengths: list[int] | tuple[int, ...] | None = None,
     dilation_rates: list[int] | tuple[int, ...] | None = None,
     *,
-    head_offsets: str = "interleaved",
-    backend: str = "auto",
+    head_offsets: str | None = None,
+    backend: str | None = None,
 ) -> PreTrainedModel:
     """Let a causal decoder of Transformers attend dilated. Its weights, positions and shared heads stay its own.
 
@@ -57,11 +58,15 @@ def use_dilated_attention(
     begin at its first token. The model's own cache still grows with the text, see `DilatedCache`.
     `model.set_attn_implementation("sdpa")` takes it back.
 
+    A saved model loads dense again, as Transformers saves no attention's name: call `use_dilated_attention(model)`
+    once it is loaded, or, with this package imported, `from_pretrained(folder, attn_implementation="dilated")`. A
+    saved LoRA adapter does not even note the branches: load it and give them again.
+
     Args:
         model: changed in place. Its config notes the branches as `dilated_attention`, which is saved with it.
-        segment_lengths, dilation_rates: w and r of each branch (see `dilated_attention`); left out, those that the
-            config notes, as after `from_pretrained`.
-        head_offsets, backend: as in `dilated_attention`.
+        segment_lengths, dilation_rates: w and r of each branch (see `dilated_attention`).
+        head_offsets, backend: as in `dilated_attention`, "interleaved" and "auto" at first. Of these four, what is
+            left out stays as the config notes it.
 
     Returns:
         The model.
@@ -75,26 +80,28 @@ def use_dilated_attention(
     """
     config = model.config
     _check_model(model)
-    noted = getattr(config, "dilated_attention", None)
-    if segment_lengths is None and dilation_rates is None:
-        if noted is None:
-            raise ValueError("give segment_lengths and dilation_rates: the model's config notes none.")
-        setting = noted
-    else:
-        setting = {
-            "segment_lengths": list(segment_lengths or ()),
-            "dilation_rates": list(dilation_rates or ()),
-            "head_offsets": head_offsets,
-            "backend": backend,
-        }
+    given = {
+        "segment_lengths": None if segment_lengths is None else list(segment_lengths),
+        "dilation_rates": None if dilation_rates is None else list(dilation_rates),
+        "head_offsets": head_offsets,
+        "backend": backend,
+    }
+    setting = _AT_FIRST | (getattr(config, "dilated_attention", None) or {})
+    setting |= {name: value for name, value in given.items() if value is not None}
+    if not setting["segment_lengths"] and not setting["dilation_rates"]:
+        raise ValueError("give segment_lengths and dilation_rates: the model's config notes none.")
     _branches(setting, _groups(config))
     if setting["backend"] not in BACKEND_NAMES:
-        raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, BACKEND_NAMES))}.")
+        raise ValueError(f"backend={setting['backend']!r}: allowed are {', '.join(map(repr, BACKEND_NAMES))}.")
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)
-    if config._attn_implementation != IMPLEMENTATION:
+    if not _is_switched(config):
         raise ValueError(f"{type(model).__name__} does not let its attention be chosen by name.")
     return model
+
+
+def _is_switched(config) -> bool:
+    return config._attn_implementation == IMPLEMENTATION
 
 
 def _groups(config) -> int:
@@ -104,6 +111,12 @@ def _groups(config) -> int:
 def _branches(setting: dict, groups: int) -> tuple[Branch, ...]:
     lists = tuple(setting["segment_lengths"]), tuple(setting["dilation_rates"])
     return make_branches(*lists, groups, setting["head_offsets"])
+
+
+def _pattern(config) -> SimpleNamespace:
+    """What a cache has to know of a switched model, under LongNetConfig's names."""
+    lists = {name: config.dilated_attention[name] for name in ("segment_lengths", "dilation_rates", "head_offsets")}
+    return SimpleNamespace(**lists, num_key_value_heads=_groups(config), num_hidden_layers=config.num_hidden_layers)
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -122,6 +135,8 @@ def _check_model(model: PreTrainedModel) -> None:
         found.append(f"a sliding window (sliding_window={config.sliding_window})")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         found.append(f"a soft cap of its scores (attn_logit_softcapping={config.attn_logit_softcapping})")
+    if getattr(config, "is_causal", True) is False:
+        found.append("bidirectional attention (is_causal=False)")
     if any(parameter.endswith("sinks") for parameter, _ in model.named_parameters()):
         found.append("attention sinks")
     if found:
@@ -142,6 +157,8 @@ def _padding_mask(
     return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
 
 
+# The layout is made of numbers read from the mask, which a compiled graph cannot hold.
+@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -154,13 +171,15 @@ def _attend(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: query (B, H, n, D), key and value (B, G, S, D) -> (B, n, H, D), None."""
+    held = getattr(key, "_held_by", None)  # (cache, layer number), see DilatedCache.update
+    if held is not None:
+        held[0].awaited = None
     _check_call(module, key, value, dropout, kwargs)
     setting = module.config.dilated_attention
     branches = _branches(setting, key.shape[1])
-    held = getattr(key, "_held_by", None)  # (cache, layer number), see DilatedCache.update
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     backend = choose_backend(setting["backend"], query)
-    batch = _batch(attention_mask, query, key, position_ids, branches, backend, held)
+    batch = _batch(module.config, attention_mask, query, key, position_ids, branches, backend, held)
     if batch.counts is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return dense_attention(query, key, value, batch.counts, scale)[0].transpose(1, 2), None
@@ -183,7 +202,8 @@ def _check_call(module: nn.Module, key: Tensor, value: Tensor, dropout: float, k
     found = [what for name, what in _UNFIT.items() if kwargs.get(name) is not None]
     found += ["attention dropout (load it with attention_dropout=0)"] if dropout else []
     found += ["keys and values of different size"] if key.shape[-1] != value.shape[-1] else []
-    found += ["bidirectional attention"] if not getattr(module, "is_causal", True) else []
+    causal = [getattr(module, "is_causal", True), getattr(module.config, "is_causal", True), kwargs.get("is_causal")]
+    found += ["bidirectional attention (is_causal=False)"] if False in causal else []
     if found:
         raise ValueError(f"{type(module).__name__} has {', '.join(found)}, which has no dilated form.")
     if getattr(module.config, "dilated_attention", None) is None:
@@ -192,12 +212,14 @@ def _check_call(module: nn.Module, key: Tensor, value: Tensor, dropout: float, k
         )
 
 
-def _batch(mask, query, key, position_ids, branches, backend, held) -> _Batch:
+def _batch(config, mask, query, key, position_ids, branches, backend, held) -> _Batch:
     """The batch's layout, from the layer before where it is the same forward pass."""
     global _latest
     latest = _latest
     if latest is not None and mask is not None and latest[0]() is mask:
         return latest[1]
+    if held is not None:
+        held[0].check(_pattern(config), query.shape[0])
     batch = _lay_out(mask, query, key, position_ids, branches, backend, held)
     if mask is not None:
         _latest = weakref.ref(mask), batch
@@ -284,18 +306,24 @@ class DilatedCache(LongNetCache):
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int | None = None):
-        config, setting = model.config, getattr(model.config, "dilated_attention", None)
-        if setting is None or config._attn_implementation != IMPLEMENTATION:
+        if getattr(model.config, "dilated_attention", None) is None or not _is_switched(model.config):
             raise ValueError("a DilatedCache is for a model after use_dilated_attention(model, ...).")
-        pattern = SimpleNamespace(
-            segment_lengths=setting["segment_lengths"], dilation_rates=setting["dilation_rates"],
-            head_offsets=setting["head_offsets"], num_key_value_heads=_groups(config),
-            num_hidden_layers=config.num_hidden_layers,
-        )  # fmt: skip
-        super().__init__(pattern, max_length)
+        super().__init__(_pattern(model.config), max_length)
+        self.config = model.config
+        self.awaited: int | None = None  # the layer whose keys were handed on and have not come back yet
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Hand the new keys on, marked, so that the attention finds this cache and then takes them in itself."""
+        """Hand the new keys on, marked, so that the attention finds this cache and then takes them in itself.
+
+        Raises:
+            ValueError: the attention of the layer before was not dilated, so it saw none of what is held here.
+        """
+        if self.awaited is not None or not _is_switched(self.config):
+            raise ValueError(
+                "a DilatedCache works with dilated attention alone: this model is not, or no longer, switched by "
+                "use_dilated_attention. Start again, without this cache."
+            )
+        self.awaited = layer_idx
         key_states._held_by = (self, layer_idx)
         return key_states, value_states
 

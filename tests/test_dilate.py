@@ -1,12 +1,19 @@
 """Transformers' decoders with dilated attention: as their own with one branch, as the dense reference with several."""
 
 import copy
+import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from checks import assert_close, refused
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -40,7 +47,7 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=10, **SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=None, **SIZES)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(head_dim=10, **SIZES)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(head_dim=10, tie_word_embeddings=False, **SIZES)),
 }
 BRANCHES = ([4, 8, 16], [1, 2, 4])
 
@@ -185,10 +192,12 @@ def test_generate_is_the_same_with_every_cache_and_without(family, beams):
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "num_beams": beams}
+    dense = make_model(family).generate(ids, attention_mask=mask, **options)
     plain = model.generate(ids, attention_mask=mask, use_cache=False, **options)
     own = model.generate(ids, attention_mask=mask, **options)
     bounded = model.generate(ids, attention_mask=mask, **{CACHE: DilatedCache(model)}, **options)
     assert plain.tolist() == own.tolist() == bounded.tolist()
+    assert plain.tolist() != dense.tolist()
     alone = model.generate(ids[1:, 6:], **options)
     assert alone[0].tolist() == own[1, 6:].tolist()
 
@@ -204,15 +213,79 @@ def test_prompt_lookup_takes_its_guesses_back(kind):
     assert found.tolist() == model.generate(ids, **options).tolist()
 
 
+def layers(count: int):
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": count}))).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (make_model, ["dilated attention alone"]),
+        (lambda: layers(1), ["dilated attention alone"]),
+        (lambda: use_dilated_attention(make_model(), [8, 32], [1, 4]), ["another config", "(8, 32)"]),
+        (lambda: use_dilated_attention(layers(3), *BRANCHES), ["another config", "3)"]),
+    ],
+    ids=["dense", "dense-with-one-layer", "branches", "layers"],
+)
+def test_a_bounded_cache_knows_its_model(other, words):
+    cache, model, ids = DilatedCache(dilated()), other(), ids_of(1, 21)
+    with refused(*words):
+        for part in ids.split(11, 1):
+            read(model, part, **{CACHE: cache})
+
+
+def test_a_bounded_cache_knows_what_became_of_its_model():
+    model, ids = dilated(), ids_of(2, 21)
+    cache = DilatedCache(model)
+    before = read(model, ids, **{CACHE: cache})
+    with refused("holds 2 rows", "has 1"):
+        read(model, ids[:1], **{CACHE: cache})
+    use_dilated_attention(model, [8, 32], [1, 4])
+    with refused("another config"):
+        read(model, ids, **{CACHE: cache})
+    model.set_attn_implementation("sdpa")
+    with refused("no longer"):
+        read(model, ids, **{CACHE: cache})
+    use_dilated_attention(model, *BRANCHES)
+    after = read(model, ids, **{CACHE: cache})
+    assert_close("what was refused left no trace", torch.cat([before, after], 1), read(model, ids.repeat(1, 2)))
+
+
 def test_a_saved_model_knows_its_branches(tmp_path):
+    """It loads dense, until told to be dilated."""
     model, ids = dilated(head_offsets="blocked"), ids_of(1, 20)
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    plain = read(loaded, ids)
+    assert_close("dense", read(loaded, ids), read(make_model(), ids))
     use_dilated_attention(loaded)
     assert loaded.config.dilated_attention == model.config.dilated_attention
-    assert_close("logits", read(loaded, ids), read(model, ids))
-    assert (read(loaded, ids) - plain).abs().max() > 1e-3
+    named = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dilated")
+    for again in (loaded, named):
+        assert_close("logits", read(again, ids), read(model, ids))
+    assert (read(make_model(), ids) - read(model, ids)).abs().max() > 1e-3
+
+
+def test_what_is_left_out_stays_as_noted():
+    model = dilated(head_offsets="blocked", backend="torch")
+    noted = dict(model.config.dilated_attention)
+    use_dilated_attention(model, backend="eager")
+    assert model.config.dilated_attention == noted | {"backend": "eager"}
+    use_dilated_attention(model, head_offsets="interleaved")
+    assert model.config.dilated_attention == noted | {"backend": "eager", "head_offsets": "interleaved"}
+    use_dilated_attention(model, [8, 32], [1, 4])
+    assert model.config.dilated_attention["segment_lengths"] == [8, 32]
+    assert model.config.dilated_attention["backend"] == "eager"
+    model.config.dilated_attention["backend"] = "fast"
+    with refused("backend='fast'"):
+        use_dilated_attention(model)
+
+
+def test_compiled_it_is_the_same():
+    model, ids = use_dilated_attention(layers(1), *BRANCHES), ids_of(2, 21)
+    compiled = torch.compile(model.model, backend="eager")
+    out = compiled(ids, use_cache=False)[0]
+    assert_close("hidden states", out, model.model(ids)[0])
+    out.sum().backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -234,16 +307,57 @@ def test_trainer(checkpointing, tmp_path):
     assert (weights[0]["lm_head.weight"] - model.lm_head.weight).abs().max() > 1e-6
 
 
+def test_a_training_goes_on_from_its_checkpoint(tmp_path):
+    """Stopped after a step and resumed: the weights of one that went through."""
+    texts, weights = [{"input_ids": t, "labels": t} for t in ids_of(8, 19)], []
+    for folder, steps in (("whole", [2]), ("resumed", [1, 2])):
+        for stop in steps:
+            arguments = TrainingArguments(
+                output_dir=tmp_path / folder, max_steps=stop, per_device_train_batch_size=4, report_to=[],
+                use_cpu=True, save_steps=1, learning_rate=1e-2, lr_scheduler_type="constant", disable_tqdm=True, seed=3,
+            )  # fmt: skip
+            trainer = Trainer(model=dilated(), args=arguments, train_dataset=texts)
+            trainer.train(resume_from_checkpoint=stop > 1 and folder == "resumed")
+        weights.append(trainer.model.state_dict())
+    for name, expected in weights[0].items():
+        assert_close(name, weights[1][name], expected, 0)
+    loaded = use_dilated_attention(LlamaForCausalLM.from_pretrained(tmp_path / "resumed" / "checkpoint-2"))
+    ids = ids_of(1, 19)
+    assert_close("logits", read(loaded, ids), read(trainer.model.eval(), ids))
+
+
+def add_lora(model, **options):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model, config).double().eval()
+
+
 def test_peft_lora():
-    peft = pytest.importorskip("peft")
     model, ids = dilated(), ids_of(2, 19)
     before = read(model, ids)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).double()
+    adapted = add_lora(model)
     assert_close("a fresh adapter", read(adapted, ids), before)
     adapted(ids, labels=ids).loss.backward()
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("lora_B" in name for name in trained)
     assert all("lora_" in name for name in trained)
+
+
+def test_a_saved_adapter_needs_its_branches_again(tmp_path):
+    adapted, ids = add_lora(dilated(), init_lora_weights=False), ids_of(2, 19)
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path).double().eval()
+    assert (read(loaded, ids) - read(adapted, ids)).abs().max() > 1e-3
+    use_dilated_attention(loaded, *BRANCHES)
+    assert_close("logits", read(loaded, ids), read(adapted, ids))
+    assert_close("merged", read(copy.deepcopy(adapted).merge_and_unload(), ids), read(adapted, ids))
+
+
+def test_an_adapted_model_generates_with_every_cache():
+    adapted, ids = add_lora(dilated(), init_lora_weights=False), ids_of(2, 19)
+    options = {"input_ids": ids, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    own = adapted.generate(**options)
+    assert own.tolist() == adapted.generate(use_cache=False, **options).tolist()
+    assert own.tolist() == adapted.generate(**{CACHE: DilatedCache(adapted)}, **options).tolist()
 
 
 def with_config(make, config_class, **fields):
@@ -266,8 +380,9 @@ def with_config(make, config_class, **fields):
             ),
             ["attention sinks"],
         ),
+        (with_config(LlamaForCausalLM, LlamaConfig, is_causal=False), ["is_causal=False"]),
     ],
-    ids=["mistral-window", "qwen2-window", "gemma2", "gpt-oss-sinks"],
+    ids=["mistral-window", "qwen2-window", "gemma2", "gpt-oss-sinks", "bidirectional"],
 )  # fmt: skip
 def test_what_has_no_dilated_form_is_refused_by_name(make, words):
     model = make()
@@ -302,6 +417,8 @@ def test_calls_that_do_not_fit_are_refused():
         read(model, ids, **{CACHE: StaticCache(config=model.config, max_cache_len=32)})
     with refused("masks of pairs"):
         read(model, ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+    with refused("is_causal=False"):
+        read(model, ids, is_causal=False)
     cache = DynamicCache(config=model.config)
     read(model, ids, **{CACHE: cache})
     with refused("cannot go on from a cache"):
@@ -349,7 +466,31 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
         segment_lengths=[4, 8], dilation_rates=[1, 2], xpos_scale_base=16,
     )  # fmt: skip
     LongNetForCausalLM(config).save_pretrained(tmp_path)
-    with refused("xpos_scale_base=16 is too small", "[8, 1048576]"):
+    with refused("xpos_scale_base=16 is too small", "[8, 1048576]", "trained model", "shorter segments"):
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
-    longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20], position_embedding="rope")
-    assert longer.model.layers[0].self_attn.branches[1].w == 1 << 20
+    longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 10])
+    assert longer.model.layers[0].self_attn.branches[1].w == 1 << 10
+
+
+def test_the_example_that_extends_a_llama(tmp_path):
+    """At toy size: four models scored under each context, the dilated one saved and found again."""
+    words = ["".join(random.Random(i).choices("aeinorst", k=5)) for i in range(200)]
+    for document in range(10):
+        (tmp_path / f"{document}.txt").write_text(" ".join(random.Random(document).choices(words, k=1500)))
+    sizes = (
+        "--length 32 --steps 2 --long-length 64 --long-steps 1 --segment-lengths 16 64 --dilation-rates 1 4 "
+        "--contexts 32 64 --targets 16 --blocks 2"
+    )
+    root = Path(__file__).parent.parent
+    output = tmp_path / "output"
+    subprocess.run(
+        [sys.executable, root / "examples" / "extend_llama.py", "--text", tmp_path, "--output", output, *sizes.split()],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    results = json.loads((output / "perplexity.json").read_text())["results"]
+    assert sorted(results) == ["dense", "dense, fine-tuned", "dilated", "dilated, fine-tuned"]
+    assert all(result["contexts"] == [32, 64] for result in results.values())
+    assert results["dense"]["perplexity"] != results["dilated"]["perplexity"]
+    assert use_dilated_attention(LlamaForCausalLM.from_pretrained(output / "model")).config.dilated_attention == {
+        "segment_lengths": [16, 64], "dilation_rates": [1, 4], "head_offsets": "interleaved", "backend": "auto",
+    }  # fmt: skip
