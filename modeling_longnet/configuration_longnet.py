@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import fields
+from fractions import Fraction
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -28,6 +29,20 @@ OTHER_NAMES = {
     "encoder_attention_heads": "num_attention_heads",
     "activation_fn": "hidden_act",
     "causal": "is_causal",
+    "scale_base": "xpos_scale_base",
+    "xpos_base": "xpos_scale_base",
+    "rope_parameters": "rope_theta",
+    "rope_scaling": "rope_theta",
+    "sliding_window": "segment_lengths",
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "head_dim": "num_attention_heads",
+    "hidden_dropout_prob": "dropout",
+    "tie_embeddings": "tie_word_embeddings",
+    "backend": "attention_backend",
 }
 # The largest xPos scale: three quarters of a dtype's exponents, the rest is for the values that it multiplies.
 FLOAT32_SCALE = 2.0**96
@@ -141,7 +156,7 @@ class LongNetConfig(PreTrainedConfig):
         for key in kwargs:
             close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
             meant = OTHER_NAMES.get(key) or (close[0] if close else None)
-            if meant and not hasattr(type(self), key):
+            if key in OTHER_NAMES or (meant and not hasattr(type(self), key)):
                 raise ValueError(f"LongNetConfig has no field {key!r}; did you mean {meant!r}?")
 
     def validate_architecture(self):
@@ -199,8 +214,9 @@ class LongNetConfig(PreTrainedConfig):
         if self.position_embedding == "xpos" and self.smallest_xpos_scale_base() > self.xpos_scale_base:
             raise ValueError(
                 f"xpos_scale_base={self.xpos_scale_base} is too small for segments {self.segment_lengths} (positions "
-                f"repeat every {self.position_period} tokens): its scales leave float32. The smallest that fits is "
-                f'{self.smallest_xpos_scale_base()}; or use position_embedding="rope".'
+                f"repeat every {self.position_period} tokens): its scales leave float32. A trained model "
+                "needs the base that it was trained with, so give it shorter segments. A new one may take "
+                f'xpos_scale_base={self.smallest_xpos_scale_base()} or more, or position_embedding="rope".'
             )
 
     def _check_name(self, field: str, allowed: tuple[str, ...]) -> None:
@@ -227,7 +243,8 @@ class LongNetConfig(PreTrainedConfig):
 
         zeta_0 = 0.4 / 1.4 is the fastest decay (arXiv 2212.10554, with TorchScale's gamma of 0.4).
         """
-        return math.ceil(self.position_period / 2 * math.log(1.4 / 0.4) / math.log(largest))
+        tokens_a_base = 2 * math.log(largest) / math.log(1.4 / 0.4)
+        return math.ceil(self.position_period / Fraction(tokens_a_base))  # the period may be beyond any float
 
 
 __all__ = ["LongNetConfig"]
