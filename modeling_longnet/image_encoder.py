@@ -9,10 +9,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetModel
+
+# What `LongNetModel.forward` takes and an image has not.
+TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values")
 
 
 @strict
@@ -115,19 +118,23 @@ class LongNetImageEncoder(LongNetModel):
             init.xavier_normal_(module.weight)
             init.zeros_(module.bias)
 
-    def forward(self, pixel_values: Tensor, **kwargs) -> ImageEncoderOutput:
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor | None = None, **kwargs) -> ImageEncoderOutput:
         """Encode images.
 
         Args:
             pixel_values: (B, C, image_size, image_size), normalised as in the training.
-            output_hidden_states, output_attentions: as `LongNetModel.forward`.
+            output_hidden_states, output_attentions, return_dict: as `LongNetModel.forward`.
 
         Raises:
-            ValueError: images of another size; the learned positions belong to this one.
+            ValueError: no images, or a text's inputs; images of another size; the learned positions belong to this one.
         """
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share an image; give each one its own images.")
         config = self.config
+        given = [name for name in TEXT_INPUTS if kwargs.get(name) is not None]
+        if pixel_values is None or given:
+            raise ValueError(f"an image encoder takes pixel_values and nothing of a text; given {given}.")
         expected = (config.num_channels, config.image_size, config.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
@@ -135,7 +142,7 @@ class LongNetImageEncoder(LongNetModel):
                 f"{', '.join(map(str, expected))})."
             )
         patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).mT.contiguous()
-        outputs = super().forward(inputs_embeds=patches + self.position_embed, **kwargs)
+        outputs = super().forward(inputs_embeds=patches + self.position_embed, return_dict=True, **kwargs)
         logits = self.head(self.norm(outputs.last_hidden_state.mean(1))) if config.num_classes else None
         return ImageEncoderOutput(
             last_hidden_state=outputs.last_hidden_state, logits=logits, hidden_states=outputs.hidden_states,

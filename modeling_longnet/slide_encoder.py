@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBlock, LongNetModel
@@ -18,6 +18,8 @@ from .packing import pack
 from .reference import count_branches, dense_attention
 
 POOLING = ("cls", "mean")
+# 16 bits hold no pixels: int16 ends at 32,767, and float16 and bfloat16 skip whole tiles far from the origin.
+COORDINATES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @strict
@@ -83,12 +85,15 @@ class SlideEncoderOutput(ModelOutput):
         layer_embeddings: (N + 1, B, E), the input and every layer's output pooled as the slide's embedding is,
             but without the encoder's final norm (Prov-GigaPath's `all_layer_embed`).
         attention_maps: (N, B, H, Q, L), where asked for.
+        hidden_states: where asked for, N + 1 times (B, L, E): the input, then every layer's output, the last one
+            after the final norm; 0 for tiles left out.
     """
 
     pooler_output: Tensor | None = None
     last_hidden_state: Tensor | None = None
     layer_embeddings: Tensor | None = None
     attention_maps: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class _Layout(NamedTuple):
@@ -173,26 +178,30 @@ class LongNetSlideEncoder(LongNetModel):
         if module is self:
             init.normal_(self.cls_token, std=0.02)
 
+    @can_return_tuple
     def forward(
         self,
         tiles: Tensor,
         coordinates: Tensor,
         attention_mask: Tensor | None = None,
         attention_queries: Tensor | list[int] | None = None,
+        output_hidden_states: bool | None = None,
     ) -> SlideEncoderOutput:
         """Embed slides.
 
         Args:
             tiles: (B, T, tile_features), any floating dtype.
-            coordinates: (B, T, 2) pixels of the tiles' corners, on the level at which a tile has `tile_size`.
+            coordinates: (B, T, 2) pixels of the tiles' corners, on the level at which a tile has `tile_size`;
+                integers or floats of at least 32 bits.
             attention_mask: (B, T), zero for tiles to leave out, background and padding alike, wherever they
                 stand; the result is that of the other tiles alone, in their order.
             attention_queries: token numbers, 0 for CLS, i + 1 for tile i. The maps then say how much weight
                 each of them gives to every token, over all branches; a row sums to 1 (less with
                 `attend_zero_padding`), and is 0 for a tile that was left out. Memory grows with H * Q * L.
+            output_hidden_states, return_dict: as in Transformers, from the config where left out.
 
         Raises:
-            ValueError: shapes that do not fit, a slide without tiles, a tile outside the grid.
+            ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
         """
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share a slide; give each one its own slides.")
@@ -206,19 +215,25 @@ class LongNetSlideEncoder(LongNetModel):
         mask = None if layout is None else nn.functional.pad(layout.real, (1, 0), value=True)
         inputs = self._attention_inputs(hidden_states, mask, None, None, self._backend(hidden_states, {}))
         queries = None if attention_queries is None else self._prepare_queries(attention_queries, hidden_states, layout)
-        pooled, maps = [self._pool(hidden_states, layout)], []
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        pooled, maps, states = [self._pool(hidden_states, layout)], [], []
         for layer in self.layers:
             if queries is not None:
                 weights = self._map(layer, hidden_states, queries)  # (B, H, Q, 1 + T')
                 maps.append(_put_back(weights.movedim(-1, 1), layout).movedim(1, -1))
+            if output_hidden_states:
+                states.append(_put_back(hidden_states, layout))
             hidden_states = layer(hidden_states, inputs)
             pooled.append(self._pool(hidden_states, layout))
         hidden_states = self.layer_norm(hidden_states)
+        whole = _put_back(hidden_states, layout)
         return SlideEncoderOutput(
             pooler_output=self._pool(hidden_states, layout),
-            last_hidden_state=_put_back(hidden_states, layout),
+            last_hidden_state=whole,
             layer_embeddings=torch.stack(pooled),
             attention_maps=torch.stack(maps) if maps else None,
+            hidden_states=(*states, whole) if output_hidden_states else None,
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:
@@ -227,6 +242,11 @@ class LongNetSlideEncoder(LongNetModel):
             raise ValueError(f"tiles has shape {tuple(tiles.shape)}; expected (slides, tiles, {features}).")
         if tuple(coordinates.shape) != (*tiles.shape[:2], 2):
             raise ValueError(f"coordinates has shape {tuple(coordinates.shape)}; expected {(*tiles.shape[:2], 2)}.")
+        if coordinates.dtype not in COORDINATES:
+            raise ValueError(
+                f"coordinates has dtype {coordinates.dtype}, which cannot tell every pixel; give "
+                f"{', '.join(map(str, COORDINATES))}."
+            )
         if attention_mask is None:
             return
         if attention_mask.shape != tiles.shape[:2]:
@@ -268,9 +288,11 @@ class LongNetSlideEncoder(LongNetModel):
         batch, length, _ = hidden_states.shape
         tokens = torch.as_tensor(tokens, device=hidden_states.device)
         total = length if layout is None else 1 + layout.count
-        if tokens.dim() != 1 or len(tokens) == 0 or (tokens < 0).any() or (tokens >= total).any():
+        numbers = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
+        if not numbers or tokens.dim() != 1 or len(tokens) == 0 or (tokens < 0).any() or (tokens >= total).any():
             raise ValueError(
-                f"attention_queries={tokens.tolist()}: expected token numbers from 0 (CLS) to {total - 1} (last tile)."
+                f"attention_queries={tokens.tolist()}: expected a list of whole token numbers, 0 (CLS) to {total - 1} "
+                "(the last tile)."
             )
         columns = tokens.expand(batch, -1)  # (B, Q)
         documents = torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)

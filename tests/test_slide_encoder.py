@@ -1,5 +1,10 @@
 """Slides in a batch equal each alone; background is left out; maps are those of the dense reference."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from checks import assert_close, refused
@@ -150,12 +155,77 @@ def test_half_precision_tiles_enter_a_float32_model():
         (lambda t, c, m: (t, c + 11 * 256, m, None), ["tile 0 of slide 0", "grid_size * tile_size = 2816"]),
         (lambda t, c, m: (t, c, m, [10]), ["attention_queries=[10]", "9"]),
         (lambda t, c, m: (t, c, m, []), ["attention_queries=[]"]),
+        (lambda t, c, m: (t, c, m, [0.0, 1.0]), ["attention_queries=[0.0, 1.0]", "whole"]),
+        (lambda t, c, m: (t, c, m, [True, False]), ["attention_queries=[True, False]", "whole"]),
+        (lambda t, c, m: (t, c.half(), m), ["torch.float16", "torch.float32"]),
+        (lambda t, c, m: (t, c.bfloat16(), m), ["torch.bfloat16", "torch.int64"]),
+        (lambda t, c, m: (t, c.short(), m), ["torch.int16", "torch.int32"]),
     ],
-    ids=["features", "no-tiles", "coordinates", "mask", "empty-slide", "grid", "query", "no-query"],
+    ids=[
+        "features",
+        "no-tiles",
+        "coordinates",
+        "mask",
+        "empty-slide",
+        "grid",
+        "query",
+        "no-query",
+        "half-query",
+        "bool-query",
+        "float16-places",
+        "bfloat16-places",
+        "int16-places",
+    ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, words):
     with refused(*words):
         make_encoder()(*change(*make_slides(9, 4)))
+
+
+def test_hidden_states_and_tuples():
+    encoder = make_encoder()
+    tiles, coordinates, mask = make_slides(13, 8)
+    with torch.no_grad():
+        out = encoder(tiles, coordinates, mask, output_hidden_states=True)
+        plain = encoder(tiles, coordinates, mask, return_dict=False)
+        encoder.config.output_hidden_states = True
+        again = encoder(tiles, coordinates, mask)
+    assert plain[0] is not None
+    assert isinstance(plain, tuple)
+    assert_close("pooler_output", plain[0], out.pooler_output, 0)
+    assert len(out.hidden_states) == len(again.hidden_states) == 4
+    for state, pooled in zip(out.hidden_states[:-1], out.layer_embeddings[:-1], strict=True):
+        assert state[1, 9:].count_nonzero() == 0
+        assert_close("pooled", encoder.norm(state[:, 0]), pooled, 0)
+    assert_close("last", out.hidden_states[-1], out.last_hidden_state, 0)
+
+
+def test_an_image_encoder_takes_images_alone():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4, "num_classes": 3}
+    encoder = LongNetImageEncoder(LongNetImageConfig(segment_lengths=[4], dilation_rates=[1], **sizes)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        state, logits = encoder(images, return_dict=False)
+        out = encoder(images, output_hidden_states=True)
+    assert_close("last_hidden_state", state, out.last_hidden_state, 0)
+    assert_close("logits", logits, out.logits, 0)
+    assert len(out.hidden_states) == 2
+    with refused("pixel_values", "['inputs_embeds']"):
+        encoder(inputs_embeds=torch.zeros(2, 4, 32))
+    with refused("pixel_values", "['attention_mask']"):
+        encoder(images, attention_mask=torch.ones(2, 4))
+
+
+def test_the_example_draws_a_slide(tmp_path):
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(
+        [sys.executable, root / "examples" / "slide_encoder.py", "--sides", "7", "5", "--output", "slide.png"],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=tmp_path, check=True, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert "of 49 tiles are tissue" in ran.stdout
+    assert "of 25 tiles are tissue" in ran.stdout
+    assert (tmp_path / "slide.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_slides_and_images_are_not_shared_among_processes():
