@@ -49,8 +49,9 @@ def backward(
 
 
 def _uses_flash(query: Tensor) -> bool:
-    """Flash takes half precision and head dimensions that are multiples of 8 up to 256."""
-    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
+    """Flash takes half precision, head dimensions that are multiples of 8 up to 256, and Ampere or newer."""
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _cuda_forward(query, key, value, is_causal, scale):

@@ -61,6 +61,9 @@ class Rows(NamedTuple):
 
 def check_branches(segment_lengths, dilation_rates) -> None:
     """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w, w growing."""
+    pairs = f"segment_lengths={segment_lengths}, dilation_rates={dilation_rates}"
+    if not all(isinstance(numbers, list | tuple) for numbers in (segment_lengths, dilation_rates)):
+        raise ValueError(f"{pairs}: give two lists, such as [2048, 8192] and [1, 4].")
     pairs = f"segment_lengths={list(segment_lengths)}, dilation_rates={list(dilation_rates)}"
     if len(segment_lengths) == 0 or len(segment_lengths) != len(dilation_rates):
         raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attend import BACKENDS, choose_backend, merge_
-from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
+from .branches import Branch, Chunk, Rows, check_branches, chunk_rows, make_branches
 from .reference import count_branches, dense_attention
 
 # Kernel results above this size come from fresh pages that the system must fill with zeros each time.
@@ -458,7 +458,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which attention runs: autocast's where it is on, as PyTorch's own attention (float64 stays)."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.amp.is_autocast_available(device):
         return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -484,7 +484,8 @@ def dilated_attention(
 
     Args:
         query: (B, H, L, D), floating point. The fastest layout is (B, L, H, D) in memory, transposed.
-        key, value: (B, G, L, D), G dividing H; not repeated in memory.
+        key, value: (B, G, L, D), G dividing H; not repeated in memory, but by the dense reference and for
+            PyTorch's memory-efficient CUDA kernel (float32).
         segment_lengths, dilation_rates: w and r of each branch, in tokens, 1 <= r <= w, w growing.
         is_causal: a query sees no later key.
         scale: of the scores, above 0; 1 / sqrt(D) if None.
@@ -505,11 +506,12 @@ def dilated_attention(
         >>> dilated_attention(q, k, v, segment_lengths=[512, 2048], dilation_rates=[1, 4]).shape
         torch.Size([1, 8, 4096, 64])
     """
+    check_branches(segment_lengths, dilation_rates)
+    query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     _check_inputs(query, key, value)
     branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), key.shape[1], head_offsets)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale} must be above 0: fused kernels multiply masked scores, -inf, by it.")
-    query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     backend = choose_backend(backend, query)
     if backend == "eager":
         positions = torch.arange(query.shape[2], device=query.device)[None]

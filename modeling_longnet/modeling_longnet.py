@@ -4,6 +4,7 @@ Letters: B batch, L tokens, E hidden size, H query heads, G key/value heads, D h
 """
 
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from string import Template
@@ -181,15 +182,28 @@ class LongNetPreTrainedModel(SequenceSharded, PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in Transformers; a folder without a README.md also gets the model card."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        template, readme = (
-            Path(__file__).with_name("model_card.md"),
-            Path(save_directory) / "README.md",
-        )
-        if template.exists() and not readme.exists() and kwargs.get("is_main_process", True):
-            readme.write_text(self._model_card(template.read_text("utf-8")), "utf-8")
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """As in Transformers; the folder also gets the model card, unless its README.md is somebody's own."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            self._write_card(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self._write_card(Path(working_dir))  # Transformers puts its generic card there first
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _write_card(self, folder: Path) -> None:
+        """Write README.md where there is none, or one that a machine wrote for another model or without knowing it."""
+        source, readme = Path(__file__).with_name("model_card.md"), folder / "README.md"
+        if not source.exists():
+            return
+        template = source.read_text("utf-8")
+        written = readme.read_text("utf-8") if readme.exists() else None
+        ours = re.sub(r"\\\$\w+", ".*", re.escape(template))
+        if written is None or re.fullmatch(ours, written) or "model card has been automatically generated" in written:
+            part = folder / "README.md.part"
+            part.write_text(self._model_card(template), "utf-8")
+            part.replace(readme)
 
     def _model_card(self, template: str) -> str:
         config = self.config
@@ -291,6 +305,8 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length).")
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}; expected whole numbers, such as torch.int64.")
         _check_not_empty("input_ids", input_ids)
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
         embeds = self.embed_tokens(input_ids if shard is None else shard.cut(input_ids))
@@ -472,19 +488,24 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )  # fmt: skip
 
+    def _check_labels(self, name: str, labels: Tensor, shape: tuple[int, int]) -> None:
+        if labels.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(labels.shape)}; expected {tuple(shape)} as the input.")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"{name} has dtype {labels.dtype}; expected whole numbers, such as torch.int64.")
+        if not self.config.is_causal:
+            raise ValueError("labels are next tokens, which a bidirectional model (is_causal=False) sees.")
+        _check_ids(name, labels, self.config.vocab_size, ignored=-100)
+
     def _loss(self, hidden_states: Tensor, labels, shift_labels, num_items, shard: Shard | None) -> Tensor:
-        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         length = hidden_states.shape[1] if shard is None else shard.total
-        if given.shape != (hidden_states.shape[0], length):
-            raise ValueError(f"{name} has shape {tuple(given.shape)}; expected (batch, length) as the input.")
-        _check_ids(name, given, self.config.vocab_size, ignored=-100)
         targets = labels[:, 1:] if shift_labels is None else shift_labels
         if shard is None:
             hidden_states = hidden_states[:, : targets.shape[1]]
         else:
             # Shifted before they are cut: a shard's last target is the next shard's first token.
             targets = shard.cut(nn.functional.pad(targets, (0, length - targets.shape[1]), value=-100))
-        targets = targets.reshape(-1).to(hidden_states.device)
+        targets = targets.reshape(-1).to(hidden_states.device, torch.int64)
         total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
         count = (targets != -100).sum()
         if shard is not None:

@@ -89,7 +89,8 @@ def dense_attention(
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
     counts = counts.repeat_interleave(repeat if counts.shape[1] > 1 else 1, 1)
-    scores = (query @ key.transpose(-1, -2) * scale).to(torch.promote_types(query.dtype, torch.float32))
+    precise = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(precise) @ key.to(precise).transpose(-1, -2) * scale
     scores = scores.masked_fill(counts == 0, -torch.inf)
     largest = scores.detach().amax(-1, keepdim=True)
     # With a finite shift, a query that sees no key has only zeros here, and no NaN in its gradient either.

@@ -75,6 +75,8 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
     ("segment_length", "segment_lengths"),
     ("segments_lengths", "segment_lengths"),
     ("max_position_embeddings", "segment_lengths"),
+    ("rope_parameters", "rope_theta"),
+    ("head_dim", "num_attention_heads"),
     ("dilation_rate", "dilation_rates"),
     ("dilated_ratio", "dilation_rates"),
     ("xpos_rel_pos", "position_embedding"),

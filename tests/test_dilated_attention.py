@@ -491,6 +491,23 @@ def test_autocast_takes_its_dtype():
         assert torch.equal(grad, expected[name].float())
 
 
+def test_autocast_takes_mixed_dtypes():
+    """As PyTorch's own attention: queries and keys in float32 after their positions, values in bfloat16."""
+    query, key, value = (torch.randn(1, 3, 20, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = dilated_attention(query, key, value.bfloat16(), *NESTED)
+        assert torch.equal(mixed, dilated_attention(query, key, value, *NESTED))
+
+
+def test_the_reference_takes_scores_in_float32():
+    """Scores beyond float16's 65,504 before they are scaled."""
+    query = torch.full((1, 1, 4, 64), 100.0, dtype=torch.float16)
+    value = torch.arange(256, dtype=torch.float16).view(1, 1, 4, 64)
+    out = dilated_attention(query, query, value, *NESTED, backend="eager")
+    fast = dilated_attention(query, query, value, *NESTED, backend="torch")
+    torch.testing.assert_close(out, fast)
+
+
 def test_autocast_leaves_float64():
     case = Case(2, 21, 3, 3, 5, *NESTED, True, "interleaved")
     inputs = make_inputs(case)[:3]
@@ -738,6 +755,7 @@ def test_inputs_that_do_not_fit_are_refused(inputs, words):
     pytest.param({"segment_lengths": [4], "dilation_rates": [5]}, ["5"], id="r above w"),
     pytest.param({"segment_lengths": [4]}, ["[4]", "[1, 2]"], id="lists of different length"),
     pytest.param({"segment_lengths": [4.0, 8]}, ["4.0", "whole"], id="a float"),
+    pytest.param({"segment_lengths": 4, "dilation_rates": 1}, ["segment_lengths=4", "two lists"], id="no lists"),
     pytest.param({"scale": 0.0}, ["scale=0.0", "above 0"], id="scale 0"),
     pytest.param({"scale": -1.0}, ["scale=-1.0", "above 0"], id="negative scale"),
 ])  # fmt: skip

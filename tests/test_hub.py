@@ -14,6 +14,7 @@ import yaml
 from checks import make_model
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports
+from transformers.utils.hub import PushToHubMixin
 
 from modeling_longnet import LongNetForCausalLM, LongNetModel
 
@@ -215,5 +216,31 @@ def test_a_written_card_is_kept(tmp_path):
     model = make_model(LongNetModel, torch.float32)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
-    model.save_pretrained(tmp_path / "other", is_main_process=False)
-    assert not (tmp_path / "other" / "README.md").exists()
+    for number, arguments in enumerate([{"is_main_process": False}, None]):
+        folder = tmp_path / f"other {number}"
+        model.save_pretrained(folder, **arguments) if arguments else model.save_pretrained(folder, False)
+        assert not (folder / "README.md").exists()
+
+
+def test_a_card_that_nobody_wrote_on_is_renewed(tmp_path):
+    make_model(LongNetModel, torch.float32).save_pretrained(tmp_path)
+    other = make_model(LongNetModel, torch.float32, segment_lengths=[32], dilation_rates=[1])
+    other.save_pretrained(tmp_path)
+    assert "(32, 1)" in read_card(tmp_path)[1]
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nTrained on my texts.\n")
+    make_model(LongNetModel, torch.float32).save_pretrained(tmp_path)
+    assert "(32, 1)" in read_card(tmp_path)[1]
+
+
+def test_a_push_carries_the_card(tmp_path, monkeypatch):
+    """Transformers writes its generic card into the folder right before the upload."""
+    uploaded = []
+    monkeypatch.setattr(
+        PushToHubMixin,
+        "_upload_modified_files",
+        lambda self, folder, *args: uploaded.append(read_card(Path(folder))[1]),
+    )
+    generic = "---\ntags: []\n---\nThis model card has been automatically generated.\n"
+    (tmp_path / "README.md").write_text(generic)
+    make_model(LongNetModel, torch.float32)._upload_modified_files(tmp_path, "me/model", {})
+    assert "(4, 1), (8, 2), (16, 4)" in uploaded[0]

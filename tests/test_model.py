@@ -385,8 +385,46 @@ def test_a_frozen_head_and_a_frozen_body():
             else:
                 assert p.grad is None
         frozen.requires_grad_(True)
+
+
+def test_a_loss_without_gradients_takes_none(monkeypatch):
+    model, ids = make_model(LongNetForCausalLM), random_ids()
+    expected = model(ids, labels=ids).loss.detach()
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_close("loss", model(ids, labels=ids).loss, expected)
+
+
+def test_a_second_derivative_of_the_loss_is_refused():
+    model, ids = make_model(LongNetForCausalLM), random_ids()
+    model.set_attn_implementation("eager")
+    loss = model(ids, labels=ids).loss
+    (grad,) = torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.square().sum().backward()
+
+
+def test_func_grad_of_the_loss():
+    model, ids = make_model(LongNetForCausalLM), random_ids()
+    parameters = dict(model.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (ids,), {"labels": ids}).loss)(parameters)
+    assert_same_gradients(found, gradients(model, model(ids, labels=ids).loss))
+
+
+@pytest.mark.parametrize(("labels", "words"), [
+    (torch.full((2, 40), 29), "allowed are 0 to 28"),
+    (torch.zeros(2, 39, dtype=torch.int64), "expected (2, 40)"),
+    (torch.zeros(2, 40), "whole numbers"),
+])  # fmt: skip
+def test_refused_labels_leave_the_cache_alone(labels, words):
+    model, ids = make_model(LongNetForCausalLM), random_ids(2, 40)
+    cache = LongNetCache(model.config)
     with torch.no_grad():
-        assert torch.isfinite(model(ids, labels=ids).loss)
+        model(ids, cache=cache)
+        with refused(words):
+            model(ids, labels=labels, cache=cache)
+    assert cache.get_seq_length() == 40
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,118 @@
+"""One cell of the comparison: train one model of one pattern, length and seed, and score it.
+
+A cell is a dictionary of settings and gives a dictionary of results; `run.py` lists the cells and keeps the results.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+from corpus import TextArguments, join_documents, load_text, load_tokenizer, tokenize
+from evaluate_perplexity import evaluate_contexts
+from optimizer import MuonAndAdamW
+from patterns import Pattern, make_model, make_pattern
+from tqdm import tqdm
+
+BUCKETS = 16  # of positions, for the loss inside a held-out sequence
+
+
+def load_documents(settings: dict) -> tuple[dict[str, dict[str, np.ndarray]], object]:
+    """The token ids of each document by part, and the tokenizer."""
+    text = load_text(TextArguments(text=settings["text"], split_seed=7))
+    tokenizer = load_tokenizer("bpe", text["train"], vocab_size=settings["sizes"]["vocab_size"])
+    return {part: join_documents(tokenize(text[part], tokenizer)) for part in ("train", "evaluation")}, tokenizer
+
+
+def cut(documents: dict[str, np.ndarray], length: int, seed: int) -> np.ndarray:
+    """(N, length) sequences, each of one document, in an order that the seed tells."""
+    rows = [x[: len(x) // length * length].reshape(-1, length) for x in documents.values()]
+    return np.random.default_rng(seed).permutation(np.concatenate(rows))
+
+
+def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
+    """Multiplications and additions of a training step for each token: 6 a weight, 12 a key, head dimension and layer.
+
+    Keys are those seen (`patterns.count_work`), not those that a kernel computes and masks.
+    """
+    config = model.config
+    if pattern.name == "window":
+        keys = pattern.size * (1 - pattern.size / length / 2) if length > pattern.size else length / 2
+    elif pattern.name == "sparse":
+        keys = min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
+    else:
+        keys = sum(
+            min(w, length) / (2 * r * r) for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)
+        )
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the tied table: once, as output
+    return 6 * weights + 12 * keys * config.hidden_size * config.num_hidden_layers
+
+
+def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.ndarray | None = None) -> dict:
+    """Steps of one sequence, until `tokens` or `seconds` are used up; the learning rate falls to 0 with them."""
+    optimizer = MuonAndAdamW(model, learning_rate=cell["rate"], muon_learning_rate=10 * cell["rate"])
+    first = [group["lr"] for group in optimizer.param_groups]
+    tokens, length, spent, losses = cell.get("tokens"), sequences.shape[1], 0.0, []
+    model.train()
+    with tqdm(desc=name, unit="token", unit_scale=True, total=tokens) as progress:
+        for step in range(10**9):
+            done = step * length / tokens if tokens else spent / cell["seconds"]
+            if done >= 1 or (cell.get("steps") and step >= cell["steps"]):
+                break
+            began = time.perf_counter()
+            warm = min(1.0, (step + 1) / cell["warmup"])
+            for group, rate in zip(optimizer.param_groups, first, strict=True):
+                group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
+            row = step % len(sequences)
+            ids, wanted = (
+                torch.from_numpy(x[row][None].astype(np.int64))
+                for x in (sequences, sequences if labels is None else labels)
+            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
+                loss = model(ids, labels=wanted, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            spent += time.perf_counter() - began
+            progress.update(length)
+    return {"tokens": len(losses) * length, "seconds": spent, "losses": losses}
+
+
+@torch.inference_mode()
+def loss_by_position(model, sequences: np.ndarray) -> list[float]:
+    """Mean loss in nats of the tokens of each of `BUCKETS` equal parts of the held-out sequences."""
+    model.eval()
+    sums = 0
+    for row in sequences:
+        ids = torch.from_numpy(row[None].astype(np.int64))
+        logits = model(ids, use_cache=False).logits[:, :-1].transpose(1, 2).float()
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none")[0]
+        sums = sums + torch.stack([part.mean() for part in losses.tensor_split(BUCKETS)])
+    return (sums / len(sequences)).tolist()
+
+
+def run_text_cell(cell: dict, settings: dict) -> dict:
+    """Train on real text and score the same held-out targets under growing contexts."""
+    torch.set_num_threads(settings["threads"])
+    documents, tokenizer = load_documents(settings)
+    pattern = make_pattern(cell["pattern"], settings["branches"], cell["length"])
+    sizes = settings["sizes"] | {"vocab_size": len(tokenizer)}
+    model = make_model(pattern, cell["seed"], **sizes)
+    flops = count_flops(model, pattern, cell["length"])
+    name = f"{cell['pattern']} {cell['length']:,} seed {cell['seed']}"
+    result = train(model, cut(documents["train"], cell["length"], cell["seed"]), cell, name)
+    result |= {"flops_a_token": flops, "parameters": model.num_parameters(), "work": pattern._asdict()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
+        scores = evaluate_contexts(
+            model,
+            tokenizer,
+            documents["evaluation"],
+            contexts=cell["contexts"],
+            targets=settings["targets"],
+            blocks=settings["blocks"],
+        )
+        held_out = cut(documents["evaluation"], cell["length"], 0)[: settings["held_out"]]
+        result["loss_by_position"] = loss_by_position(model, held_out)
+    return result | {"scores": scores}

@@ -1,0 +1,118 @@
+"""The four attention patterns to compare, as data, and the two of them that are no branches.
+
+All run in the same model, `LongNetForCausalLM`; a pattern says which keys a query sees. Work is counted as keys that
+a query sees on average, per head, at the training length; window and sparse get LongNet's.
+
+- dense: every earlier token, one branch of rate 1.
+- longnet: dilated branches.
+- window: the last `size` tokens.
+- sparse: the fixed pattern of Child et al. 2019 (arXiv 1904.10509, section 4.3): all earlier tokens of the query's
+  block, and of each earlier block the last `summary` tokens.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+
+LONGEST = 1 << 20  # a branch that cuts no text here
+PATTERNS = ("dense", "longnet", "window", "sparse")
+
+
+class Pattern(NamedTuple):
+    """Branches, or the block and summary of a pattern that is none."""
+
+    name: str
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    size: int = 0
+    summary: int = 0
+
+
+def count_work(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], length: int) -> float:
+    """Keys that a query sees on average, per head, in a text of `length` tokens (whole segments, or one cut short)."""
+    return sum(min(w, length) / (2 * r * r) for w, r in zip(segment_lengths, dilation_rates, strict=True))
+
+
+def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], length: int) -> Pattern:
+    """A pattern with the work that these branches do in a text of `length` tokens; dense does what it must."""
+    if name == "dense":
+        return Pattern(name, (LONGEST,), (1,))
+    if name == "longnet":
+        return Pattern(name, *branches)
+    work = max(1, round(count_work(*branches, length)))
+    if name == "window":
+        return Pattern(name, (LONGEST,), (1,), size=work)
+    if name == "sparse":  # half of the work in the own block, half in the summaries of length / work blocks
+        return Pattern(name, (LONGEST,), (1,), size=work, summary=max(1, round(work * work / length)))
+    raise ValueError(f"pattern {name!r}: allowed are {', '.join(map(repr, PATTERNS))}.")
+
+
+def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
+    """A new model that attends so; equal seeds give equal weights whatever the pattern."""
+    torch.manual_seed(seed)
+    config = LongNetConfig(
+        segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, **fields
+    )  # fmt: skip
+    model = LongNetForCausalLM(config)
+    attend = {"window": attend_window, "sparse": attend_sparse}.get(pattern.name)
+    if attend is not None:
+        for layer in model.model.layers:
+            layer.self_attn._attend = partial(_attend, attend, pattern)
+    return model
+
+
+def _attend(attend, pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, inputs) -> tuple[Tensor, None]:
+    """In place of LongNet's: the whole text at once, (B, L, H, D)."""
+    if inputs.cache is not None:
+        raise ValueError(f"the {pattern.name} pattern has no cache here: call the model with use_cache=False.")
+    out = attend(*(x.transpose(1, 2) for x in (query, key, value)), pattern)
+    return out.transpose(1, 2), None
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """(B, H, L, D) -> (B, n, H, size, D), the last block filled up with zeros."""
+    x = pad(x, (0, 0, 0, -x.shape[2] % size))
+    return x.unflatten(2, (-1, size)).transpose(1, 2)
+
+
+def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Each block's queries on its keys: (B, n, H, size, D) and a mask (n, size, keys) -> (B, H, L, D)."""
+    batch = query.shape[0]
+    mask = mask.repeat(batch, 1, 1)[:, None]
+    out = scaled_dot_product_attention(*(x.flatten(0, 1) for x in (query, key, value)), attn_mask=mask)
+    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def attend_window(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+    """(B, H, L, D): every query on itself and the `size - 1` tokens before it."""
+    size, length = pattern.size, query.shape[2]
+    queries = _blocks(query, size)
+    keys, values = (  # each block's own and those of the block before it
+        torch.cat([pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x], 3) for x in (_blocks(key, size), _blocks(value, size))
+    )
+    q, k = torch.arange(size)[:, None] + size, torch.arange(2 * size)
+    seen = (k <= q) & (k > q - size)
+    real = torch.arange(queries.shape[1])[:, None] * size + k - size >= 0  # no tokens before the first block
+    return _attend_blocks(queries, keys, values, seen & real[:, None], length)
+
+
+def attend_sparse(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+    """(B, H, L, D): every query on its block's earlier tokens and on the ends of the blocks before."""
+    size, length = pattern.size, query.shape[2]
+    summary = min(pattern.summary, size)
+    queries, keys, values = (_blocks(x, size) for x in (query, key, value))
+    n = queries.shape[1]
+    ends = [x[:, :, :, size - summary :].transpose(1, 2).flatten(2, 3) for x in (keys, values)]  # (B, H, n * c, D)
+    keys, values = (
+        torch.cat([own, end[:, None].expand(-1, n, -1, -1, -1)], 3)
+        for own, end in zip((keys, values), ends, strict=True)
+    )
+    own = torch.ones(size, size, dtype=torch.bool).tril().expand(n, -1, -1)
+    block = torch.arange(n)
+    earlier = (block.repeat_interleave(summary) < block[:, None])[:, None].expand(-1, size, -1)
+    return _attend_blocks(queries, keys, values, torch.cat([own, earlier], 2), length)
