@@ -1,4 +1,4 @@
-"""Attention on the rows of one branch by the flash-attn package (version 2.7 or later), an optional extra.
+"""Attention on the rows of one branch by the flash-attn package (version 2.8 or later), an optional extra.
 
 The same two functions as in `attend_torch`; there the layout is explained.
 """

@@ -93,10 +93,9 @@ def loss_by_position(model, sequences: np.ndarray) -> list[float]:
     return (sums / len(sequences)).tolist()
 
 
-def run_text_cell(cell: dict, settings: dict) -> dict:
+def run_text_cell(cell: dict, settings: dict, documents: dict, tokenizer) -> dict:
     """Train on real text and score the same held-out targets under growing contexts."""
     torch.set_num_threads(settings["threads"])
-    documents, tokenizer = load_documents(settings)
     pattern = make_pattern(cell["pattern"], settings["branches"], cell["length"])
     sizes = settings["sizes"] | {"vocab_size": len(tokenizer)}
     model = make_model(pattern, cell["seed"], **sizes)

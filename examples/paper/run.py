@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the other examples
 
-from cells import run_text_cell
+from cells import load_documents, run_text_cell
 from evaluate_perplexity import write_whole
 from patterns import PATTERNS
 from recall import run_recall_cell
@@ -61,7 +61,7 @@ FULL = {
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
-    "text": "stdlib",
+    "text": str(Path(__file__).resolve().parent.parent.parent / "modeling_longnet"),
     "threads": 1,
     "bfloat16": False,
     "branches": [[32, 64, 128], [1, 2, 4]],
@@ -154,23 +154,29 @@ def read(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_cell(cell: dict, settings: dict) -> dict:
-    """Run in the calling process."""
+def run_cell(cell: dict, settings: dict, text: tuple) -> dict:
+    """Run in the calling process; `text` is what `cells.load_documents` gave, and empty for the recall task."""
     run = {"text": run_text_cell, "recall": run_recall_cell}[cell["kind"]]
-    return {"cell": cell, "settings": settings} | run(cell, settings) | {"peak_bytes": highest_resident_bytes()}
+    result = run(cell, settings, *text)
+    return {"cell": cell, "settings": settings} | result | {"peak_bytes": highest_resident_bytes()}
 
 
 def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: float) -> None:
     """Run the cells that have no file yet, each in a fresh process, until the time is up."""
     missing = {name: cell for name, cell in cells.items() if not (folder / f"{name}.json").exists()}
     context = multiprocessing.get_context("spawn")
+    text = load_documents(settings) if any(cell["kind"] == "text" for cell in missing.values()) else ()
     for number, (name, cell) in enumerate(missing.items()):
         if time.monotonic() > until:
             print(f"Time is up; {len(missing) - number} cells are left. Start again to go on.")
             return
         print(f"[{number + 1}/{len(missing)}] {name}", flush=True)
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            result = pool.submit(run_cell, cell, settings).result()
+        arguments = cell, settings, text if cell["kind"] == "text" else ()
+        if settings["name"] == "quick":  # a process of its own, for the memory's peak, takes longer than the cell
+            result = run_cell(*arguments)
+        else:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                result = pool.submit(run_cell, *arguments).result()
         write_whole(folder / f"{name}.json", (json.dumps(describe_run() | result) + "\n").encode())
 
 
