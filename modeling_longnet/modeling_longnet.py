@@ -461,6 +461,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if shard is not None and use_cache:
             cache, shard = LongNetCache(self.config), None
         shift_labels = kwargs.get("shift_labels")
+        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None and inputs is not None:
+            self._check_labels(name, given, inputs.shape[:2])
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, labels=labels,
