@@ -1,7 +1,8 @@
 """The bounded cache: of each branch's current segment the rows so far, which is all that later tokens can see.
 
-After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values a head, not t. A branch's row
-at position p has slot `(p mod w) // r`; when p begins a new segment, the branch's slots are free again.
+After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values a head, not t. Its memory grows
+in doubling steps from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch's row at
+position p has slot `(p mod w) // r`; when p begins a new segment, the branch's slots are free again.
 
 Letters: B batch, L new columns, G key/value heads, D head dimension, P slots of all branches.
 """
@@ -18,14 +19,19 @@ from .dilated_attention import Outside, rows_view
 
 
 class _Undo(NamedTuple):
-    """What a layer was before its last update, and that update: enough to take back some of its columns."""
+    """What a layer was, and every update since: enough to take back any of their columns."""
 
     keys: Tensor
     values: Tensor
     lengths: list[int]
     columns: int
     capacity: int
-    step: tuple[Tensor, Tensor, Tensor]
+    ends_in_padding: bool
+    updates: list[tuple[Tensor, Tensor, Tensor]]  # keys, values and chunks, as `update` takes them
+
+
+# What the layers of a cache have in common beside their slots.
+_COUNTS = ("lengths", "columns", "capacity", "ends_in_padding")
 
 
 class Slots(NamedTuple):
@@ -55,7 +61,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.branches = branches
         self.max_length = max_length
         self.lengths: list[int] = []  # real tokens of each row
-        self.columns = 0  # columns fed, padding counted
+        self.columns = 0  # columns fed, padding counted; -1 while slots are being written
         self.capacity = 0  # tokens that the slots are allocated for
         self.is_recording = False
         self.ends_in_padding = False  # have columns of padding followed a row's tokens?
@@ -90,11 +96,14 @@ class LongNetCacheLayer(CacheLayerMixin):
             return
         capacity = min(longest, max(tokens, 2 * self.capacity, 64))
         old, new = self.slots(self.capacity), self.slots(capacity)
-        for name in ("keys", "values"):
-            with torch.inference_mode(False):
-                parts = zip(getattr(self, name).split(old, 2), old, new, strict=True)
-                setattr(self, name, torch.cat([torch.nn.functional.pad(x, (0, 0, 0, n - o)) for x, o, n in parts], 2))
-        self.capacity = capacity
+        added = [(0, 0, 0, n - o) for o, n in zip(old, new, strict=True)]
+        with torch.inference_mode(False):
+            keys, values = (
+                torch.cat([torch.nn.functional.pad(*pair) for pair in zip(x.split(old, 2), added, strict=True)], 2)
+                for x in (self.keys, self.values)
+            )
+        # Together, so that memory that runs out leaves the layer as it was.
+        self.keys, self.values, self.capacity = keys, values, capacity
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(self.slots(self.capacity), 2)
@@ -123,23 +132,36 @@ class LongNetCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states)
-        if self.is_recording:
-            step = key_states, value_states, chunks
-            self._undo = _Undo(self.keys, self.values, self.lengths, self.columns, self.capacity, step)
+        is_new_record = self.is_recording and self._record(key_states, value_states, chunks)
         chunk_list = [Chunk(*row) for row in chunks.tolist()]
         self.reserve(max((c.total for c in chunk_list), default=0))
-        if self.is_recording or torch.is_grad_enabled():
+        if is_new_record or torch.is_grad_enabled():
             # The old slots may be needed to step back, or by a backward pass: leave them as they are.
-            with torch.inference_mode(False):
-                self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.keys, self.values = self.copy_slots()
+        columns, self.columns = self.columns + key_states.shape[1], -1
         self.lengths = list(self.lengths)
         for chunk in chunk_list:
             self._store(chunk, key_states.detach(), value_states.detach())
             self.lengths[chunk.row_begin : chunk.row_end] = [chunk.total] * (chunk.row_end - chunk.row_begin)
         at_end = sum(c.row_end - c.row_begin for c in chunk_list if c.column_end == key_states.shape[1])
         self.ends_in_padding |= at_end + self.lengths.count(0) < len(self.lengths)
-        self.columns += key_states.shape[1]
+        self.columns = columns
         return key_states, value_states
+
+    def _record(self, key_states: Tensor, value_states: Tensor, chunks: Tensor) -> bool:
+        """Note an update; one of several columns, a prompt or a verified draft, begins the record anew.
+
+        Returns:
+            Whether it is the record's first, before which the slots must stay as they are.
+        """
+        update = key_states.detach(), value_states.detach(), chunks
+        if self._undo is not None and key_states.shape[1] == 1:
+            self._undo.updates.append(update)
+            return False
+        self._undo = _Undo(
+            self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding, [update]
+        )
+        return True
 
     def _store(self, chunk: Chunk, key_states: Tensor, value_states: Tensor) -> None:
         """Copy the rows of the segment that the chunk ends in, unless it ends with it."""
@@ -155,7 +177,13 @@ class LongNetCacheLayer(CacheLayerMixin):
                 keys[batch, heads, places] = rows_view(key_states, chunk, branch, rows)[:, 0]
                 values[batch, heads, places] = rows_view(value_states, chunk, branch, rows)[:, 0]
 
+    def check_whole(self) -> None:
+        """Raise ValueError where writing was interrupted: some slots then hold other tokens than the lengths say."""
+        if self.columns < 0:
+            raise ValueError("an earlier forward was interrupted while it wrote the cache; start a new one.")
+
     def _check(self, key_states: Tensor) -> None:
+        self.check_whole()
         batch, _, heads, dim = key_states.shape
         given = (batch, heads, dim, key_states.dtype, key_states.device)
         held = (
@@ -191,7 +219,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         self._undo = None
 
     def activate_past_recording(self) -> None:
-        """From now on keep the state before each update, so that `crop` can take back all of it."""
+        """From now on `crop` can take back the last update of several columns and all steps since it, or since a crop.
+
+        Their keys and values are kept until then.
+        """
         self.is_recording = True
 
     def crop(self, max_length: int) -> None:
@@ -200,49 +231,56 @@ class LongNetCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: rows of those columns were given up, at the end of their segment.
         """
+        self.check_whole()
         target = int(max_length)
         back = max(0, self.columns - target) if target > 0 else -target
-        undo, self._undo = self._undo, None
-        if not back:
-            return
         if back > self.columns:
             raise ValueError(f"crop({max_length}): the cache holds only {self.columns} columns.")
-        if undo and undo.columns <= self.columns - back:
-            self._redo(undo, self.columns - back - undo.columns)
-            return
+        kept = self.columns - back
+        if self._undo is not None and self._undo.columns <= kept:
+            self._redo(self._undo, kept)
+        elif back:
+            self._go_back(back, max_length)
+        self._undo = None
+
+    def _go_back(self, back: int, max_length: int) -> None:
+        """Forget the last columns where none of the rows before them was given up since."""
         if self.ends_in_padding:
             raise ValueError(
                 f"crop({max_length}): padding followed the tokens of a row, and in which of the last {back} columns "
                 "is not kept; keep a copy of the cache from then, or pad on the left."
             )
+        if min(self.lengths) < back:
+            raise ValueError(
+                f"crop({max_length}): the rows hold {self.lengths} tokens, one fewer than the {back} to take back; "
+                "keep a copy of the cache from before that row began."
+            )
         lengths = [t - back for t in self.lengths]
         for t, kept in zip(self.lengths, lengths, strict=True):
             for b in self.branches:
-                if kept < 0 or (kept % b.w and t // b.w != kept // b.w):
+                if kept % b.w and t // b.w != kept // b.w:
                     raise ValueError(
                         f"crop({max_length}): going back {back} tokens from {t} needs rows of a segment of {b.w} "
                         "tokens that has ended; keep a copy of the cache from then, or feed the text again."
                     )
         self.lengths, self.columns = lengths, self.columns - back
 
-    def _redo(self, undo: _Undo, columns: int) -> None:
-        """Go back to the state before the last update and take in its first `columns` columns again."""
-        (
-            self.keys,
-            self.values,
-            self.lengths,
-            self.columns,
-            self.capacity,
-            (keys, values, chunks),
-        ) = undo
-        chunks = chunks.clone()
-        removed = (chunks[:, 3] - columns).clamp(min=0)
-        chunks[:, 3] -= removed
-        chunks[:, 5] -= removed
-        if columns:
-            recording, self.is_recording = self.is_recording, False
-            self.update(keys[:, :columns], values[:, :columns], chunks[chunks[:, 3] > chunks[:, 2]])
-            self.is_recording = recording
+    def _redo(self, undo: _Undo, kept: int) -> None:
+        """Go back to the record's beginning and take in again what leaves `kept` columns."""
+        if kept == self.columns:
+            return
+        is_recording, self.is_recording = self.is_recording, False
+        *held, updates = undo
+        self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding = held
+        for keys, values, chunks in updates:
+            columns = min(kept - self.columns, keys.shape[1])
+            if columns:
+                chunks = chunks.clone()
+                removed = (chunks[:, 3] - columns).clamp(min=0)
+                chunks[:, 3] -= removed
+                chunks[:, 5] -= removed
+                self.update(keys[:, :columns], values[:, :columns], chunks[chunks[:, 3] > chunks[:, 2]])
+        self.is_recording = is_recording
 
     def step(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: Step, scale: float) -> Tensor:
         """One token: write its rows, then one softmax over every slot its heads see (the multiset of Eq. 9-10).
@@ -254,11 +292,12 @@ class LongNetCacheLayer(CacheLayerMixin):
             (B, 1, H, D).
         """
         self._check(key_states)
+        columns, self.columns = self.columns + 1, -1
         batch, head, _ = step.written
         self.keys[step.written] = key_states[batch, 0, head]
         self.values[step.written] = value_states[batch, 0, head]
         self.lengths = [t + 1 for t in self.lengths]
-        self.columns += 1
+        self.columns = columns
         out = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), self.keys, self.values,
             attn_mask=step.seen, scale=scale, enable_gqa=query.shape[2] > key_states.shape[2],
@@ -266,6 +305,11 @@ class LongNetCacheLayer(CacheLayerMixin):
         if step.covered is not None:
             out = out.masked_fill(~step.covered, 0.0)
         return out.transpose(1, 2)
+
+    def copy_slots(self) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values that any mode may write."""
+        with torch.inference_mode(False):
+            return self.keys.clone(), self.values.clone()
 
     def _select(self, rows: list[int]) -> None:
         """Batch row i becomes a copy of the old row `rows[i]`."""
@@ -321,7 +365,13 @@ class LongNetCache(Cache):
         first = self.layers[0]
         if first.is_initialized and len(first.lengths) != batch:
             raise ValueError(f"the cache holds {len(first.lengths)} rows, the input has {batch}.")
-        if any(layer.columns != first.columns for layer in self.layers):
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Raise ValueError where an earlier forward was interrupted, and left a layer half written or behind."""
+        for layer in self.layers:
+            layer.check_whole()
+        if len({(layer.columns, layer.capacity) for layer in self.layers}) > 1:
             raise ValueError("an earlier forward was interrupted and left the cache's layers unequal; start a new one.")
 
     @property
@@ -377,37 +427,53 @@ class LongNetCache(Cache):
         return Step(new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""
+        """A copy of everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""
         first = self.layers[0]
         if not first.is_initialized:
             raise ValueError("an empty cache has nothing to save.")
-        counts = {"lengths": first.lengths, "columns": first.columns, "capacity": first.capacity}
-        tensors = {name: torch.tensor(value) for name, value in counts.items()}
+        self.check_whole()
+        tensors = {name: torch.tensor(getattr(first, name)) for name in _COUNTS}
+        tensors["branches"] = torch.tensor([[b.w, b.r, *b.offsets] for b in first.branches])
         for i, layer in enumerate(self.layers):
-            tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
+            tensors |= {f"{i}.{name}": x for name, x in zip(("keys", "values"), layer.copy_slots(), strict=True)}
         return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Become the cache that `to_tensors` saved, of the same config; on any misfit raise and stay as it is.
+        """Become a copy of the cache that `to_tensors` saved, of the same config; on any misfit raise and stay as is.
 
         Raises:
-            ValueError: tensors missing, or of another config.
+            ValueError: tensors missing, damaged, or of another config.
         """
-        names = {f"{i}.{name}" for i in range(len(self.layers)) for name in ("keys", "values")}
-        if set(tensors) != names | {"lengths", "columns", "capacity"}:
-            raise ValueError(f"a saved cache of {len(self.layers)} layers was expected; found {sorted(tensors)}.")
-        lengths, capacity = tensors["lengths"].tolist(), int(tensors["capacity"])
-        first = self.layers[0]
-        slots, heads = sum(first.slots(capacity)), len(first.branches[0].offsets)
-        shape = (len(lengths), heads, slots, tensors["0.keys"].shape[-1])
-        for name in names:
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"saved cache: {name} has shape {tuple(tensors[name].shape)}; expected {shape}.")
+        self._check_tensors(tensors)
         for i, layer in enumerate(self.layers):
             layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
+            layer.keys, layer.values = layer.copy_slots()
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-            layer.lengths, layer.columns, layer.capacity = list(lengths), int(tensors["columns"]), capacity
-            layer.is_initialized = True
+            for name in _COUNTS:
+                setattr(layer, name, tensors[name].tolist())
+            layer.is_initialized, layer._undo = True, None
+
+    def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        first = self.layers[0]
+        names = [f"{i}.{name}" for i in range(len(self.layers)) for name in ("keys", "values")]
+        if set(tensors) != {*names, *_COUNTS, "branches"}:
+            raise ValueError(f"a saved cache of {len(self.layers)} layers was expected; found {sorted(tensors)}.")
+        branches = [[b.w, b.r, *b.offsets] for b in first.branches]
+        if tensors["branches"].tolist() != branches:
+            raise ValueError(
+                f"saved cache: its branches, each (w, r, offset of each key/value head), are "
+                f"{tensors['branches'].tolist()}; this model's are {branches}."
+            )
+        lengths, columns, capacity, _ = (tensors[name].tolist() for name in _COUNTS)
+        needed = min(max(lengths), max(b.w for b in first.branches))
+        if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
+            raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
+        sample = tensors[names[0]]
+        shape = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), sample.shape[-1])
+        for name in names:
+            given = tuple(tensors[name].shape), tensors[name].dtype
+            if given != (shape, sample.dtype):
+                raise ValueError(f"saved cache: {name} has shape {given}; expected {(shape, sample.dtype)}.")
 
     def can_step(self, chunks: Tensor, length: int) -> bool:
         """Is this a decoding step: one real token in every row, no gradient to keep and no state to go back to?"""

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel
+from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel, cache_longnet
 from modeling_longnet.modeling_longnet import CACHE
 
 EXACT = 1e-10  # float64, through two layers
@@ -83,6 +83,9 @@ def test_held_rows_at_every_step():
             model(torch.randint(0, 29, (2, 1)), **{CACHE: cache})
             for layer in cache.layers:
                 assert max(layer.held_rows()) <= most_rows(model.config, t)
+                # Counted where they lie (no slot is zero by chance): head 0 begins every segment, and has all of them.
+                written = (layer.keys != 0).any(-1).sum(-1)  # (B, G)
+                assert written.max() == written[0, 0] == most_rows(model.config, t)
                 # Room is made ahead, in doubling steps from 64 tokens on, but never beyond the bound.
                 assert layer.keys.shape[2] <= most_rows(model.config, max(64, 2 * t))
             assert cache.get_seq_length() == t
@@ -183,7 +186,10 @@ def test_crop_is_exact_or_refused(length, back, piece, recording):
     cache, ids = filled(model, length, recording, piece)
     kept = length - back
     borders = [w for w in (4, 9, 16) if kept % w and length // w != kept // w]
-    if back <= length and (not borders or (recording and back <= (length - 1) % piece + 1)):
+    recorded = 0 if not recording else length if piece == 1 else (length - 1) % piece + 1
+    if piece > 1 and recorded == 1:  # a step after a larger piece: both are in the record
+        recorded = min(length, piece + 1)
+    if back <= length and (not borders or back <= recorded):
         cache.crop(-back)
         assert cache.get_seq_length() == kept
         assert_goes_on_like(model, cache, ids[:, :kept])
@@ -200,6 +206,49 @@ def test_crop_to_a_length():
         cache.crop(target)
         assert cache.get_seq_length() == left
         assert_goes_on_like(model, cache, ids[:, :left])
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_many_steps_are_taken_back_over_a_border(is_padded):
+    """What an assistant's drafts are: a short piece, twenty steps, and one crop; then the same again."""
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 13, recording=True)
+    if is_padded:
+        cache.reset()
+        with torch.no_grad():
+            model(torch.cat([ids[:, :1], ids], 1), attention_mask=torch.arange(14).expand(2, -1) > 0, **{CACHE: cache})
+    for back in (21, 5, 0):
+        drafts = torch.randint(0, 29, (2, 22))
+        with torch.no_grad():
+            for part in drafts.split([2, *[1] * 20], 1):
+                model(part, **{CACHE: cache})
+        kept = torch.cat([ids, drafts], 1).shape[1] - back
+        ids = torch.cat([ids, drafts], 1)[:, :kept]
+        cache.crop(-back)
+        assert cache.lengths == [kept, kept]
+        assert all(layer._undo is None for layer in cache.layers)
+    assert_goes_on_like(model, cache, ids)
+
+
+def test_a_refused_crop_leaves_the_record():
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 18, recording=True, piece=15)
+    with refused("crop(-99)", "18"):
+        cache.crop(-99)
+    with refused("crop(-4)", "ended"):
+        cache.crop(-4)
+    cache.crop(-3)
+    assert_goes_on_like(model, cache, ids[:, :15])
+
+
+def test_crop_beyond_the_beginning_of_a_padded_row():
+    model = make_model(LongNetModel)
+    cache = LongNetCache(model.config)
+    mask = torch.stack([torch.arange(19) >= 18, torch.arange(19) >= 0])
+    with torch.no_grad():
+        model(torch.randint(0, 29, (2, 19)), attention_mask=mask, **{CACHE: cache})
+    with refused("crop(-2)", "[1, 19]", "fewer than the 2"):
+        cache.crop(-2)
 
 
 def test_crop_behind_right_padding():
@@ -361,6 +410,101 @@ def test_an_interrupted_forward_is_noticed(monkeypatch):
             model(torch.randint(0, 29, (2, 3)), **{CACHE: cache})
     with refused("interrupted", "start a new one"):
         model(torch.randint(0, 29, (2, 3)), **{CACHE: cache})
+
+
+@pytest.mark.parametrize(("name", "call"), [("_store", 0), ("rows_view", 4)], ids=["rows written", "half written"])
+def test_an_interrupted_write_is_noticed(monkeypatch, name, call):
+    """In the first and only layer too, where no other layer tells."""
+    model = make_model(LongNetModel, num_hidden_layers=1)
+    cache, ids = filled(model, 15)
+    owner = cache.layers[0] if name == "_store" else cache_longnet
+    real, calls = getattr(owner, name), iter(range(99))
+
+    def interrupt(*args):
+        result = real(*args)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    new = torch.randint(0, 29, (2, 12))
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(new, **{CACHE: cache})
+    for refuses in (lambda: model(new, **{CACHE: cache}), lambda: cache.crop(-1), cache.to_tensors):
+        with refused("interrupted", "start a new one"):
+            refuses()
+    cache.reset()
+    assert_goes_on_like(model, cache, ids[:, :0])
+
+
+def test_memory_that_runs_out_leaves_the_cache_as_it_was(monkeypatch):
+    model = make_model(LongNetModel, segment_lengths=[64, 512], dilation_rates=[1, 4], num_hidden_layers=1)
+    cache, ids = filled(model, 60)
+    real, calls = torch.cat, iter(range(99))
+
+    def cat(*args, **kwargs):
+        if next(calls) == 1:  # the values, after the keys
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", cat)
+        with pytest.raises(MemoryError):
+            cache.layers[0].reserve(100)
+    assert_goes_on_like(model, cache, ids)
+
+
+def test_a_saved_cache_is_a_copy():
+    """Both ways: neither the cache that was saved nor the one loaded writes into the tensors."""
+    model = make_model(LongNetModel)
+    cache, ids = filled(model, 19)
+    tensors = cache.to_tensors()
+    for source in (cache, LongNetCache(model.config)):
+        source.load_tensors(tensors)
+        assert_goes_on_like(model, source, ids)
+    last = LongNetCache(model.config)
+    last.load_tensors(tensors)
+    assert_goes_on_like(model, last, ids)
+
+
+def test_a_loaded_cache_refuses_what_the_saved_one_refuses():
+    model = make_model(LongNetModel)
+    cache = LongNetCache(model.config)
+    mask = torch.tensor([[1] * 11, [1] * 9 + [0] * 2])
+    with torch.no_grad():
+        model(torch.randint(0, 29, (2, 11)), attention_mask=mask, **{CACHE: cache})
+    loaded, _ = filled(model, 9, recording=True)
+    loaded.load_tensors(cache.to_tensors())
+    with refused("crop(-1)", "padding"):
+        loaded.crop(-1)
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    pytest.param("lengths", lambda x: x + 5, id="more tokens than columns"),
+    pytest.param("lengths", lambda x: x - 20, id="negative"),
+    pytest.param("capacity", lambda x: x * 0, id="no room"),
+    pytest.param("1.keys", lambda x: x.float(), id="dtype"),
+    pytest.param("1.values", lambda x: x[:, :2], id="shape"),
+    pytest.param("branches", lambda x: x.flip(1), id="branches"),
+])  # fmt: skip
+def test_damaged_tensors_are_refused_and_leave_the_cache_as_it_was(name, change):
+    model = make_model(LongNetModel)
+    tensors = filled(model, 19)[0].to_tensors()
+    cache, ids = filled(model, 7, seed=3)
+    with refused("saved cache"):
+        cache.load_tensors(tensors | {name: change(tensors[name])})
+    with refused("saved cache"):
+        cache.load_tensors({other: x for other, x in tensors.items() if other != name})
+    assert_goes_on_like(model, cache, ids)
+
+
+def test_tensors_of_another_pattern_are_refused():
+    """Of the same shapes: only what is written beside them tells."""
+    model = make_model(LongNetModel)
+    tensors = filled(model, 19)[0].to_tensors()
+    with refused("saved cache", "branches"):
+        LongNetCache(make_config(head_offsets="blocked")).load_tensors(tensors)
 
 
 def test_foreign_caches_are_refused():

@@ -109,6 +109,24 @@ def test_assisted_decoding_equals_greedy(model, kwargs):
     assert torch.equal(generate(model, prompt, new=60, do_sample=False, **kwargs), expected)
 
 
+@pytest.mark.parametrize("drafts", [5, 20])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_good_assistant_drafts_over_segment_borders(drafts, seed):
+    """A noisy copy, never unsure: most drafts are kept, and the others go back over a border."""
+    model = make_model(LongNetForCausalLM, seed=seed, position_embedding="rope", pad_token_id=0)
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    assistant.generation_config.num_assistant_tokens = drafts
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0
+    prompt = torch.randint(1, 29, (1, 13))
+    prompt = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    expected = generate(model, prompt, new=60, do_sample=False)
+    assert torch.equal(generate(model, prompt, new=60, do_sample=False, assistant_model=assistant), expected)
+
+
 def test_generate_from_embeddings(model, prompts):
     inputs = left_padded(prompts)
     expected = generate(model, inputs, do_sample=False)
