@@ -5,8 +5,10 @@
 
 import argparse
 import json
+import math
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable
@@ -72,8 +74,19 @@ ASKED = {
     "num_attention_heads": "encoder_attention_heads or decoder_attention_heads there",
     "hidden_act": 'activation_fn there: "gelu", "relu", or "silu" for "swish"',
 }
-ASKED_OF_TORCHSCALE = {"is_causal": "True for a LongNetDecoder, False for a LongNetEncoder"}
+ASKED_OF_TORCHSCALE = {
+    "is_causal": "True for a LongNetDecoder, False for a LongNetEncoder",
+    "position_embedding": '"none", or "xpos" for xpos_rel_pos=True there',
+}
+ASKED_OF_EMBEDDINGS = {"embedding_scale": "1.0, or sqrt(E) if no_scale_embedding=False there"}
 ASKED_OF_XPOS = {"xpos_scale_base": "xpos_scale_base there, 512 unless it was set"}
+
+# What a damaged file makes PyTorch and safetensors raise, besides UnpicklingError.
+DAMAGED = (
+    SafetensorError, RuntimeError, EOFError, OSError, LookupError, AttributeError, AssertionError, TypeError,
+    ValueError, struct.error,
+)  # fmt: skip
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # LongViT's segments follow from the image's side (longvit.py in TorchScale's examples).
 LONGVIT_SEGMENTS = {
@@ -138,12 +151,18 @@ def read_state(source: Path) -> dict[str, Tensor]:
             return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except pickle.UnpicklingError as error:
+        # PyTorch's text begins with advice to load it without the check, so only its reason is shown.
+        text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
+        reason = (re.findall("(?i)unsupported .*", text) or text.splitlines() or [type(error).__name__])[0]
+        if not re.match("(?i)unsupported (global|class)", reason):
+            raise ValueError(f"{source} is damaged, or not a file of plain tensors ({reason}).") from error
         raise ValueError(
             f"{source} is no file of plain tensors, and reading it as a pickle could run code, so it is refused "
-            f"({str(error).splitlines()[0]}). Save the state dict alone: torch.save(model.state_dict(), path)."
+            f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{source} cannot be read; it may be damaged or cut short ({error}).") from error
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{source} cannot be read; it may be damaged or cut short ({reason}).") from error
     while isinstance(state, dict) and len(found := [k for k in ("model", "state_dict", "module") if k in state]) == 1:
         state = state[found[0]]
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
@@ -171,7 +190,8 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, str]:
         return "longnet_slide", inside
     if inside + "pos_embed" in state:
         # Fine-tuned, the encoder lies under "model." beside the head, and the map knows it so.
-        return "longnet_image", inside.removesuffix("model.") if "fc_norm.weight" in state else inside
+        outside = inside.removesuffix("model.")
+        return "longnet_image", outside if outside + "fc_norm.weight" in state else inside
     return "longnet", prefix
 
 
@@ -197,7 +217,6 @@ def _torchscale_facts(state, shapes, facts: dict, prefix: str) -> dict:
     facts = {
         "vocab_size": None if table is None else len(table),
         "tie_word_embeddings": head is not None and table is not None and torch.equal(head, table),
-        "position_embedding": "none",
     }
     if f"layers.0.{XPOS}" in state:
         heads = shapes["layers.0.self_attn.q_proj.weight"][0] // (2 * shapes[f"layers.0.{XPOS}"][0])
@@ -242,17 +261,13 @@ def make_config(kind: str, facts: dict, overrides: dict) -> LongNetConfig:
     known = {field.name for field in fields(CONFIGS[kind])}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"{', '.join(unknown)}: no field of {CONFIGS[kind].__name__}.")
-    # xPos may have been stripped of its buffers; and published branches may be replaced on purpose.
-    free = {
-        "segment_lengths",
-        "dilation_rates",
-        *(("position_embedding",) if facts.get("position_embedding") == "none" else ()),
-    }
-    for name in sorted(set(overrides) & set(facts) - free):
+    # Published branches may be replaced on purpose.
+    for name in sorted(set(overrides) & set(facts) - {"segment_lengths", "dilation_rates"}):
         if overrides[name] != facts[name]:
             raise ValueError(f"{name}={overrides[name]!r} contradicts the weights, which say {facts[name]!r}.")
     given = facts | overrides
     asked = ASKED | (ASKED_OF_TORCHSCALE if kind == "longnet" else {})
+    asked |= ASKED_OF_EMBEDDINGS if given.get("vocab_size") else {}
     asked |= ASKED_OF_XPOS if given.get("position_embedding") == "xpos" else {}
     if missing := [f"{name} ({hint})" for name, hint in asked.items() if name not in given]:
         raise ValueError(f"{NAMES[kind]}: the weights do not tell, so please give {'; '.join(missing)}.")
@@ -304,14 +319,35 @@ def build(config: LongNetConfig, state: dict[str, Tensor], has_head: bool) -> Lo
     return model.eval()
 
 
+def _check_weights(state: dict[str, Tensor]) -> None:
+    wrong = [n for n, x in state.items() if x.layout != torch.strided or x.dtype not in DTYPES]
+    if wrong:
+        found = "; ".join(f"{name} ({state[name].layout}, {state[name].dtype})" for name in wrong)
+        raise ValueError(
+            f"weights must be dense, of {', '.join(map(str, DTYPES))}; found {found}. Convert them, or leave out by "
+            "`ignore` what is no weight."
+        )
+    if empty := [name for name, x in state.items() if not x.is_meta and x.isnan().all()]:
+        raise ValueError(f"nothing but NaN stands in {', '.join(empty)}: the file is of a training that failed.")
+
+
+def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors without the prefix that (nearly) all names have."""
+    twice = [name for name in state if prefix and prefix + name in state]
+    if twice:
+        raise ValueError(f"the file holds tensors both with and without the prefix {prefix!r}: {', '.join(twice)}.")
+    return {name.removeprefix(prefix): x for name, x in state.items()}
+
+
 def convert(state: dict[str, Tensor], ignore: Iterable[str] = (), **overrides) -> LongNetPreTrainedModel:
     """The model of a foreign state dict; see `convert_checkpoint`."""
     kind, prefix = recognise(state)
-    state = {name.removeprefix(prefix): x for name, x in state.items()}
+    state = _strip(state, prefix)
+    ignored = {name for name in state if any(fnmatchcase(name, pattern) for pattern in ignore)}
+    _check_weights({name: x for name, x in state.items() if name not in ignored})
     facts = read_facts(kind, prefix, state)
     config = make_config(kind, facts, overrides)
     has_head = kind == "longnet" and "output_projection.weight" in state
-    ignored = {name for name in state if any(fnmatchcase(name, pattern) for pattern in ignore)}
     if facts.get("position_embedding") == "xpos":
         ignored |= set(xpos_names(config))
     return build(config, rename(state, name_map(config, has_head), ignored), has_head)
@@ -328,11 +364,13 @@ def convert_checkpoint(
 
     Args:
         source: a safetensors file, or one that `torch.load(weights_only=True)` reads.
-        output_dir: the folder to make; it must not exist or be empty, and stays untouched on any error.
+        output_dir: the folder to make, not the current one; it must not exist or be empty, and stays untouched on
+            any error.
         ignore: patterns ("decoder*") of foreign tensors to leave out.
         overrides: fields of the config. What weights cannot tell must be given, unless the model is a published
-            one: segment_lengths, dilation_rates, num_attention_heads, hidden_act; for TorchScale is_causal, and
-            with xPos xpos_scale_base. `attend_zero_padding=True` follows the released kernels' padding.
+            one: segment_lengths, dilation_rates, num_attention_heads, hidden_act; for TorchScale is_causal,
+            position_embedding (unless the file has xPos's buffers), embedding_scale where there are token
+            embeddings, and xpos_scale_base with xPos. `attend_zero_padding=True` follows the released kernels' padding.
 
     Returns:
         The converted model, in eval mode.
@@ -340,9 +378,8 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError, ValueError: says what is wrong with the file, the overrides or the folder.
     """
-    source, output_dir = Path(source), Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists and is no empty folder; name another one, or remove it first.")
+    source, output_dir = Path(source), Path(output_dir).resolve()
+    _check_output(output_dir)
     model = convert(read_state(source), ignore, **overrides)
     model.config.converted_from = f"{NAMES[model.config.model_type]}, {source.name}"
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -353,8 +390,21 @@ def convert_checkpoint(
     return model
 
 
+def _check_output(output_dir: Path) -> None:
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists and is no empty folder; name another one, or remove it first.")
+    if output_dir == Path.cwd():
+        raise ValueError(f"{output_dir} is the current folder, which cannot be replaced by another; name a new one.")
+    if files := [str(parent) for parent in output_dir.parents if parent.exists() and not parent.is_dir()]:
+        raise ValueError(f"{output_dir} cannot be made: {files[0]} is no folder.")
+
+
 def to_torchscale(model: LongNetPreTrainedModel, file: str | Path | None = None) -> dict[str, Tensor]:
     """The state dict that the original code loads: the same map of names, read backwards.
+
+    Its settings are not in a state dict. Give the original code those of `model.config`: segment_length and
+    dilated_ratio, heads, activation_fn, subln=True; for TorchScale also no_scale_embedding (False for an
+    embedding_scale of sqrt(E)), xpos_rel_pos with xpos_scale_base, and normalize_output for final_layer_norm.
 
     Args:
         model: LongNetForCausalLM, LongNetModel, LongNetSlideEncoder or LongNetImageEncoder.
@@ -391,6 +441,13 @@ def _check_expressible(config: LongNetConfig) -> None:
         )
     if config.position_embedding == "rope":
         raise ValueError("position_embedding='rope': TorchScale has xPos or none.")
+    if config.hidden_act not in ("gelu", "relu", "silu", "swish"):
+        raise ValueError(f"hidden_act={config.hidden_act!r}: TorchScale has gelu, relu and swish (silu).")
+    if config.layer_norm_eps != 1e-5 or getattr(config, "pooling_norm_eps", 1e-6) != 1e-6:
+        raise ValueError("the original code's LayerNorms have eps 1e-5, and the pooled one of slides 1e-6.")
+    scales = 1.0, config.hidden_size**0.5
+    if config.vocab_size and not any(math.isclose(config.embedding_scale, scale) for scale in scales):
+        raise ValueError(f"embedding_scale={config.embedding_scale}: TorchScale has 1 or sqrt(hidden_size).")
 
 
 def _write_state(state: dict[str, Tensor], file: Path) -> None:
@@ -402,6 +459,17 @@ def _write_state(state: dict[str, Tensor], file: Path) -> None:
     else:
         torch.save({"model": state}, part)
     part.replace(file)
+
+
+def _field(text: str) -> tuple[str, object]:
+    """FIELD=VALUE; a value that is no JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -417,13 +485,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden-act", help=ASKED["hidden_act"])
     parser.add_argument("--is-causal", action=argparse.BooleanOptionalAction, help=ASKED_OF_TORCHSCALE["is_causal"])
     parser.add_argument("--xpos-scale-base", type=float, help=ASKED_OF_XPOS["xpos_scale_base"])
-    parser.add_argument("--embedding-scale", type=float, help="1, or sqrt(E) for no_scale_embedding=False")
+    parser.add_argument("--position-embedding", help=ASKED_OF_TORCHSCALE["position_embedding"])
+    parser.add_argument("--embedding-scale", type=float, help=ASKED_OF_EMBEDDINGS["embedding_scale"])
     parser.add_argument(
         "--attend-zero-padding", action="store_true", default=None, help="as the released kernels did (encoders)"
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=JSON", help="any other field of the config"
-    )
+        "--set", type=_field, action="append", default=[], metavar="FIELD=VALUE",
+        help="any other field of the config; JSON, or a plain string",
+    )  # fmt: skip
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="tensors to leave out")
     return parser
 
@@ -433,14 +503,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     source, output_dir, ignore = given.pop("source"), given.pop("output_dir"), given.pop("ignore")
+    given |= dict(given.pop("set"))
     try:
-        given |= {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in given.pop("set"))}
         model = convert_checkpoint(source, output_dir, ignore=ignore, **given)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     config = model.config
     print(f"{config.converted_from} -> {output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters")
-    for name in sorted({*ASKED, *ASKED_OF_TORCHSCALE, "position_embedding", "head_offsets", "attend_zero_padding"}):
+    for name in sorted({*ASKED, *ASKED_OF_TORCHSCALE, *ASKED_OF_EMBEDDINGS, "head_offsets", "attend_zero_padding"}):
         print(f"  {name}: {getattr(config, name)}")
 
 

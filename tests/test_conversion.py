@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
-from modeling_longnet.conversion import convert, convert_checkpoint, main, to_torchscale
+from modeling_longnet.conversion import convert, convert_checkpoint, main, read_state, to_torchscale
 from modeling_longnet.image_encoder import LongNetImageEncoder
 from modeling_longnet.slide_encoder import LongNetSlideEncoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
-MODELS = sorted(path.stem.removeprefix("model_") for path in FIXTURES.glob("model_*.json"))
+MODELS = (
+    "decoder_plain", "decoder_xpos", "decoder_xpos_base16", "encoder_plain", "encoder_xpos", "longvit", "slide",
+)  # fmt: skip
 FLOAT32 = 1e-6
 
 
@@ -45,6 +47,7 @@ def overrides_of(notes: dict, case: str) -> dict:
     }
     if notes["config"]["architecture"] in ("LongNetDecoder", "LongNetEncoder"):
         given["is_causal"] = side == "decoder"
+        given["position_embedding"] = "xpos" if config["xpos_rel_pos"] else "none"
         given["embedding_scale"] = 1.0 if config["no_scale_embedding"] else config[f"{side}_embed_dim"] ** 0.5
     if config["xpos_rel_pos"]:
         given["xpos_scale_base"] = config["xpos_scale_base"]
@@ -71,6 +74,12 @@ def run(model, tensors: dict, case: str) -> dict:
 
 
 CASES = [(name, case) for name in MODELS for case in read_fixture(name)[0]["notes"]]
+
+
+def test_every_fixture_has_its_turn():
+    assert sorted(path.stem.removeprefix("model_") for path in FIXTURES.glob("model_*.json")) == list(MODELS)
+    assert len(CASES) == 18
+    assert len(PADDED) == 4
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -149,7 +158,8 @@ def test_files_and_wrappings(wrap, suffix, tmp_path):
     torch.testing.assert_close(model.model.embed_tokens.weight, weights["embed_tokens.weight"], rtol=0, atol=0)
 
 
-def test_a_fine_tuned_longvit_keeps_its_head():
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_fine_tuned_longvit_keeps_its_head(prefix):
     """mean over the patches, fc_norm, head (modeling_finetune.py in TorchScale's examples/longvit)."""
     notes, weights, tensors = read_fixture("longvit")
     tuned = {f"model.{key}": x for key, x in weights.items()}
@@ -159,7 +169,7 @@ def test_a_fine_tuned_longvit_keeps_its_head():
         "head.weight": torch.randn(3, 32),
         "head.bias": torch.randn(3),
     }
-    model = convert(tuned, **overrides_of(notes, "a")).double()
+    model = convert({f"{prefix}{key}": x for key, x in tuned.items()}, **overrides_of(notes, "a")).double()
     with torch.no_grad():
         logits = model(tensors["a.image"]).logits
     double = {key: x.double() for key, x in tuned.items()}
@@ -174,7 +184,9 @@ def test_an_encoder_without_a_vocabulary_takes_embeddings():
     notes, weights, _ = read_fixture("encoder_plain")
     bare = {k: x for k, x in weights.items() if k not in ("embed_tokens.weight", "output_projection.weight")}
     given = overrides_of(notes, "a")
-    model, whole = convert(bare, **given).double(), convert(weights, **given).double()
+    whole = convert(weights, **given).double()
+    del given["embedding_scale"]  # nothing to scale
+    model = convert(bare, **given).double()
     assert type(model) is LongNetModel
     assert model.config.vocab_size is None
     embeds = torch.randn(2, 13, 32, dtype=torch.float64)
@@ -216,6 +228,11 @@ BAD_STATES = {
     "learned-positions": ({"embed_positions__weight": torch.zeros(2)}, ["learned position"]),
     "shape": ({"layers__1__ffn__fc2__bias": torch.zeros(7)}, ["wrong shape", "layers.1.ffn.fc2.bias (7,)", "(32,)"]),
     "missing": ({"layers.1.ffn.fc1.bias": None}, ["missing tensors", "layers.1.ffn.fc1.bias"]),
+    "integers": ({"layers__1__ffn__fc2__bias": torch.zeros(32, dtype=torch.int64)}, ["fc2.bias", "torch.int64"]),
+    "complex": ({"layers__1__ffn__fc2__bias": torch.zeros(32, dtype=torch.complex64)}, ["fc2.bias", "complex64"]),
+    "float8": ({"embed_tokens__weight": torch.zeros(64, 32).to(torch.float8_e4m3fn)}, ["embed_tokens", "float8"]),
+    "sparse": ({"embed_tokens__weight": torch.zeros(64, 32).to_sparse()}, ["embed_tokens.weight", "sparse"]),
+    "nan": ({"layers__1__ffn__fc2__bias": torch.full((32,), torch.nan)}, ["NaN", "layers.1.ffn.fc2.bias"]),
     "unknown": ({"something__else": torch.zeros(2)}, ["unknown tensors", "something.else"]),
 }
 
@@ -227,6 +244,13 @@ def test_weights_of_other_models_are_refused_with_the_list(changes, words, tmp_p
     with refused(*words):
         convert_checkpoint(tmp_path / "source.pt", tmp_path / "folder", **overrides_of(notes, "a"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pt"]
+
+
+def test_names_with_and_without_the_prefix_are_refused():
+    notes, weights, _ = read_fixture("encoder_plain")
+    twice = {f"encoder.{name}": x for name, x in weights.items()} | {"layer_norm.bias": weights["layer_norm.bias"] * 7}
+    with refused("with and without the prefix 'encoder.'", "layer_norm.bias"):
+        convert(twice, **overrides_of(notes, "a"))
 
 
 class _RunsCode:
@@ -243,7 +267,9 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
     for suffix in ("safetensors", "pt"):
         content = Path(f"whole.{suffix}").read_bytes()
         Path(f"cut.{suffix}").write_bytes(content[: len(content) // 2])
-    Path("code.pt").write_bytes(pickle.dumps({"layers.0.self_attn.q_proj.weight": _RunsCode()}))
+    for protocol in (2, 4):
+        state = {"layers.0.self_attn.q_proj.weight": _RunsCode()}
+        Path(f"code-{protocol}.pt").write_bytes(pickle.dumps(state, protocol))
     torch.save({"model": _RunsCode()}, "code-in-zip.pt")
     torch.save({"model": weights, "state_dict": weights}, "two.pt")
     torch.save([torch.zeros(1)], "list.pt")
@@ -252,8 +278,9 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
     for file, *words in (
         ("cut.safetensors", "cut short"),
         ("cut.pt", "cut short"),
-        ("code.pt", "could run code"),
-        ("code-in-zip.pt", "could run code"),
+        ("code-2.pt", "could run code", "mkdir"),
+        ("code-4.pt", "not a file of plain tensors", "operand"),
+        ("code-in-zip.pt", "could run code", "mkdir"),
         ("two.pt", "no state dict"),
         ("list.pt", "no state dict"),
         ("other.pt", "not recognised", "Prov-GigaPath"),
@@ -263,6 +290,19 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such file"):
         convert_checkpoint("absent.pt", "folder", **given)
     assert sorted(Path().iterdir()) == before
+
+
+def test_no_damage_to_an_old_file_escapes(tmp_path):
+    """torch.save's format before zip: cut at any place it is refused, whatever its reader raises there."""
+    torch.save({"a": torch.zeros(3), "b": torch.zeros(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "w.pt").read_bytes()
+    said = set()
+    for cut in range(len(content)):
+        (tmp_path / "cut.pt").write_bytes(content[:cut])
+        with pytest.raises(ValueError, match=r"(damaged|could run code).*\(.+\)\.") as caught:
+            read_state(tmp_path / "cut.pt")
+        said.add(type(caught.value.__cause__).__name__)
+    assert {"EOFError", "IndexError", "error", "UnpicklingError", "RuntimeError"} <= said
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
@@ -275,10 +315,44 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine"]
 
 
+def test_where_a_folder_can_be_made(tmp_path, monkeypatch, capsys):
+    notes, weights, _ = read_fixture("encoder_plain")
+    given = overrides_of(notes, "a")
+    source = tmp_path / "source.pt"
+    torch.save(weights, source)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with refused("current folder"):
+        convert_checkpoint(source, ".", **given)
+    with refused("cannot be made", "source.pt is no folder"):
+        convert_checkpoint(source, source / "under", **given)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    convert_checkpoint(source, tmp_path / "link", **given)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").exists()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("modeling_longnet.conversion.convert_checkpoint", lambda *_, **__: full())
+    with pytest.raises(SystemExit):
+        main(["source.pt", "out"])
+    assert "no space left" in capsys.readouterr().err
+
+
 def test_what_weights_cannot_tell_is_asked_for():
     _, weights, _ = read_fixture("decoder_xpos")
-    with refused("segment_lengths", "dilation_rates", "hidden_act", "is_causal", "xpos_scale_base"):
+    with refused("segment_lengths", "dilation_rates", "hidden_act", "is_causal", "embedding_scale", "xpos_scale_base"):
         convert(weights)
+    notes, weights, _ = read_fixture("decoder_xpos")
+    stripped = {name: x for name, x in weights.items() if "xpos" not in name}
+    given = overrides_of(notes, "a")
+    for name in ("position_embedding", "embedding_scale"):
+        with refused("please give", name):
+            convert(stripped, **{key: value for key, value in given.items() if key != name})
+    whole, model = convert(weights, **given), convert(stripped, **given)
+    assert whole.config.to_dict() == model.config.to_dict()
     _, weights, _ = read_fixture("slide")
     with refused("Prov-GigaPath", "segment_lengths", "dilation_rates", "num_attention_heads", "hidden_act"):
         convert(weights)
@@ -316,8 +390,11 @@ def test_ignored_tensors_are_left_out():
         ({"head_offsets": "interleaved"}, ["head_offsets", "blocked"]),
         ({"head_offsets": "blocked", "num_key_value_heads": 2}, ["num_key_value_heads=2"]),
         ({"head_offsets": "blocked", "position_embedding": "rope"}, ["rope"]),
+        ({"head_offsets": "blocked", "hidden_act": "gelu_new"}, ["gelu_new", "swish"]),
+        ({"head_offsets": "blocked", "layer_norm_eps": 1e-3}, ["1e-5"]),
+        ({"head_offsets": "blocked", "embedding_scale": 2.0}, ["embedding_scale=2.0", "sqrt"]),
     ],
-    ids=["offsets", "shared-heads", "rope"],
+    ids=["offsets", "shared-heads", "rope", "activation", "eps", "embedding-scale"],
 )
 def test_what_torchscale_cannot_be_is_not_written(changes, words):
     config = LongNetConfig(
@@ -334,17 +411,21 @@ def test_command_line(tmp_path, capsys):
     command = [
         str(tmp_path / "source.pt"), str(tmp_path / "folder"), "--segment-lengths", "8", "16", "32",
         "--dilation-rates", "1", "2", "4", "--is-causal", "--hidden-act", "silu",
-        "--embedding-scale", str(24**0.5), "--set", "pad_token_id=1",
+        "--embedding-scale", str(24**0.5), "--set", "pad_token_id=1", "--set", "attention_backend=torch",
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         main(command)
     assert "xpos_scale_base" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--set", "pooling"])
+    assert "--set: expected FIELD=VALUE, not 'pooling'" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
     main([*command, "--xpos-scale-base", "16"])
     assert "blocked" in capsys.readouterr().out
     model = LongNetForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float64)
     assert model.config.tie_word_embeddings
     assert model.config.pad_token_id == 1
+    assert model.config.attention_backend == "torch"
     with torch.no_grad():
         assert_close("logits", model(tensors["a.tokens"]).logits, tensors["a.logits"])
 
