@@ -497,8 +497,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             raise ValueError(f"{name} has shape {tuple(labels.shape)}; expected {tuple(shape)} as the input.")
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"{name} has dtype {labels.dtype}; expected whole numbers, such as torch.int64.")
-        if not self.config.is_causal:
-            raise ValueError("labels are next tokens, which a bidirectional model (is_causal=False) sees.")
+        if name == "labels" and not self.config.is_causal:
+            raise ValueError(
+                "labels are next tokens, which a bidirectional model (is_causal=False) sees; give the targets of "
+                "masked tokens as shift_labels, which stay where they are."
+            )
         _check_ids(name, labels, self.config.vocab_size, ignored=-100)
 
     def _loss(self, hidden_states: Tensor, labels, shift_labels, num_items, shard: Shard | None) -> Tensor:
