@@ -128,10 +128,11 @@ def op(cases: str) -> None:
 MODELS = {
     "causal": {},
     "ragged": {"length": 61},
-    "empty-shards": {"length": 3},
+    "few-tokens": {"length": 3},
+    "empty-shards": {"length": 1, "shift": True},
     "grouped-heads": {"num_key_value_heads": 2, "length": 59},
-    "bidirectional": {"is_causal": False, "length": 61},
-    "bidirectional-zero-padding": {"is_causal": False, "attend_zero_padding": True, "length": 45},
+    "bidirectional": {"is_causal": False, "length": 61, "shift": True},
+    "bidirectional-zero-padding": {"is_causal": False, "attend_zero_padding": True, "length": 45, "shift": True},
     "checkpointed": {"length": 61, "checkpoint": True},
     "long-shards": {"length": 97, "segment_lengths": [7, 21, 49], "dilation_rates": [1, 2, 3]},
     "xpos": {"length": 53, "position_embedding": "xpos"},
@@ -192,6 +193,8 @@ def model(*names: str) -> None:
                 tiny.set_sequence_group(group)
                 out = tiny(**batch, num_items_in_batch=items, logits_to_keep=0)
                 out.loss.backward()
+                if group is not None and name == "empty-shards" and (out.logits.shape[1] == 0) != (dist.get_rank() > 0):
+                    raise AssertionError(f"one token, and rank {dist.get_rank()} has {out.logits.shape[1]}")
                 logits = tiny.gather_sequence(out.logits)
                 if group is not None:
                     for parameter in tiny.parameters():
@@ -312,15 +315,54 @@ def _refused(words: str, call) -> None:
         raise AssertionError(f"not refused: {words}")
 
 
+def _unlike_batches_are_refused(tiny: LongNetForCausalLM, ids: torch.Tensor, odd: int) -> None:
+    """Every argument in turn is another one, or none, on the odd ranks."""
+    embeds = tiny.get_input_embeddings()(ids).detach()
+    mask, padded = torch.ones_like(ids), torch.ones_like(ids)
+    padded[1, -9:] = 0
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    whole = {"input_ids": ids, "labels": ids}
+    for name, same, other in (
+        ("input_ids", ids, ids + 1),
+        ("input_ids", ids, ids.flip(0)),
+        ("input_ids", ids, ids.flip(1)),
+        ("inputs_embeds", embeds, embeds + 1e-12),
+        ("inputs_embeds", embeds, embeds.flip(0)),
+        ("labels", ids, (ids + 5) % 33),
+        ("labels", ids, None),
+        ("shift_labels", ids, ids.flip(0)),
+        ("shift_labels", ids, None),
+        ("attention_mask", mask, padded),
+        ("attention_mask", mask, None),
+        ("position_ids", positions, positions % 11),
+        ("position_ids", positions, positions[:1]),
+    ):
+        batch = whole | {name: other if odd else same}
+        if name == "inputs_embeds":
+            del batch["input_ids"]
+        _refused(f"different batches: they differ in {name} (", lambda batch=batch: tiny(**batch))
+    short = ids[:, : 20 - odd]
+    _refused("different batches: they differ in input_ids, labels (", lambda: tiny(short, labels=short))
+
+
+def _smoothing_trainer(tiny: LongNetForCausalLM, ids: torch.Tensor) -> Trainer:
+    arguments = TrainingArguments(
+        label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True,
+        parallelism_config=SequenceSharding(cp_size=2),
+    )  # fmt: skip
+    return Trainer(model=tiny, args=arguments, eval_dataset=[{"input_ids": x, "labels": x} for x in ids])
+
+
 def refusals() -> None:
     """What cannot be right is a ValueError on every rank, and the group works on afterwards."""
     accelerator = Accelerator(cpu=True, parallelism_config=SequenceSharding(cp_size=2))
     rank = accelerator.process_index
     tiny = make_model()
     ids = torch.arange(40).view(2, 20) % 33
-    _refused("different batches", lambda: tiny(ids + rank % 2, labels=ids))
-    _refused("different batches", lambda: tiny(ids[:, : 20 - rank], labels=ids[:, : 20 - rank]))
+    _unlike_batches_are_refused(tiny, ids, rank % 2)
     _refused("label smoothing", lambda: tiny(ids))
+    _refused("label smoothing", lambda: _smoothing_trainer(tiny, ids).evaluate())
+    tiny.train()
     _refused("labels holds 33", lambda: tiny(ids, labels=ids + 14))
     _refused("leave use_cache=False out", lambda: tiny.eval().generate(ids, use_cache=False, max_new_tokens=1))
     _refused("divides them", lambda: SequenceSharding(cp_size=3).build_device_mesh("cpu"))

@@ -14,7 +14,7 @@ from benchmarks import communication
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.reference import count_branches
-from modeling_longnet.sharding import Shard, count_received, outside_rows, plan_exchange, shard_borders
+from modeling_longnet.sharding import Shard, _checksum, count_received, outside_rows, plan_exchange, shard_borders
 
 
 @given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 60))
@@ -68,6 +68,19 @@ def test_two_processes_work_as_one():
     """One start of processes for three functions of the worker: starting them takes the time."""
     models = ["ragged", "empty-shards", "bidirectional", "grouped-heads"]
     launch("op", 25, "+", "model", *models, "+", "refusals", processes=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float64], ids=str)
+def test_checksum_tells_places_apart(dtype):
+    """The same numbers elsewhere are another batch, beyond the first piece too; the layout in memory is not seen."""
+    x = torch.zeros(3, 2**20 + 7, dtype=dtype)
+    sums = [_checksum(x).item()]
+    for row, column in ((0, 0), (0, 1), (1, 0), (2, 2**20), (2, 2**20 + 6)):
+        one = x.clone()
+        one[row, column] = 1
+        sums.append(_checksum(one).item())
+        assert sums[-1] == _checksum(one.mT.contiguous().mT).item()
+    assert len(set(sums)) == len(sums)
 
 
 @pytest.mark.parametrize("devices", [1, 3, 4, 7])
