@@ -2,23 +2,26 @@
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
-from .cache_longnet import LongNetCache, cache_pattern
+from .cache_longnet import LongNetCache
+from .dilated_attention import autocast_dtype
 
 # Tokens whose logits are held at a time.
 _LOGITS = 512
+# Tokens hashed at a time.
+_HASHED = 1 << 20
 
 
 class Scored(NamedTuple):
@@ -36,13 +39,14 @@ class Scored(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(-self.total / self.count)
+        return torch.tensor(-self.total / self.count, dtype=torch.float64).exp().item()  # inf, where math.exp raises
 
 
 class _State(NamedTuple):
     position: int
     total: float
     cache: LongNetCache
+    text: Any  # hashlib.sha256 of the tokens before the position
 
 
 def stream(
@@ -61,42 +65,52 @@ def stream(
         tokens: (L,) token ids of any integer dtype, at least 2; a memory-mapped tensor is read as it is needed.
         chunk_size: tokens a forward.
         state_file: safetensors file in which cache, position and sum are saved, at the end and about every
-            `save_seconds` seconds, whole or not at all. Where it exists, the text goes on from there.
+            `save_seconds` seconds, whole or not at all. Where it exists, the text goes on from there; that it is the
+            same text and model is checked by hashes of the tokens before and of the weights.
         progress: show tokens done and tokens per second.
 
     Yields:
         `Scored`, one a chunk. Token 0 has nothing before it and is not scored.
 
     Raises:
-        ValueError: before the first chunk: bad sizes, a model in training mode, a state file that is damaged or
-            belongs to another model or text.
+        ValueError: at the call: bad sizes, a model that is no causal language model or in training mode, a state file
+            that cannot be written, is damaged, or belongs to another model or text. Before a chunk: ids in it that
+            are not in the vocabulary.
     """
     _check_arguments(model, tokens, chunk_size)
-    path = None if state_file is None else Path(state_file)
-    identity = _identity(model)
-    state = _State(0, 0.0, LongNetCache(model.config))
-    if path is not None and path.exists():
-        state = _load(path, model, tokens, identity)
+    path, identity = None if state_file is None else Path(state_file), {}
+    state = _State(0, 0.0, LongNetCache(model.config), hashlib.sha256())
+    if path is not None:
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists.")
+        identity = _identity(model)
+        if path.exists():
+            state = _load(path, model, tokens, identity)
     return _stream(model, tokens, chunk_size, path, save_seconds, progress, identity, state)
 
 
 def _stream(model, tokens, chunk_size, path, save_seconds, progress, identity, state) -> Iterator[Scored]:
-    position, total, cache = state
+    position, total, cache, text = state
     last, saved_at, saved = len(tokens) - 1, time.monotonic(), position
     with tqdm(total=last, initial=position, unit="tok", unit_scale=True, disable=not progress) as bar:
         while position < last:
             stop = min(position + chunk_size, last)
-            log_probs = _score(model, tokens[position : stop + 1].to(model.device, torch.int64), cache)
+            ids = tokens[position : stop + 1].to(torch.int64)
+            _check_ids(ids, position, model.config.vocab_size)
+            log_probs = _score(model, ids.to(model.device), cache)
             total += float(log_probs.double().sum())
+            scored = Scored(position + 1, stop + 1, log_probs, total, stop)
             bar.update(stop - position)
-            bar.set_postfix(perplexity=f"{math.exp(-total / stop):.2f}")
-            yield Scored(position + 1, stop + 1, log_probs, total, stop)
+            bar.set_postfix(perplexity=f"{scored.perplexity:.2f}")
+            yield scored
+            if path is not None:
+                _hash_tokens(text, ids[:-1])
             position = stop
             if path is not None and time.monotonic() - saved_at >= save_seconds:
-                _save(path, _State(position, total, cache), tokens, identity)
+                _save(path, _State(position, total, cache, text), identity)
                 saved_at, saved = time.monotonic(), position
     if path is not None and position != saved:
-        _save(path, _State(position, total, cache), tokens, identity)
+        _save(path, _State(position, total, cache, text), identity)
 
 
 @torch.no_grad()
@@ -115,40 +129,74 @@ def _check_arguments(model, tokens: Tensor, chunk_size: int) -> None:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}, {tokens.dtype}; expected (L,) integers, L >= 2.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1 token.")
+    if model.get_output_embeddings() is None or not getattr(model.config, "is_causal", False):
+        raise ValueError(
+            f"{type(model).__name__} (is_causal={getattr(model.config, 'is_causal', None)}) gives no next-token "
+            "probabilities; give a causal LongNetForCausalLM."
+        )
     if model.training:
         raise ValueError("the model is in training mode, where dropout would change the result; call model.eval().")
 
 
+def _check_ids(ids: Tensor, position: int, vocab_size: int) -> None:
+    wrong = ((ids < 0) | (ids >= vocab_size)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"tokens[{position + wrong[0]}] is {int(ids[wrong[0]])}; allowed are 0 to {vocab_size - 1} "
+            f"(vocab_size={vocab_size}). Nothing from token {position} on was read."
+        )
+
+
 def _identity(model) -> dict[str, str]:
-    """What a state file must agree with: the pattern, and the weights by their sum."""
-    weights = sum(float(p.detach().double().sum()) for p in model.parameters())
-    return {"pattern": json.dumps(cache_pattern(model.config)), "weights": repr(weights)}
-
-
-def _fingerprint(tokens: Tensor, position: int) -> str:
-    """Of the text just before the position, enough to notice another text."""
-    part = tokens[max(0, position - 4096) : position].to(torch.int64)
-    return hashlib.sha256(part.numpy().tobytes()).hexdigest()
-
-
-def _save(path: Path, state: _State, tokens: Tensor, identity: dict[str, str]) -> None:
-    """Write beside the file and put it in its place in one step: a kill leaves the old state."""
-    text = {
-        "position": str(state.position),
-        "total": state.total.hex(),
-        "text": _fingerprint(tokens, state.position),
+    """What a state file must agree with: each field of the config that a result depends on, dtype, and the weights."""
+    config = model.config.to_dict()
+    others = {*PreTrainedConfig().to_dict(), "auto_map", "attention_backend"}
+    weights = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights.update(name.encode())
+        weights.update(_bytes(parameter))
+    return {
+        **{name: json.dumps(config[name]) for name in sorted(set(config) - others)},
+        "dtype": str(autocast_dtype(next(model.parameters()))),
+        "weights": weights.hexdigest(),
     }
-    tensors = {name: x.contiguous() for name, x in state.cache.to_tensors().items()}
+
+
+def _bytes(x: Tensor):
+    """The tensor's memory, for a hash."""
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _hash_tokens(text, tokens: Tensor) -> None:
+    for part in tokens.split(_HASHED):
+        text.update(_bytes(part.to(torch.int64)))
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of a whole state file."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _save(path: Path, state: _State, identity: dict[str, str]) -> None:
+    """Write beside the file and put it in its place in one step: a kill leaves the old state."""
+    counts = {"position": str(state.position), "total": state.total.hex(), "text": state.text.hexdigest()}
+    tensors, metadata = state.cache.to_tensors(), identity | counts
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=identity | text)
+    save_file(tensors, partial, metadata=metadata | {"sha256": _digest(tensors, metadata)})
     os.replace(partial, path)
 
 
 def _load(path: Path, model, tokens: Tensor, identity: dict[str, str]) -> _State:
     try:
-        with safe_open(path, "pt", device=str(model.device)) as file:
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.pop("sha256") != _digest(tensors, metadata):
+            raise ValueError("its content is not what was saved")
         position, total = int(metadata["position"]), float.fromhex(metadata["total"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
@@ -159,8 +207,12 @@ def _load(path: Path, model, tokens: Tensor, identity: dict[str, str]) -> _State
             raise ValueError(
                 f"state file {path} belongs to another model: its {name} is {metadata.get(name)}, this model's {value}."
             )
-    if position >= len(tokens) or metadata.get("text") != _fingerprint(tokens, position):
+    text = hashlib.sha256()
+    _hash_tokens(text, tokens[:position])
+    if position >= len(tokens) or metadata["text"] != text.hexdigest():
         raise ValueError(f"state file {path} belongs to another text: the tokens before {position} differ.")
     cache = LongNetCache(model.config)
-    cache.load_tensors(tensors)
-    return _State(position, total, cache)
+    cache.load_tensors({name: x.to(model.device) for name, x in tensors.items()})
+    if (cache.lengths, cache.get_seq_length()) != ([position], position):
+        raise ValueError(f"state file {path}: its cache holds {cache.lengths} tokens, its position is {position}.")
+    return _State(position, total, cache, text)

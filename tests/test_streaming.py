@@ -1,29 +1,47 @@
 """A text read chunk by chunk: the same numbers as one forward, bounded memory, resumable, never half saved."""
 
-import resource
+import copy
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream
+from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream, streaming
 
 VOCABULARY = 97
 
 
+def make_model(**overrides):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "segment_lengths": [8, 24, 48],
+        "dilation_rates": [1, 3, 5],
+    }  # fmt: skip
+    return LongNetForCausalLM(LongNetConfig(**(sizes | overrides))).double().eval()
+
+
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LongNetConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, segment_lengths=[8, 24, 48], dilation_rates=[1, 3, 5],
-    )  # fmt: skip
-    return LongNetForCausalLM(config).double().eval()
+    return make_model()
+
+
+def make_tokens(length=307):
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    return torch.randint(VOCABULARY, (307,), generator=torch.Generator().manual_seed(1))
+    return make_tokens()
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +83,131 @@ def finished_state(model, tokens, path):
     return path
 
 
-def test_refuses_states_of_other_texts_and_models_and_damaged_ones(model, tokens, tmp_path):
+def test_refuses_states_of_other_texts(model, tmp_path):
+    """Another first token, thousands of tokens before the state's position, is another text."""
+    tokens = make_tokens(5_000)
     path = finished_state(model, tokens, tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match="another text"):
-        stream(model, tokens.flip(0), state_file=path)
-    with pytest.raises(ValueError, match="another text"):
-        stream(model, tokens[:100], state_file=path)
-    torch.manual_seed(5)
-    other = LongNetForCausalLM(model.config).double().eval()
-    with pytest.raises(ValueError, match="another model"):
-        stream(other, tokens, state_file=path)
-    content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"nonsense", b""):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            stream(model, tokens, state_file=path)
-        assert path.read_bytes() == damaged, "a refused file must be left as it is"
+    other = tokens.clone()
+    other[0] = (other[0] + 1) % VOCABULARY
+    for text in (other, tokens[:100], tokens.flip(0)):
+        with pytest.raises(ValueError, match="another text"):
+            stream(model, text, state_file=path)
+    assert list(stream(model, tokens.to(torch.int16), state_file=path, progress=False)) == []
+
+
+def swapped_weights(model):
+    """Of the same sum."""
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (swapped_weights, "weights"),
+        (lambda model: model.float(), "dtype"),
+        (lambda model: make_model(rope_theta=500.0), "rope_theta"),
+        (lambda model: make_model(position_embedding="rope"), "position_embedding"),
+        (lambda model: make_model(dilation_rates=[1, 2, 5]), "dilation_rates"),
+    ],
+    ids=["weights", "dtype", "theta", "positions", "branches"],
+)
+def test_refuses_states_of_other_models(model, tokens, tmp_path, change, field):
+    path = finished_state(model, tokens, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=f"another model: its {field} is"):
+        stream(change(copy.deepcopy(model)), tokens, state_file=path)
+
+
+def test_a_state_serves_the_model_saved_and_loaded(model, tokens, tmp_path):
+    path = finished_state(model, tokens, tmp_path / "state.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    loaded = LongNetForCausalLM.from_pretrained(tmp_path / "model", attention_backend="torch").eval()
+    assert list(stream(loaded, tokens, state_file=path, progress=False)) == []
+
+
+def flipped_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 16
+    path.write_bytes(content)
+
+
+def changed_lengths(path):
+    """With a right hash, so that what the file says about itself must be compared."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["lengths"] -= 7
+    metadata.pop("sha256")
+    metadata["sha256"] = streaming._digest(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:9000]), "damaged"),
+        (lambda path: path.write_bytes(b"nonsense"), "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (flipped_bit, "damaged"),
+        (changed_lengths, "its position is 306"),
+    ],
+    ids=["half", "nonsense", "empty", "bit", "lengths"],
+)
+def test_refuses_damaged_states_and_leaves_them(model, tokens, tmp_path, damage, message):
+    path = finished_state(model, tokens, tmp_path / "state.safetensors")
+    damage(path)
+    damaged = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        stream(model, tokens, state_file=path)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name", ["save_file", "replace"])
+def test_a_failed_save_leaves_the_state_before(model, tokens, expected, tmp_path, monkeypatch, name):
+    """The disk is full within the second save, or its last step is refused."""
+    path, owner = tmp_path / "state.safetensors", {"save_file": streaming, "replace": os}[name]
+    real, calls = getattr(owner, name), []
+
+    def fail(first, target, **kwargs):
+        calls.append(target)
+        if len(calls) < 2:
+            return real(first, target, **kwargs)
+        if name == "save_file":
+            Path(target).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        reader = stream(model, tokens, chunk_size=50, state_file=path, save_seconds=0, progress=False)
+        with pytest.raises(OSError, match="no space"):
+            list(reader)
+    rest = list(stream(model, tokens, state_file=path, progress=False))
+    assert rest[0].start == 51
+    assert rest[-1].total == pytest.approx(float(expected.sum()), rel=1e-6)
+
+
+def read_slowly(path):
+    """What the killed process runs."""
+    for _ in stream(make_model(), make_tokens(), chunk_size=1, state_file=path, save_seconds=0, progress=False):
+        time.sleep(0.02)
+
+
+def test_goes_on_after_a_kill(model, tokens, expected, tmp_path):
+    path, code = tmp_path / "state.safetensors", "import sys, test_streaming as t; t.read_slowly(sys.argv[1])"
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    process = subprocess.Popen([sys.executable, "-c", code, path], env=os.environ | {"PYTHONPATH": folders})
+    while not path.exists():
+        assert process.poll() is None, "the reader ended without a state"
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    rest = list(stream(model, tokens, state_file=path, progress=False))
+    start = rest[0].start
+    assert 2 <= start < len(tokens)
+    torch.testing.assert_close(rest[0].log_probs, expected[start - 1 :].float(), rtol=0, atol=1e-5)
+    assert rest[-1].total == pytest.approx(float(expected.sum()), rel=1e-6)
 
 
 def test_cache_refuses_tensors_of_another_config_and_stays_as_it_was(model, tokens, tmp_path):
@@ -103,8 +230,12 @@ def test_cache_refuses_tensors_of_another_config_and_stays_as_it_was(model, toke
         ({"tokens": torch.zeros(1, 5, dtype=torch.int64)}, "shape"),
         ({"tokens": torch.zeros(1, dtype=torch.int64)}, "L >= 2"),
         ({"chunk_size": 0}, "chunk_size=0"),
+        ({"model": make_model(is_causal=False)}, "is_causal=False"),
+        ({"model": make_model().model}, "LongNetModel"),
+        ({"state_file": "no-such-folder/state.safetensors"}, "no-such-folder"),
+        ({"state_file": Path(__file__).parent}, "must be a file"),
     ],
-    ids=["float", "matrix", "one", "no chunk"],
+    ids=["float", "matrix", "one", "no chunk", "bidirectional", "no head", "no folder", "folder"],
 )
 def test_refuses_bad_arguments_before_the_first_chunk(model, tokens, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -120,12 +251,33 @@ def test_refuses_a_model_in_training_mode(model, tokens):
         model.eval()
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, VOCABULARY])
+def test_ids_that_are_not_in_the_vocabulary_are_refused_before_their_chunk(model, tokens, wrong):
+    """The very last one too, which is a target only."""
+    tokens = tokens.clone()
+    tokens[-1] = wrong
+    reader = stream(model, tokens, chunk_size=200, progress=False)
+    assert next(reader).stop == 201
+    with pytest.raises(ValueError, match=re.escape(f"tokens[306] is {wrong}; allowed are 0 to 96")):
+        next(reader)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(model, tokens):
+    wild = copy.deepcopy(model)
+    with torch.no_grad():
+        wild.lm_head.weight.mul_(1e5)
+    last = list(stream(wild, tokens))[-1]
+    assert last.total < -800 * last.count
+    assert last.perplexity == math.inf
+
+
+def resident_kib():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from Linux's /proc")
 def test_memory_stays_flat_over_a_hundred_thousand_tokens(model):
     tokens = torch.randint(VOCABULARY, (100_000,), generator=torch.Generator().manual_seed(2))
-    early = peak = 0
-    for scored in stream(model, tokens, chunk_size=2_000, progress=False):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-        if scored.stop <= 10_001:
-            early = peak
+    sizes = [resident_kib() for _ in stream(model, tokens, chunk_size=2_000, progress=False)]
     # Keeping all keys, values and hidden states would take 2 layers * 90,000 * (24 + 24) * 8 bytes = 67 MiB more.
-    assert peak - early < 32 << 10
+    assert max(sizes[5:]) - sizes[4] < 32 << 10
