@@ -151,9 +151,13 @@ def read_state(source: Path) -> dict[str, Tensor]:
             return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except pickle.UnpicklingError as error:
-        # PyTorch's text begins with advice to load it without the check, so only its reason is shown.
+        # PyTorch's text begins and ends with advice to load it without the check: only its reason is shown.
         text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
-        reason = (re.findall("(?i)unsupported .*", text) or text.splitlines() or [type(error).__name__])[0]
+        reason = (
+            re.findall(r"(?i)unsupported .*?(?=\. Please|$)", text, re.MULTILINE)
+            or text.splitlines()
+            or [type(error).__name__]
+        )[0]
         if not re.match("(?i)unsupported (global|class)", reason):
             raise ValueError(f"{source} is damaged, or not a file of plain tensors ({reason}).") from error
         raise ValueError(
