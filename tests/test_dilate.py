@@ -280,12 +280,16 @@ def test_what_is_left_out_stays_as_noted():
         use_dilated_attention(model)
 
 
-def test_compiled_it_is_the_same():
-    model, ids = use_dilated_attention(layers(1), *BRANCHES), ids_of(2, 21)
-    compiled = torch.compile(model.model, backend="eager")
-    out = compiled(ids, use_cache=False)[0]
-    assert_close("hidden states", out, model.model(ids)[0])
-    out.sum().backward()
+@pytest.mark.parametrize("grad", [False, True], ids=["evaluation", "training"])
+def test_compiled_it_is_the_same(grad):
+    model, ids = use_dilated_attention(layers(1), *BRANCHES).model, ids_of(2, 21)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(grad):
+        out = torch.compile(model, backend="eager")(ids, use_cache=False)[0]
+    assert_close("hidden states", out, model(ids)[0])
+    if grad:
+        out.sum().backward()
+        assert model.layers[0].self_attn.v_proj.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
