@@ -3,11 +3,20 @@
 Everything is float64 on gloo, and must equal one process to 1e-12.
 """
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from sharding_worker import close, launch, start
+from sharding_worker import ROOT, TIMEOUT, close, launch, start
+from test_examples import TINY, source_file
+from transformers.trainer_utils import get_last_checkpoint
 
 LAYOUTS = [(2, 1), (3, 1), (4, 1), (2, 2)]  # sequence x data
 IDS = [f"{sequence}x{data}" for sequence, data in LAYOUTS]
@@ -85,11 +94,47 @@ def test_checkpoint_resumes_on_another_layout(before, after, one_process_trainer
     _compare_trainers(tmp_path, one_process_trainer)
 
 
-def test_killed_process_ends_the_others_with_an_error(one_process_trainer, tmp_path):
-    """No launcher here that would end the survivor: it must find out by itself. The last checkpoint is whole."""
-    survivor, killed = start(["trainer", "2", str(tmp_path), "6", "", "3"], 2, str(tmp_path))
-    assert killed.wait(timeout=120) == 17
-    assert survivor.wait(timeout=60) > 0  # the collectives' time-out is 30 seconds
-    assert "remote worker" in (tmp_path / "0.log").read_text()
-    launch("trainer", 1, tmp_path, 6, tmp_path / "checkpoint-2", processes=1)
+@pytest.mark.parametrize("data", [1, 2], ids=["2x1", "2x2"])
+def test_killed_process_ends_the_others_with_an_error(data, one_process_trainer, tmp_path):
+    """No launcher here that would end the survivors: they must find out by themselves. The last checkpoint is whole."""
+    *survivors, killed = start(["trainer", "2", str(tmp_path), "6", "", "3"], 2 * data, str(tmp_path))
+    try:
+        assert killed.wait(timeout=120) == -signal.SIGKILL
+        end = time.monotonic() + TIMEOUT
+        for rank, survivor in enumerate(survivors):
+            assert survivor.wait(timeout=max(0, end - time.monotonic())) > 0
+            assert re.search(r"Error: .*remote worker", (tmp_path / f"{rank}.log").read_text())
+    finally:
+        for survivor in survivors:
+            survivor.kill()
+    last = get_last_checkpoint(tmp_path)
+    assert Path(last).name == "checkpoint-2"
+    launch("trainer", 2, tmp_path, 6, last, processes=2 * data)
     _compare_trainers(tmp_path, one_process_trainer)
+
+
+def _finetune(folder: Path, name: str, *launcher: str) -> torch.Tensor:
+    """The losses of two steps of examples/finetune.py."""
+    options = ["--vocab_size", "300", "--sequence_length", "61", "--held_out", "0.3", "--max_steps", "2"]
+    options += ["--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True"]
+    paths = ["--config", folder / "config.json", "--text", folder / "text", "--output_dir", folder / name]
+    subprocess.run(
+        [sys.executable, *launcher, ROOT / "examples" / "finetune.py", *paths, *options],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True, timeout=240,
+    )  # fmt: skip
+    history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+    return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
+
+
+def test_finetuning_launched_by_the_configuration_for_cpus(tmp_path):
+    """The losses of one process: with two processes of data parallelism they would be those of twice the batch."""
+    for number in range(6):
+        (tmp_path / "text" / f"package{number}").mkdir(parents=True)
+        (tmp_path / "text" / f"package{number}" / "a.py").write_text(source_file(f"package{number}", 40))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "longnet", **TINY}))
+    configuration = ROOT / "configuration" / "accelerate" / "cpu_gloo.yaml"
+    shared = _finetune(tmp_path, "shared", "-m", "accelerate.commands.launch", "--config_file", str(configuration))
+    alone = _finetune(tmp_path, "alone")
+    assert len(alone) == 2
+    torch.testing.assert_close(shared, alone)

@@ -5,6 +5,7 @@ A function ends normally when everything held; results are files that rank 0 wri
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from modeling_longnet.sharding import Shard, ShardInputs, attend_sharded, plan_e
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-12  # float64
+TIMEOUT = 30  # seconds, of a collective under Trainer
 
 
 def start(words: list[str], processes: int, folder: str) -> list[subprocess.Popen]:
@@ -273,13 +275,13 @@ def fsdp2(sequence: str, state: str, folder: str) -> None:
 
 
 class _Killed(Trainer):
-    """Ends the last rank's process, without any goodbye, in the middle of a step."""
+    """Kills the last rank's process in the middle of a step."""
 
     at: int | None = None
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == self.at and dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1:
-            os._exit(17)
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(*args, **kwargs)
 
 
@@ -295,7 +297,7 @@ def trainer(sequence: str, folder: str, steps: str, resume: str = "", kill_at: s
         output_dir=folder, max_steps=int(steps), save_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=2,
         per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, gradient_accumulation_steps=2,
         learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.5, use_cpu=True, report_to=[],
-        disable_tqdm=True, parallelism_config=sharding, ddp_timeout=30,
+        disable_tqdm=True, parallelism_config=sharding, ddp_timeout=TIMEOUT,
     )  # fmt: skip
     job = _Killed(model=tiny, args=arguments, train_dataset=rows, eval_dataset=rows[:8])
     job.at = int(kill_at) if kill_at else None
@@ -345,9 +347,9 @@ def _unlike_batches_are_refused(tiny: LongNetForCausalLM, ids: torch.Tensor, odd
     _refused("different batches: they differ in input_ids, labels (", lambda: tiny(short, labels=short))
 
 
-def _smoothing_trainer(tiny: LongNetForCausalLM, ids: torch.Tensor) -> Trainer:
+def _smoothing_trainer(tiny: LongNetForCausalLM, ids: torch.Tensor, folder: str) -> Trainer:
     arguments = TrainingArguments(
-        label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True,
+        output_dir=folder, label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True,
         parallelism_config=SequenceSharding(cp_size=2),
     )  # fmt: skip
     return Trainer(model=tiny, args=arguments, eval_dataset=[{"input_ids": x, "labels": x} for x in ids])
@@ -361,7 +363,8 @@ def refusals() -> None:
     ids = torch.arange(40).view(2, 20) % 33
     _unlike_batches_are_refused(tiny, ids, rank % 2)
     _refused("label smoothing", lambda: tiny(ids))
-    _refused("label smoothing", lambda: _smoothing_trainer(tiny, ids).evaluate())
+    with tempfile.TemporaryDirectory() as folder:
+        _refused("label smoothing", lambda: _smoothing_trainer(tiny, ids, folder).evaluate())
     tiny.train()
     _refused("labels holds 33", lambda: tiny(ids, labels=ids + 14))
     _refused("leave use_cache=False out", lambda: tiny.eval().generate(ids, use_cache=False, max_new_tokens=1))

@@ -2,10 +2,13 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from hypothesis import given
 from hypothesis import strategies as st
 from sharding_worker import launch
@@ -15,6 +18,8 @@ from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.reference import count_branches
 from modeling_longnet.sharding import Shard, _checksum, count_received, outside_rows, plan_exchange, shard_borders
+
+CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration" / "accelerate").glob("*.yaml"))
 
 
 @given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 60))
@@ -92,6 +97,19 @@ def test_benchmark_counts_every_pair_once(devices):
     positions = torch.arange(43)[None]
     pairs = int(count_branches(branches, positions, positions).sum())
     assert sum(communication._pairs(shard, chunks, branches, rank) for rank in range(devices)) == pairs
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
+def test_launch_configurations_are_accelerates(path):
+    """Accelerate reads them, refusing names it does not know; sizes make the processes, FSDP wraps a class there is."""
+    config = load_config_from_file(str(path))
+    sizes = [size for name, size in config.parallelism_config.items() if name.endswith("_size")]
+    assert not sizes or math.prod(sizes) == config.num_processes
+    wrapped = config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap")
+    assert wrapped in (None, *LongNetForCausalLM._no_split_modules)
+    options = [name for section in (config.parallelism_config, config.fsdp_config) for name in section]
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    assert set(options) <= set(vars(arguments))
 
 
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"sp_size": 2}])
