@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed lint bench figures clean
+.PHONY: help demo test test-distributed lint bench paper paper-quick figures clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,8 +38,16 @@ lint: $(READY) ## check style and format
 bench: $(READY) ## time against the rivals (BENCH=op for one), write benchmarks/results/*.json
 	for name in $(BENCH); do $(RUN) benchmarks.run $$name $(ARGS) || exit 1; done
 
-figures: $(READY) ## rebuild every table and plot from benchmarks/results/*.json
+paper: $(READY) ## redo the paper's comparisons, small; hours, goes on where it stopped (ARGS='--hours 2')
+	$(VENV)/bin/python examples/paper/run.py $(ARGS)
+
+paper-quick: $(READY) ## the same at toy size, in a minute: shows that every step runs
+	$(VENV)/bin/python examples/paper/run.py --quick --results output/paper-quick
+	$(VENV)/bin/python examples/paper/figures.py --results output/paper-quick
+
+figures: $(READY) ## rebuild every table and plot from the JSON files of benchmarks/ and examples/paper/
 	$(RUN) benchmarks.figures $(ARGS)
+	$(VENV)/bin/python examples/paper/figures.py
 
 clean: ## remove the environments and caches
 	rm -rf .venv .venv-transformers-* .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
+from modeling_longnet.branches import count_work
+
 from . import op
 from .measure import Call, peak_bytes, seconds_of, spread
 
@@ -36,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def window_of(pattern: str) -> int:
     """The window of equal work: a query sees as many keys as the average one in the pattern, whole blocks."""
-    # Half a segment of w / r rows, and a token is a row for every r-th head only.
-    keys = sum(w / r / r / 2 for w, r in zip(*op.parse_pattern(pattern), strict=True))
+    keys = count_work(*op.parse_pattern(pattern), length=1 << 60)
     return max(1, round(keys / WINDOW_BLOCK)) * WINDOW_BLOCK
 
 

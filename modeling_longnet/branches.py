@@ -106,6 +106,14 @@ def make_branches(
     return tuple(Branch(w, r, tuple(offset(g, r) for g in range(num_heads))) for w, r in pairs)
 
 
+def count_work(segment_lengths, dilation_rates, length: int) -> float:
+    """Keys that a causal query sees on average, per head, in a text of `length` tokens.
+
+    Half of a segment's w / r rows, for every r-th token: `sum_i min(w_i, length) / (2 r_i^2)`.
+    """
+    return sum(min(w, length) / (2 * r * r) for w, r in zip(segment_lengths, dilation_rates, strict=True))
+
+
 def count_rows(length: int, offset: int, r: int) -> int:
     """How many of the positions 0 .. length - 1 of a segment are rows of a head with this offset."""
     return max(0, -(-(length - offset) // r))

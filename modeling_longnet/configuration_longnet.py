@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .branches import HEAD_OFFSETS, check_branches
+from .branches import HEAD_OFFSETS, check_branches, count_work
 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 ATTENTION_BACKENDS = ("auto", "torch", "flash_attn")
@@ -47,6 +47,21 @@ OTHER_NAMES = {
 # The largest xPos scale: three quarters of a dtype's exponents, the rest is for the values that it multiplies.
 FLOAT32_SCALE = 2.0**96
 FLOAT16_SCALE = 2.0**12
+
+
+def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], list[int]]:
+    """Segments 4 times as long each, from `first` until one holds the text; rates likewise, at most the heads.
+
+    Nested, so that positions repeat only after the longest (`LongNetConfig.position_period`).
+    """
+    segments, rates = [first], [1]
+    while segments[-1] < length:
+        if rates[-1] == heads:  # a longer segment of the same rate shows all that this one does
+            segments[-1] *= 4
+            continue
+        segments.append(4 * segments[-1])
+        rates.append(min(4 * rates[-1], heads))
+    return segments, rates
 
 
 @strict
@@ -149,6 +164,44 @@ class LongNetConfig(PreTrainedConfig):
         loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
+
+    @classmethod
+    def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, **fields):
+        """A configuration whose branches suit texts of `length` tokens; prints which, and why.
+
+        The first branch is dense (rate 1). Segments and rates then grow by 4 up to `length`, so that each branch
+        adds a quarter of the work of the one before, and any two tokens share a segment. No rate is above the number
+        of key/value heads: each token of a longer branch is kept by some head.
+
+        Args:
+            length: tokens of the texts.
+            effort: keys that a query may see on average, per head; `length / 2` is dense attention.
+            num_attention_heads, fields: as in the constructor; positions are "rope" unless given, which hold at any
+                length.
+
+        Raises:
+            ValueError: an effort too small for so long a text with so few heads; it says which one is enough.
+        """
+        heads = fields.get("num_key_value_heads") or num_attention_heads
+        fields.setdefault("position_embedding", "rope")
+        if length < 1 or effort < 1:
+            raise ValueError(f"length={length}, effort={effort}: both must be at least 1.")
+        patterns = [_growing_branches(1 << n, length, heads) for n in range(4, max(5, (length - 1).bit_length() + 1))]
+        work = [count_work(*pattern, length) for pattern in patterns]
+        if effort < min(work):
+            raise ValueError(
+                f"effort={effort} is too small for length={length} with {heads} key/value heads: the least is "
+                f"{math.ceil(min(work))}. Give more effort or more heads."
+            )
+        chosen = max((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort)
+        segments, rates = chosen[1]
+        print(
+            f"Branches {', '.join(f'({w}, {r})' for w, r in zip(segments, rates, strict=True))}: a query sees the up "
+            f"to {segments[0]} tokens of its own segment, and farther ones ever more sparsely; on average "
+            f"{chosen[0]:.0f} keys a head of at most {effort} asked for, where dense attention sees {length / 2:.0f}. "
+            f"Rates stop at {max(rates)} of {heads} heads, so that some head keeps each token."
+        )
+        return cls(segment_lengths=segments, dilation_rates=rates, num_attention_heads=num_attention_heads, **fields)
 
     def _refuse_near_misses(self, kwargs: dict) -> None:
         """Transformers makes unknown keywords attributes without a word, so a typo would be lost."""

@@ -9,7 +9,15 @@ from checks import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_longnet.branches import Branch, Chunk, chunk_rows, count_rows, make_branches, prefix_lengths
+from modeling_longnet.branches import (
+    Branch,
+    Chunk,
+    chunk_rows,
+    count_rows,
+    count_work,
+    make_branches,
+    prefix_lengths,
+)
 from modeling_longnet.reference import count_branches, count_zero_padding
 
 
@@ -118,6 +126,19 @@ def test_prefix_lengths_hold_every_head(lengths, start):
 ])  # fmt: skip
 def test_head_offsets(heads, r, offsets, expected):
     assert make_branches((16,), (r,), heads, offsets)[0].offsets == expected
+
+
+@pytest.mark.parametrize(("length", "lengths", "rates"), [
+    (64, (16, 64), (1, 4)),
+    (64, (16, 128), (1, 2)),
+    (512, (8, 64, 512), (1, 2, 8)),
+])  # fmt: skip
+def test_work_is_the_mean_number_of_keys_seen(length, lengths, rates):
+    """Over heads whose offsets are evenly spread; a causal segment of n rows has n (n + 1) / 2 pairs, not n^2 / 2."""
+    positions = torch.arange(length)[None]
+    counts = count_branches(make_branches(lengths, rates, 8, "interleaved"), positions, positions)
+    own = sum(1 / (2 * r) for r in rates)
+    assert counts.sum(-1).double().mean() == pytest.approx(count_work(lengths, rates, length) + own)
 
 
 def test_the_least_dilated_branch_comes_first():

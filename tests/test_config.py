@@ -9,6 +9,7 @@ from checks import make_config, make_model, refused
 from transformers import AutoConfig
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.branches import count_work
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-*.json"))
 
@@ -34,7 +35,7 @@ BAD = [
     ({"position_embedding": "alibi"}, ["position_embedding='alibi'", "'xpos'", "'rope'", "'none'"]),
     ({"attention_backend": "cudnn"}, ["attention_backend='cudnn'", "'torch'", "'auto'"]),
     ({"hidden_act": "gelluu"}, ["hidden_act='gelluu'", "'gelu'"]),
-    ({"xpos_scale_base": 1, "segment_lengths": [4096], "dilation_rates": [1]}, ["xpos_scale_base=1", "smallest"]),
+    ({"xpos_scale_base": 1, "segment_lengths": [4096], "dilation_rates": [1]}, ["xpos_scale_base=1", "or more"]),
     ({"xpos_scale_base": 0}, ["xpos_scale_base=0", "above 0"]),
     ({"rope_theta": -1.0}, ["rope_theta=-1.0", "above 0"]),
     ({"layer_norm_eps": 0.0}, ["layer_norm_eps=0.0", "above 0"]),
@@ -90,6 +91,28 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
 def test_near_misses_are_refused(keyword, meant):
     with refused(keyword, f"did you mean '{meant}'"):
         make_config(**{keyword: 1})
+
+
+@pytest.mark.parametrize("length", [1, 100, 4096, 1_000_000])
+@pytest.mark.parametrize("heads", [1, 6, 16])
+@pytest.mark.parametrize("effort", [256, 4096, 1_000_000])
+def test_for_context_keeps_to_its_effort(length, heads, effort, capsys):
+    ask = {"effort": effort, "num_attention_heads": heads, "hidden_size": 8 * heads, "position_embedding": "rope"}
+    try:
+        config = LongNetConfig.for_context(length, **ask)
+    except ValueError as error:
+        least = int(str(error).split("the least is ")[1].split(".")[0])
+        assert least > effort
+        config = LongNetConfig.for_context(length, **(ask | {"effort": least}))
+        effort = least
+    pattern = config.segment_lengths, config.dilation_rates
+    assert count_work(*pattern, length) <= effort
+    assert config.position_period == config.segment_lengths[-1] >= length
+    assert config.dilation_rates[0] == 1
+    assert max(config.dilation_rates) <= heads
+    if effort >= length:
+        assert config.dilation_rates == [1]
+    assert f"({config.segment_lengths[0]}, 1)" in capsys.readouterr().out
 
 
 def test_keywords_of_others_pass():
@@ -165,5 +188,5 @@ def test_from_pretrained_reads_the_same_weights_longer(tmp_path):
     assert torch.equal(model(ids).logits, expected(ids).logits)
     with refused("[4, 8]"):
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[4, 8])
-    with refused("xpos_scale_base=512", "smallest"):
+    with refused("xpos_scale_base=512", "or more"):
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[1 << 24], dilation_rates=[1])

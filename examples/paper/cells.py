@@ -14,6 +14,8 @@ from optimizer import MuonAndAdamW
 from patterns import Pattern, make_model, make_pattern
 from tqdm import tqdm
 
+from modeling_longnet.branches import count_work
+
 BUCKETS = 16  # of positions, for the loss inside a held-out sequence
 
 
@@ -33,7 +35,7 @@ def cut(documents: dict[str, np.ndarray], length: int, seed: int) -> np.ndarray:
 def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
     """Multiplications and additions of a training step for each token: 6 a weight, 12 a key, head dimension and layer.
 
-    Keys are those seen (`patterns.count_work`), not those that a kernel computes and masks.
+    Keys are those seen (`branches.count_work`), not those that a kernel computes and masks.
     """
     config = model.config
     if pattern.name == "window":
@@ -41,9 +43,7 @@ def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
     elif pattern.name == "sparse":
         keys = min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
     else:
-        keys = sum(
-            min(w, length) / (2 * r * r) for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)
-        )
+        keys = count_work(pattern.segment_lengths, pattern.dilation_rates, length)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the tied table: once, as output
     return 6 * weights + 12 * keys * config.hidden_size * config.num_hidden_layers
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.branches import count_work
 
 LONGEST = 1 << 20  # a branch that cuts no text here
 PATTERNS = ("dense", "longnet", "window", "sparse")
@@ -31,11 +32,6 @@ class Pattern(NamedTuple):
     dilation_rates: tuple[int, ...]
     size: int = 0
     summary: int = 0
-
-
-def count_work(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], length: int) -> float:
-    """Keys that a query sees on average, per head, in a text of `length` tokens (whole segments, or one cut short)."""
-    return sum(min(w, length) / (2 * r * r) for w, r in zip(segment_lengths, dilation_rates, strict=True))
 
 
 def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], length: int) -> Pattern:

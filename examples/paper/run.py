@@ -11,6 +11,7 @@ Each cell is trained in a process of its own and leaves one JSON file in `--resu
 import argparse
 import json
 import multiprocessing
+import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -177,7 +178,8 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: flo
         else:
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 result = pool.submit(run_cell, *arguments).result()
-        write_whole(folder / f"{name}.json", (json.dumps(describe_run() | result) + "\n").encode())
+        run = describe_run() | {"command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]])}
+        write_whole(folder / f"{name}.json", (json.dumps(run | result) + "\n").encode())
 
 
 def main() -> None:

@@ -1,0 +1,224 @@
+"""Tables and plots of the results in `results/`: rebuilt from the JSON files, nothing is typed by hand.
+
+    python examples/paper/figures.py [--results examples/paper/results/full]
+
+Writes `summary.md` and the plots beside the JSON files, and `patterns.png`: which keys each head sees, the path between
+two tokens, and the memory of the cache, all counted from the pattern itself.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.run import describe
+from modeling_longnet.branches import make_branches
+from modeling_longnet.reference import count_branches
+
+# Perplexity on The Stack of its models of 125M parameters; ours are small and not to be compared with them.
+PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 32K |
+| --- | ---: | ---: | ---: |
+| Transformer, trained on 2K | 4.24 | 5.07 | 11.29 |
+| Sparse Transformer, trained on 32K | 5.15 | 4.00 | 3.64 |
+| LongNet, trained on 32K | 4.37 | 3.33 | 3.01 |"""
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """Every cell's results by its name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def _mean(values: list[float]) -> str:
+    """Mean over seeds, with the range where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table(results: dict[str, dict], budget: str) -> str:
+    """Table 2: one line for each training length and pattern, one column for each context."""
+    groups = defaultdict(list)
+    for name, result in results.items():
+        if name.startswith(budget + "-"):
+            groups[result["cell"]["length"], result["cell"]["pattern"]].append(result)
+    if not groups:
+        return f"No cell of equal {budget} has been run."
+    contexts = next(iter(groups.values()))[0]["scores"]["contexts"]
+    header = ["trained on", "pattern", "seeds", "tokens", "tokens/s", "peak MiB", *(f"{c:,}" for c in contexts), "+-"]
+    lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
+    for (length, pattern), cells in sorted(groups.items()):
+        scores = [cell["scores"] for cell in cells]
+        columns = zip(*(s["perplexity"] for s in scores), strict=True)
+        row = [f"{length:,}", pattern, str(len(cells)), f"{np.mean([c['tokens'] for c in cells]):,.0f}"]
+        row += [f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}"]
+        row += [f"{np.mean([c['peak_bytes'] for c in cells]) / 2**20:,.0f}"]
+        row += [_mean(list(column)) for column in columns]
+        row += [f"{np.mean([s['perplexity_error'][-1] for s in scores]):.2f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def recall_table(results: dict[str, dict]) -> str:
+    """Recall by distance, one line for each pattern."""
+    groups = defaultdict(list)
+    for name, result in results.items():
+        if name.startswith("recall-"):
+            groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result["recall"])
+    if not groups:
+        return "The recall task has not been run."
+    edges = next(iter(groups.values()))[0]["edges"]
+    lines = ["| pattern | seeds | " + " | ".join(f"{a:,} to {b:,}" for a, b in pairwise(edges)) + " |"]
+    lines.append("| --- | ---: |" + " ---: |" * (len(edges) - 1))
+    for name, cells in groups.items():
+        shares = [[r / max(1, n) for r, n in zip(c["right"], c["asked"], strict=True)] for c in cells]
+        lines.append(
+            f"| {name} | {len(cells)} | " + " | ".join(_mean(list(s)) for s in zip(*shares, strict=True)) + " |"
+        )
+    return "\n".join(lines)
+
+
+def sweep_table(results: dict[str, dict]) -> str:
+    """The perplexity of every learning rate tried."""
+    rows = defaultdict(dict)
+    for name, result in results.items():
+        if name.startswith("sweep-"):
+            rows[result["cell"]["pattern"]][result["cell"]["rate"]] = result["scores"]["perplexity"][-1]
+    rates = sorted({rate for row in rows.values() for rate in row})
+    lines = ["| pattern | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " ---: |" * len(rates)]
+    lines += [
+        f"| {p} | " + " | ".join(f"{row[r]:.1f}" if r in row else "" for r in rates) + " |" for p, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def plot_text(results: dict[str, dict], path: Path) -> None:
+    """Fig. 6 and 7: loss against training FLOPs, against context, and by position."""
+    cells = {name: r for name, r in results.items() if name.startswith("tokens-")}
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    flops, context, position = figure.subplots(1, 3)
+    colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3"}
+    styles = dict(zip(sorted({r["cell"]["length"] for r in cells.values()}), ("-", "--", ":"), strict=False))
+    for result in cells.values():
+        cell, scores = result["cell"], result["scores"]
+        look = {"color": colors[cell["pattern"]], "linestyle": styles.get(cell["length"], "-")}
+        label = f"{cell['pattern']}, {cell['length']:,}" if cell["seed"] == 0 else None
+        losses = np.array(result["losses"])
+        width = max(1, len(losses) // 20)
+        smooth = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
+        steps = (np.arange(len(smooth)) + 1) * width * cell["length"] * result["flops_a_token"]
+        flops.plot(steps, smooth, **look, label=label)
+        context.plot(scores["contexts"], np.log(scores["perplexity"]), **look)
+        position.plot(np.linspace(0, 1, len(result["loss_by_position"])), result["loss_by_position"], **look)
+    flops.set(xscale="log", xlabel="training FLOPs", ylabel="training loss, nats a token")
+    context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same targets, nats a token")
+    position.set(xlabel="position in the held-out sequence, share of its length", ylabel="loss, nats a token")
+    flops.legend(fontsize="x-small")
+    figure.savefig(path, dpi=130)
+
+
+def plot_recall(results: dict[str, dict], path: Path) -> None:
+    """Recall against distance."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, result in results.items():
+        if name.startswith("recall-") and result["cell"]["seed"] == 0:
+            recall = result["recall"]
+            shares = [r / max(1, n) for r, n in zip(recall["right"], recall["asked"], strict=True)]
+            axis.plot(recall["edges"][:-1], shares, "o-", label=name.removeprefix("recall-").removesuffix("-0"))
+    axis.set(xscale="log", ylim=(0, 1), xlabel="distance of key and query (tokens)", ylabel="recall")
+    axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=130)
+
+
+def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int, length: int) -> np.ndarray:
+    """Layers until the last token has heard of each token: (length,), counted on the pattern; 0 for itself."""
+    branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), heads, "interleaved")
+    positions = torch.arange(length)[None]
+    seen = (count_branches(branches, positions, positions) > 0).any(1)[0].double()
+    reached, steps = torch.zeros(length, dtype=torch.float64), np.full(length, -1)
+    reached[-1] = 1
+    for layer in range(64):
+        fresh = (reached.numpy() > 0) & (steps < 0)
+        steps[fresh] = layer
+        if not fresh.any():
+            break
+        reached = ((reached @ seen) > 0).double()
+    return steps
+
+
+def plot_patterns(path: Path) -> None:
+    """Which keys two heads see; layers between the last token and every other; rows in the cache."""
+    segments, rates, heads = [16, 64, 256], [1, 4, 16], 16
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
+    branches = make_branches(tuple(segments), tuple(rates), heads, "interleaved")
+    positions = torch.arange(256)[None]
+    counts = count_branches(branches, positions, positions)[0]
+    for axis, head in zip(axes[:2], (0, 5), strict=True):
+        axis.imshow(counts[head].clamp(max=1), cmap="Blues")
+        axis.set(title=f"head {head} of {heads}", xlabel="key", ylabel="query")
+    for length in (256, 1024):
+        longer, rising = [16 * 4**i for i in range(4)], [4**i for i in range(4)]
+        longer = [w for w in longer if w <= length]
+        steps = path_steps(longer, rising[: len(longer)], heads, length)
+        axes[2].plot(length - 1 - np.arange(length), steps, ".", markersize=3, label=f"{length:,} tokens")
+    axes[2].set(xscale="log", xlabel="distance from the last token", ylabel="layers until it has heard of it")
+    axes[2].legend()
+    tokens = np.arange(1, 200_000, 97)
+    for name, (w, r) in {
+        "2048 ... 32768 / 1 ... 12 (the paper)": ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)),
+        "512 ... 32768 / 1 ... 64": ((512, 2048, 8192, 32768), (1, 4, 16, 64)),
+    }.items():
+        rows = sum(np.ceil(np.minimum(tokens, a) / b) for a, b in zip(w, r, strict=True))
+        axes[3].plot(tokens, rows, label=name)
+    axes[3].plot(tokens, tokens, "k:", label="dense")
+    axes[3].set(xscale="log", yscale="log", xlabel="tokens read", ylabel="rows in the cache, a head and layer")
+    axes[3].legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+
+
+def summarize(results: dict[str, dict]) -> str:
+    """Everything as Markdown."""
+    first = next(iter(results.values()))
+    settings = first["settings"]
+    branches = ", ".join(f"({w}, {r})" for w, r in zip(*settings["branches"], strict=True))
+    sizes = ", ".join(f"{name} {value}" for name, value in settings["sizes"].items())
+    return "\n\n".join([
+        f"# Dense, LongNet, window and sparse attention in one model ({settings['name']})",
+        f"{len(results)} cells; the first: {describe(first)}",
+        f"Model: {sizes}. LongNet's branches {branches}; window and sparse do equal work (examples/paper/patterns.py).",
+        "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
+        "## The same at the training time that LongNet took", table(results, "time"),
+        "## The paper's own numbers", PAPER,
+        "## Recall by distance in tokens", recall_table(results),
+        "## Learning rates tried: perplexity", sweep_table(results),
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "full")
+    folder = parser.parse_args().results
+    results = load(folder)
+    plot_patterns(folder / "patterns.png")
+    if not results:
+        print(f"{folder} holds no results: run examples/paper/run.py first.")
+        return
+    (folder / "summary.md").write_text(summarize(results))
+    if any(name.startswith("tokens-") for name in results):
+        plot_text(results, folder / "text.png")
+    if any(name.startswith("recall-") for name in results):
+        plot_recall(results, folder / "recall.png")
+    print(summarize(results))
+
+
+if __name__ == "__main__":
+    main()
