@@ -118,7 +118,8 @@ def headline(result: dict) -> str:
         )
     (early, _, small), (late, seconds, large) = result["stream"][0], result["stream"][-1]
     text = (
-        f"A tiny model read {late:,} tokens in {seconds:,.0f} s; from token {early:,} on its memory changed by "
+        f"A tiny model read {late:,} tokens in {seconds:,.0f} s (at this speed 10^9 would take "
+        f"{seconds / late * 1e9 / 60:,.0f} minutes, computed); from token {early:,} on its memory changed by "
         f"{(large - small) / 2**20:+.1f} MiB of {small / 2**20:,.0f} (the text itself included)."
     )
     return "\n".join(lines) + "\n\n" + text

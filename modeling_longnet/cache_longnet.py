@@ -56,10 +56,11 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, branches: tuple[Branch, ...], max_length: int | None = None):
+    def __init__(self, branches: tuple[Branch, ...], max_length: int | None = None, offloading: bool = False):
         super().__init__()
         self.branches = branches
         self.max_length = max_length
+        self.offloading = offloading  # do the slots wait on the CPU?
         self.lengths: list[int] = []  # real tokens of each row
         self.columns = 0  # columns fed, padding counted; -1 while slots are being written
         self.capacity = 0  # tokens that the slots are allocated for
@@ -116,6 +117,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized or not any(self.lengths):
             return None
+        self.prefetch()
         self._check(key_states)
         return Outside(self._parts(self.keys), self._parts(self.values))
 
@@ -131,6 +133,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.prefetch()
         self._check(key_states)
         is_new_record = self.is_recording and self._record(key_states, value_states, chunks)
         chunk_list = [Chunk(*row) for row in chunks.tolist()]
@@ -146,6 +149,8 @@ class LongNetCacheLayer(CacheLayerMixin):
         at_end = sum(c.row_end - c.row_begin for c in chunk_list if c.column_end == key_states.shape[1])
         self.ends_in_padding |= at_end + self.lengths.count(0) < len(self.lengths)
         self.columns = columns
+        if self.offloading:
+            self.offload()
         return key_states, value_states
 
     def _record(self, key_states: Tensor, value_states: Tensor, chunks: Tensor) -> bool:
@@ -291,6 +296,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         Returns:
             (B, 1, H, D).
         """
+        self.prefetch()
         self._check(key_states)
         columns, self.columns = self.columns + 1, -1
         batch, head, _ = step.written
@@ -302,9 +308,26 @@ class LongNetCacheLayer(CacheLayerMixin):
             query.transpose(1, 2), self.keys, self.values,
             attn_mask=step.seen, scale=scale, enable_gqa=query.shape[2] > key_states.shape[2],
         )  # fmt: skip
+        if self.offloading:
+            self.offload()
         if step.covered is not None:
             out = out.masked_fill(~step.covered, 0.0)
         return out.transpose(1, 2)
+
+    def prefetch(self) -> None:
+        """Bring the slots to the device of the model's keys."""
+        if self.is_initialized and self.keys.device != self.device:
+            self._move(self.device)
+
+    def offload(self) -> None:
+        """Bring the slots to the CPU."""
+        if self.is_initialized:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        # Waits for the copy, unlike Transformers': beams are reordered on the CPU at once.
+        with torch.inference_mode(False):
+            self.keys, self.values = self.keys.to(device), self.values.to(device)
 
     def copy_slots(self) -> tuple[Tensor, Tensor]:
         """Copies of keys and values that any mode may write."""
@@ -341,6 +364,8 @@ class LongNetCache(Cache):
     Args:
         config: of the model.
         max_length: tokens to make room for at once; None lets the memory grow with the text, up to its bound.
+        offloading: keep the layers' slots on the CPU, and on the model's device those of one layer at a time. A
+            bounded cache is mostly small enough to stay; each step then waits for all of it to be copied twice.
 
     Example:
         >>> cache = LongNetCache(model.config)
@@ -348,10 +373,10 @@ class LongNetCache(Cache):
         ...     hidden = model(piece, cache=cache).last_hidden_state
     """
 
-    def __init__(self, config: LongNetConfig, max_length: int | None = None):
+    def __init__(self, config: LongNetConfig, max_length: int | None = None, offloading: bool = False):
         self.pattern = cache_pattern(config)
-        branches = make_branches(*self.pattern)
-        super().__init__(layers=[LongNetCacheLayer(branches, max_length) for _ in range(config.num_hidden_layers)])
+        branches, layers = make_branches(*self.pattern), range(config.num_hidden_layers)
+        super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for _ in layers])
         self._slots: Slots | None = None
 
     def check(self, config: LongNetConfig, batch: int) -> None:
@@ -382,18 +407,14 @@ class LongNetCache(Cache):
     def slots(self) -> Slots:
         """The slots' table, as the layers are allocated now."""
         layer = self.layers[0]
-        if (
-            self._slots is None
-            or self._slots.w.device != layer.keys.device
-            or len(self._slots.w) != layer.keys.shape[2]
-        ):
+        if self._slots is None or self._slots.w.device != layer.device or len(self._slots.w) != layer.keys.shape[2]:
             sizes = torch.tensor(layer.slots(layer.capacity))
             number = torch.cat([torch.arange(size) for size in sizes.tolist()])
             w, r, offset = (
                 torch.tensor([getattr(b, name) for b in layer.branches]).repeat_interleave(sizes, 0)
                 for name in ("w", "r", "offsets")
             )
-            self._slots = Slots(*(x.to(layer.keys.device) for x in (w, r, number, offset.T.contiguous())))
+            self._slots = Slots(*(x.to(layer.device) for x in (w, r, number, offset.T.contiguous())))
         return self._slots
 
     def seen_slots(self, positions: Tensor, ahead: int = 0) -> Tensor:

@@ -523,17 +523,18 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """`generate` gets a bounded cache; caches of other makes are refused."""
-        if generation_config.cache_implementation is not None:
+        name = generation_config.cache_implementation
+        if name not in (None, "offloaded") or (name and model_kwargs.get(CACHE) is not None):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: LongNet has its own bounded cache, "
-                "which generate() makes by itself; leave it out."
+                f"cache_implementation={name!r}: LongNet has its own bounded cache, which generate() makes by itself; "
+                "leave it out, or set 'offloaded' and give no cache."
             )
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:
                 raise ValueError("generate() runs with a cache where sequences are shared; leave use_cache=False out.")
             return
         if model_kwargs.get(CACHE) is None:
-            model_kwargs[CACHE] = LongNetCache(self.config)
+            model_kwargs[CACHE] = LongNetCache(self.config, offloading=name == "offloaded")
         if generation_config.is_assistant:
             model_kwargs[CACHE].activate_past_recording()
 

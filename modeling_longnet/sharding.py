@@ -3,7 +3,9 @@
 This is the paper's distributed algorithm (LongNet, section 3.1-3.2, Fig. 4): a shard is a chunk of the sequence,
 and the rows it needs from other shards are the same `Outside` that a cache hands to the op. Who needs which rows
 is arithmetic that every rank does alike; keys and values travel in one all-to-all a layer, and their gradients in
-one back, where the owner adds them up. What a device gets is bounded by sum_i w_i / r_i rows a head.
+one back, where the owner adds them up. (An all-gather within sub-groups would carry twice as much in causal layers;
+it would only save traffic between nodes, see benchmarks/README.md.) What a device gets is bounded by
+sum_i w_i / r_i rows a head.
 
 Letters: B batch, L tokens of the whole sequence, n of a shard, C shards, H query heads, G key/value heads, D head
 dimension, S rows sent, R rows received.

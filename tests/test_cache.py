@@ -507,6 +507,41 @@ def test_tensors_of_another_pattern_are_refused():
         LongNetCache(make_config(head_offsets="blocked")).load_tensors(tensors)
 
 
+def test_an_offloaded_cache_brings_one_layer_at_a_time(monkeypatch):
+    """Slots that were sent away are NaN here until they are brought back, before each use in prompt and steps."""
+    model = make_model(LongNetForCausalLM, num_hidden_layers=3)
+    ids, away, most = torch.randint(0, 29, (2, 13)), {}, set()
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "num_beams": 1}
+    expected = model.generate(ids, **options)
+
+    def offload(layer):
+        most.add(sum(x.is_initialized and id(x) not in away for x in layers))
+        away[id(layer)] = layer.keys, layer.values
+        layer.keys, layer.values = (torch.full_like(x, math.nan) for x in away[id(layer)])
+
+    def prefetch(layer):
+        if id(layer) in away:
+            layer.keys, layer.values = away.pop(id(layer))
+
+    monkeypatch.setattr(cache_longnet.LongNetCacheLayer, "offload", offload)
+    monkeypatch.setattr(cache_longnet.LongNetCacheLayer, "prefetch", prefetch)
+    cache = LongNetCache(model.config, max_length=64, offloading=True)
+    layers = cache.layers
+    assert torch.equal(model.generate(ids, **options, **{CACHE: cache}), expected)
+    assert most == {1}
+    assert len(away) == 3
+
+
+def test_generate_makes_an_offloaded_cache():
+    model = make_model(LongNetForCausalLM)
+    ids = torch.randint(0, 29, (1, 13))
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "num_beams": 2}
+    plain = model.generate(ids, **options)
+    result = model.generate(ids, cache_implementation="offloaded", return_dict_in_generate=True, **options)
+    assert torch.equal(result.sequences, plain)
+    assert all(layer.offloading for layer in result[CACHE].layers)
+
+
 def test_foreign_caches_are_refused():
     model = make_model(LongNetForCausalLM)
     ids = torch.randint(0, 29, (1, 3))
