@@ -6,13 +6,36 @@ Stop it at any time (Ctrl-C, a kill) and start it again with the same command: i
 """
 
 import argparse
+import tempfile
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_longnet import stream
+
+PIECE = 1 << 20  # characters that are tokenized at once
+
+
+def tokenize(text_file: Path, tokenizer: PreTrainedTokenizerBase, folder: str) -> torch.Tensor:
+    """The token ids of a text, piece by piece (whole lines) into a file in `folder`: (n,) int32, read as needed."""
+    ids_file = Path(folder) / "ids"
+    size = text_file.stat().st_size
+    with (
+        text_file.open(encoding="utf-8", errors="replace") as text,
+        ids_file.open("wb") as ids,
+        tqdm(desc="Tokenizing", total=size, unit="B", unit_scale=True) as progress,
+    ):
+        while piece := "".join(text.readlines(PIECE)):
+            encoded = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            np.array(encoded, dtype=np.int32).tofile(ids)
+            progress.update(len(piece.encode()))
+    if ids_file.stat().st_size == 0:
+        raise ValueError(f"{text_file} holds no text.")
+    return torch.from_numpy(np.memmap(ids_file, dtype=np.int32, mode="r+"))
 
 
 def main() -> None:
@@ -23,11 +46,13 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="safetensors file to save to and to go on from")
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = arguments.text.read_text("utf-8", errors="replace")
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    chunks = stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state)
-    last = deque(chunks, maxlen=1)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = tokenize(arguments.text, tokenizer, folder)
+        chunks = stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state)
+        last = deque(chunks, maxlen=1)
     if last:
         print(f"{last[0].stop:,} tokens, perplexity {last[0].perplexity:.3f}")
     else:

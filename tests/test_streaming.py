@@ -1,6 +1,7 @@
 """A text read chunk by chunk: the same numbers as one forward, bounded memory, resumable, never half saved."""
 
 import copy
+import importlib.util
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
 
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream, streaming
 
@@ -281,3 +283,19 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens(model):
     sizes = [resident_kib() for _ in stream(model, tokens, chunk_size=2_000, progress=False)]
     # Keeping all keys, values and hidden states would take 2 layers * 90,000 * (24 + 24) * 8 bytes = 67 MiB more.
     assert max(sizes[5:]) - sizes[4] < 32 << 10
+
+
+def test_the_example_tokenizes_piece_by_piece(tmp_path, monkeypatch):
+    path = Path(__file__).parent.parent / "examples" / "stream.py"
+    spec = importlib.util.spec_from_file_location("stream_example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "PIECE", 10)
+    text = tmp_path / "text"
+    text.write_text("one line\n\nanother, much longer than a piece\nänd thé last", "utf-8")
+    tokenizer = ByT5Tokenizer()
+    whole = tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+    assert example.tokenize(text, tokenizer, str(tmp_path)).tolist() == whole
+    text.write_text("")
+    with pytest.raises(ValueError, match="holds no text"):
+        example.tokenize(text, tokenizer, str(tmp_path))
