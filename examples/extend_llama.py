@@ -10,6 +10,7 @@ attention would have reached. All are scored on the same held-out tokens under g
 import argparse
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,9 @@ def parse() -> argparse.Namespace:
 def train(model: PreTrainedModel, documents: dict[str, np.ndarray], length: int, steps: int, batch: int, rate: float):
     """Train on packed sequences of `length` tokens."""
     settings = TrainingArguments(
-        output_dir="unused", max_steps=steps, per_device_train_batch_size=batch, lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20), logging_steps=max(1, steps // 10), save_strategy="no", report_to="none",
+        output_dir=tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=batch, report_to="none",
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), logging_steps=max(1, steps // 10),
+        save_strategy="no",
     )  # fmt: skip
     optimizer = MuonAndAdamW(
         model.to(settings.device), learning_rate=rate, muon_learning_rate=10 * rate, weight_decay=0.1
