@@ -116,11 +116,12 @@ def headline(result: dict) -> str:
             f"| reading, second half of {full[-1][0]:,} tokens / first (beyond the longest segment) "
             f"| {second / first:.2f} |"
         )
-    (early, _, small), (late, seconds, large) = result["stream"][0], result["stream"][-1]
+    (early, _, _), (late, seconds, _) = result["stream"][0], result["stream"][-1]
+    resident = [memory / 2**20 for _, _, memory in result["stream"]]
     text = (
         f"A tiny model read {late:,} tokens in {seconds:,.0f} s (at this speed 10^9 would take "
-        f"{seconds / late * 1e9 / 60:,.0f} minutes, computed); from token {early:,} on its memory changed by "
-        f"{(large - small) / 2**20:+.1f} MiB of {small / 2**20:,.0f} (the text itself included)."
+        f"{seconds / late * 1e9 / 60:,.0f} minutes, computed); from token {early:,} on its memory stayed within "
+        f"{min(resident):,.0f} to {max(resident):,.0f} MiB (the text itself included)."
     )
     return "\n".join(lines) + "\n\n" + text
 
