@@ -178,7 +178,8 @@ def test_the_error_names_the_smallest_base(lengths):
     branches = {"segment_lengths": lengths, "dilation_rates": [1, 2]}
     smallest = make_config(**branches, xpos_scale_base=10**6).smallest_xpos_scale_base()
     make_config(**branches, xpos_scale_base=smallest)
-    with refused("xpos_scale_base", str(smallest - 1), str(lengths), f"xpos_scale_base={smallest} or more", 'position_embedding="rope"'):
+    advice = f"xpos_scale_base={smallest} or more", 'position_embedding="rope"'
+    with refused("xpos_scale_base", str(smallest - 1), str(lengths), *advice):
         make_config(**branches, xpos_scale_base=smallest - 1)
 
 
