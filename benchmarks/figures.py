@@ -1,7 +1,7 @@
 """`python -m benchmarks.figures`: rebuild tables and plots from the JSON files of `benchmarks.run`.
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
-puts the newest headline of each NAME between its two markers in the README. It also draws the
+puts the newest headline of each NAME and command between NAME's two markers in the README. It also draws the
 README's picture of the branches.
 """
 
@@ -87,23 +87,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of branches.png")
     args = parser.parse_args(arguments)
     draw_branches(args.docs / "branches.png")
-    newest: dict[str, tuple[dict, Path]] = {}
+    newest: dict[str, dict[str, tuple[dict, Path]]] = {}  # by name and command
     for path in sorted(args.results.glob("*.json")):
         result = rebuild(path)
         print(f"Wrote {path.with_suffix('.md')} and .png")
-        name = result["name"]
-        if name not in newest or newest[name][0]["date"] <= result["date"]:
-            newest[name] = (result, path)
+        runs = newest.setdefault(result["name"], {})
+        command = result["command"]
+        if command not in runs or runs[command][0]["date"] <= result["date"]:
+            runs[command] = (result, path)
     text = args.readme.read_text()
-    for name, (result, path) in newest.items():
-        where = path.with_suffix(".md").resolve()
-        parent = args.readme.resolve().parent
-        link = where.relative_to(parent) if where.is_relative_to(parent) else where
-        parts = [
-            describe(result),
-            BENCHMARKS[name].headline(result),
-            f"All lengths: [{link}]({link}).",
-        ]
+    for name, runs in newest.items():
+        parts = []
+        for result, path in runs.values():
+            where = path.with_suffix(".md").resolve()
+            parent = args.readme.resolve().parent
+            link = where.relative_to(parent) if where.is_relative_to(parent) else where
+            parts += [describe(result), BENCHMARKS[name].headline(result), f"All of it: [{link}]({link})."]
         text = fill_markers(text, name, "\n\n".join(parts))
     args.readme.write_text(text)
 

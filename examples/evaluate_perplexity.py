@@ -11,6 +11,7 @@ stretch ends with it. Writes `perplexity.json` and `perplexity.png`.
 
 import io
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -298,7 +299,14 @@ def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]
         "transformers": transformers.__version__,
     }
     print(format_table(results))
-    report = json.dumps({**results, **machine}, indent=2) + "\n"
+    # One block has no standard error: NaN, which JSON does not know.
+    known = {
+        name: [None if isinstance(x, float) and math.isnan(x) else x for x in value]
+        if isinstance(value, list)
+        else value
+        for name, value in results.items()
+    }
+    report = json.dumps({**known, **machine}, indent=2, allow_nan=False) + "\n"
     write_whole(folder / "perplexity.json", report.encode())
     plot(results, folder / "perplexity.png", losses=losses)
     print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")
