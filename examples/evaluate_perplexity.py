@@ -291,6 +291,10 @@ def write_whole(file: Path, content: bytes) -> None:
     partial.replace(file)
 
 
+def _number_or_none(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
 def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]] = ()) -> None:
     """Prints the table, and writes it with the machine it ran on, and the plot."""
     machine = {
@@ -300,13 +304,8 @@ def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]
     }
     print(format_table(results))
     # One block has no standard error: NaN, which JSON does not know.
-    known = {
-        name: [None if isinstance(x, float) and math.isnan(x) else x for x in value]
-        if isinstance(value, list)
-        else value
-        for name, value in results.items()
-    }
-    report = json.dumps({**known, **machine}, indent=2, allow_nan=False) + "\n"
+    errors = {name: list(map(_number_or_none, value)) for name, value in results.items() if name.endswith("_error")}
+    report = json.dumps({**results, **errors, **machine}, indent=2, allow_nan=False) + "\n"
     write_whole(folder / "perplexity.json", report.encode())
     plot(results, folder / "perplexity.png", losses=losses)
     print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")
