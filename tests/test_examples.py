@@ -162,6 +162,12 @@ class TestMetric:
         result = metric.compute(**rows_of_metric({4: [[1.0]]}))
         assert np.isnan(result["perplexity_error"]).all()
 
+    def test_one_block_is_written_as_json(self, metric, tmp_path):
+        results = metric.compute(**rows_of_metric({4: [[1.0]], 8: [[0.5]]}))
+        evaluate_perplexity.write_results({**results, "targets": 1, "seconds": 0.1}, tmp_path)
+        written = json.loads((tmp_path / "perplexity.json").read_text(), parse_constant=pytest.fail)
+        assert written["perplexity_error"] == [None, None]
+
     @pytest.mark.parametrize(
         ("losses", "message"),
         [
