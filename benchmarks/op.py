@@ -354,18 +354,18 @@ def tables(result: dict) -> str:
 
 
 def headline(result: dict) -> str:
-    """The rows for the README: the longest length at which every dense call was timed."""
-    summary = summarize(result)
-    compared = {s["length"] for s in summary} - {s["length"] for s in summary if not s["speedup"]}
+    """The rows for the README: for each dtype and mode the longest length at which dense attention was timed."""
+    compared = [s for s in summarize(result) if s["speedup"]]
     if not compared:
         return "No length was timed against dense attention."
-    length = max(compared)
-    header = ("branches w/r", "dtype", "mode", *HEADER[1:5], *HEADER[6:])
+    longest: dict[tuple[str, str], int] = {}
+    for s in compared:
+        longest[s["dtype"], s["mode"]] = max(s["length"], longest.get((s["dtype"], s["mode"]), 0))
     lines = []
-    for s in (s for s in summary if s["length"] == length):
+    for s in (s for s in compared if s["length"] == longest[s["dtype"], s["mode"]]):
         cells = _cells(s)
-        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[1:5], *cells[6:]])
-    return f"At {length:,} tokens:\n\n{_markdown(header, lines)}"
+        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:5], *cells[6:]])
+    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:5], *HEADER[6:]), lines)
 
 
 def plot(result: dict, path: str) -> None:

@@ -84,7 +84,8 @@ def test_small_run_reaches_the_readme(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "At 96 tokens" in text
+    assert "| 96 |" in text
+    assert "| 64 |" not in text
     assert f"{summary[1]['seconds'] * 1e3:.1f}" in text
     for made in (path.with_suffix(".md"), path.with_suffix(".png"), tmp_path / "branches.png"):
         assert made.stat().st_size > 0
