@@ -10,11 +10,10 @@ import argparse
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS
 
 from . import op
-from .measure import Call, spread, time_alternately
+from .measure import Spread, spread, time_alternately
 
 SHAPES = ("8x64", "12x64", "4x128", "16x48", "32x16")
 
@@ -29,13 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing one case")
 
 
-def prepare(backend: str, case: op.Case, pattern: str) -> Call:
-    """A backend's call on (1, L, H, D) storage."""
-    inputs = [case.tensor(1, case.length, case.heads, case.head_dim).transpose(1, 2) for _ in range(3)]
-    branches = op.parse_pattern(pattern)
-    return op.differentiated(case, lambda q, k, v: dilated_attention(q, k, v, *branches, backend=backend), inputs)
-
-
 def run(args: argparse.Namespace) -> dict:
     """Time and error of each backend, or why it cannot run."""
     rows = []
@@ -48,7 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     for case in tqdm(cases, desc="backends", unit="case"):
         reasons = {name: backend.unavailable(case.tensor(1, 1, 1, case.head_dim)) for name, backend in BACKENDS.items()}
         usable = [name for name, reason in reasons.items() if reason is None]
-        calls = {name: prepare(name, case, args.pattern) for name in usable}
+        calls = {name: op.ours(case, args.pattern, name) for name in usable}
         samples = time_alternately(
             calls | {"floor": op.prepare("floor", case, args.pattern)}, seconds=args.seconds, most=10
         )
@@ -62,17 +54,25 @@ def run(args: argparse.Namespace) -> dict:
     return {"pattern": args.pattern, "error_length": args.error_length, "rows": rows}
 
 
+def _ran(result: dict) -> list[tuple[dict, Spread]]:
+    """The rows of what could run, each with its time over the floor."""
+    return [
+        (row, spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)]))
+        for row in result["rows"]
+        if row["unavailable"] is None
+    ]
+
+
 def tables(result: dict) -> str:
     """One line for each case that ran, then what could not run."""
     lines = ["| heads x dimension | dtype | mode | backend | / floor | error | / dense reference's |"]
     lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
-    for row in (row for row in result["rows"] if row["unavailable"] is None):
-        ratio = spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)])
+    for row, ratio in _ran(result):
         what = "grad" if row["mode"] == "forward+backward" else "out"
         error, own = row["error"]["ours"][what], row["error"]["dense reference"][what]
         lines.append(
             f"| {row['heads']} x {row['head_dim']} | {row['dtype']} | {row['mode']} | {row['backend']} "
-            f"| {ratio.median:.2f} ({ratio.least:.2f} to {ratio.most:.2f}) | {error:.1e} | {error / own:.2f} |"
+            f"| {op.format_ratio(ratio)} | {error:.1e} | {error / own:.2f} |"
         )
     reasons = dict.fromkeys(
         f"- {row['backend']}, {row['dtype']}: {row['unavailable']}." for row in result["rows"] if row["unavailable"]
@@ -83,25 +83,21 @@ def tables(result: dict) -> str:
 def headline(result: dict) -> str:
     """The least and the most overhead of each backend and mode."""
     lines = ["| backend | mode | / floor, least to most over shapes and dtypes |", "| --- | --- | ---: |"]
-    ran = [row for row in result["rows"] if row["unavailable"] is None]
-    for backend, mode in dict.fromkeys((row["backend"], row["mode"]) for row in ran):
-        ratios = [
-            spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)]).median
-            for row in ran
-            if (row["backend"], row["mode"]) == (backend, mode)
-        ]
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row, ratio in _ran(result):
+        groups.setdefault((row["backend"], row["mode"]), []).append(ratio.median)
+    for (backend, mode), ratios in groups.items():
         lines.append(f"| {backend} | {mode} | {min(ratios):.2f} to {max(ratios):.2f} |")
     return "\n".join(lines)
 
 
 def plot(result: dict, path: str) -> None:
     """Each case's time over the floor."""
-    ran = [row for row in result["rows"] if row["unavailable"] is None]
-    names = [f"{row['backend']} {row['heads']}x{row['head_dim']} {row['dtype']} {row['mode']}" for row in ran]
-    ratios = [spread([a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)]).median for row in ran]
+    ran = _ran(result)
+    names = [f"{row['backend']} {row['heads']}x{row['head_dim']} {row['dtype']} {row['mode']}" for row, _ in ran]
     figure = Figure(figsize=(8, 1 + 0.25 * len(ran)), layout="constrained")
     axis = figure.subplots()
-    axis.barh(names, ratios)
+    axis.barh(names, [ratio.median for _, ratio in ran])
     axis.axvline(1, color="black", linewidth=1)
     axis.invert_yaxis()
     axis.set(xlabel="time over the floor")

@@ -95,12 +95,12 @@ def prepare(who: str, case: Case, pattern: str | None) -> Call:
     """The inputs of a contestant and the call to be measured; a small call has warmed up before."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    make = {"ours": _ours, "sdpa": _sdpa, "floor": _floor}[who]
+    make = {"ours": ours, "sdpa": _sdpa, "floor": _floor}[who]
     make(case._replace(length=min(case.length, 256)), pattern)()
     return make(case, pattern)
 
 
-def differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
+def _differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
     if not case.backward:
         return torch.no_grad()(lambda: attend(*inputs))
     grad_out = torch.randn_like(inputs[0])
@@ -113,17 +113,18 @@ def differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
     return call
 
 
-def _ours(case: Case, pattern: str) -> Call:
-    segment_lengths, dilation_rates = parse_pattern(pattern)
+def ours(case: Case, pattern: str, backend: str = "auto") -> Call:
+    """The op by a backend, on (1, L, H, D) storage."""
+    branches = parse_pattern(pattern)
     shape = (1, case.length, case.heads, case.head_dim)
     inputs = [case.tensor(*shape).transpose(1, 2) for _ in range(3)]
-    return differentiated(case, lambda q, k, v: dilated_attention(q, k, v, segment_lengths, dilation_rates), inputs)
+    return _differentiated(case, lambda q, k, v: dilated_attention(q, k, v, *branches, backend=backend), inputs)
 
 
 def _sdpa(case: Case, pattern: None) -> Call:
     inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(3)]
     attend = torch.nn.functional.scaled_dot_product_attention
-    return differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
+    return _differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
 
 
 def _floor(case: Case, pattern: str) -> Call:
@@ -251,7 +252,7 @@ HEADER = (
 )  # fmt: skip
 
 
-def _ratio(value: Spread) -> str:
+def format_ratio(value: Spread) -> str:
     return f"{value.median:.2f} ({value.least:.2f} to {value.most:.2f})"
 
 
@@ -313,9 +314,9 @@ def _cells(s: dict) -> list[str]:
     return [
         f"{s['length']:,}",
         f"{s['seconds'] * 1e3:.1f}",
-        _ratio(s["speedup"]) if s["speedup"] else "skipped",
+        format_ratio(s["speedup"]) if s["speedup"] else "skipped",
         f"{s['ideal_speedup']:.2f}",
-        _ratio(s["overhead"]),
+        format_ratio(s["overhead"]),
         f"{s['gflops']:.0f}",
         _mib(peak),
         "" if peak is None else f"{peak / s['result_bytes']:.1f}",

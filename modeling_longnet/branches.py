@@ -85,8 +85,8 @@ def check_branches(segment_lengths, dilation_rates) -> None:
 
 
 def make_branches(
-    segment_lengths: tuple[int, ...],
-    dilation_rates: tuple[int, ...],
+    segment_lengths: list[int] | tuple[int, ...],
+    dilation_rates: list[int] | tuple[int, ...],
     num_heads: int,
     head_offsets: str,
 ) -> tuple[Branch, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attend import BACKENDS, choose_backend, merge_
-from .branches import Branch, Chunk, Rows, check_branches, chunk_rows, make_branches
+from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
 from .reference import count_branches, dense_attention
 
 # Kernel results above this size come from fresh pages that the system must fill with zeros each time.
@@ -506,10 +506,9 @@ def dilated_attention(
         >>> dilated_attention(q, k, v, segment_lengths=[512, 2048], dilation_rates=[1, 4]).shape
         torch.Size([1, 8, 4096, 64])
     """
-    check_branches(segment_lengths, dilation_rates)
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     _check_inputs(query, key, value)
-    branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), key.shape[1], head_offsets)
+    branches = make_branches(segment_lengths, dilation_rates, key.shape[1], head_offsets)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale} must be above 0: fused kernels multiply masked scores, -inf, by it.")
     backend = choose_backend(backend, query)
