@@ -1,10 +1,15 @@
 """One cell of the comparison: train one model of one pattern, length and seed, and score it.
 
 A cell is a dictionary of settings and gives a dictionary of results; `run.py` lists the cells and keeps the results.
+
+Training has two stages, because a small budget of tokens makes too few steps of long sequences: first many steps on
+sequences of `base_length`, shorter than any window or block here, where dense, window and sparse are one function
+(and share the weights), then the pattern's own on the length of the cell.
 """
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +17,7 @@ from corpus import TextArguments, join_documents, load_text, load_tokenizer, tok
 from evaluate_perplexity import evaluate_contexts
 from optimizer import MuonAndAdamW
 from patterns import Pattern, make_model, make_pattern
+from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 
 from modeling_longnet.branches import count_work
@@ -49,7 +55,10 @@ def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
 
 
 def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.ndarray | None = None) -> dict:
-    """Steps of one sequence, until `tokens` or `seconds` are used up; the learning rate falls to 0 with them."""
+    """Steps of one sequence, until `tokens` or `seconds` are used up; the learning rate falls to 0 with them.
+
+    Seconds are the process's own on its processor, so that what else the machine does hardly counts.
+    """
     optimizer = MuonAndAdamW(model, learning_rate=cell["rate"], muon_learning_rate=10 * cell["rate"])
     first = [group["lr"] for group in optimizer.param_groups]
     tokens, length, spent, losses = cell.get("tokens"), sequences.shape[1], 0.0, []
@@ -57,9 +66,9 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
     with tqdm(desc=name, unit="token", unit_scale=True, total=tokens) as progress:
         for step in range(10**9):
             done = step * length / tokens if tokens else spent / cell["seconds"]
-            if done >= 1 or (cell.get("steps") and step >= cell["steps"]):
+            if done >= 1:
                 break
-            began = time.perf_counter()
+            began = time.process_time()
             warm = min(1.0, (step + 1) / cell["warmup"])
             for group, rate in zip(optimizer.param_groups, first, strict=True):
                 group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
@@ -75,7 +84,7 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            spent += time.perf_counter() - began
+            spent += time.process_time() - began
             progress.update(length)
     return {"tokens": len(losses) * length, "seconds": spent, "losses": losses}
 
@@ -93,16 +102,36 @@ def loss_by_position(model, sequences: np.ndarray) -> list[float]:
     return (sums / len(sequences)).tolist()
 
 
-def run_text_cell(cell: dict, settings: dict, documents: dict, tokenizer) -> dict:
-    """Train on real text and score the same held-out targets under growing contexts."""
+def run_base_cell(cell: dict, settings: dict, folder: Path, documents: dict, tokenizer) -> dict:
+    """The first stage: train on short sequences, keep the weights and score held-out sequences of that length."""
+    model, _ = make_text_model(cell, settings, tokenizer)
+    name = f"base {cell['pattern']} seed {cell['seed']}"
+    result = train(model, cut(documents["train"], cell["length"], cell["seed"]), cell, name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
+        losses = loss_by_position(model, cut(documents["evaluation"], cell["length"], 0)[: settings["base_held_out"]])
+    if cell.get("weights"):
+        save_model(model, folder / cell["weights"])
+    return result | {"loss": float(np.mean(losses))}
+
+
+def make_text_model(cell: dict, settings: dict, tokenizer) -> tuple[torch.nn.Module, Pattern]:
+    """The cell's pattern in a new model."""
     torch.set_num_threads(settings["threads"])
     pattern = make_pattern(cell["pattern"], settings["branches"], cell["length"])
-    sizes = settings["sizes"] | {"vocab_size": len(tokenizer)}
-    model = make_model(pattern, cell["seed"], **sizes)
+    return make_model(pattern, cell["seed"], **settings["sizes"] | {"vocab_size": len(tokenizer)}), pattern
+
+
+def run_text_cell(cell: dict, settings: dict, folder: Path, documents: dict, tokenizer) -> dict:
+    """The second stage, and the score of the same held-out targets under growing contexts."""
+    model, pattern = make_text_model(cell, settings, tokenizer)
+    if pattern.size and pattern.size < settings["base_length"]:
+        raise ValueError(f"{pattern.name} sees {pattern.size} tokens, less than the first stage's sequences.")
+    load_model(model, folder / cell["base"])
     flops = count_flops(model, pattern, cell["length"])
     name = f"{cell['pattern']} {cell['length']:,} seed {cell['seed']}"
     result = train(model, cut(documents["train"], cell["length"], cell["seed"]), cell, name)
     result |= {"flops_a_token": flops, "parameters": model.num_parameters(), "work": pattern._asdict()}
+    began = time.process_time()
     with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
         scores = evaluate_contexts(
             model,
@@ -112,6 +141,7 @@ def run_text_cell(cell: dict, settings: dict, documents: dict, tokenizer) -> dic
             targets=settings["targets"],
             blocks=settings["blocks"],
         )
-        held_out = cut(documents["evaluation"], cell["length"], 0)[: settings["held_out"]]
-        result["loss_by_position"] = loss_by_position(model, held_out)
-    return result | {"scores": scores}
+        if cell.get("by_position"):
+            held_out = cut(documents["evaluation"], cell["length"], 0)[: settings["held_out"]]
+            result["loss_by_position"] = loss_by_position(model, held_out)
+    return result | {"scores": scores, "evaluation_seconds": time.process_time() - began}

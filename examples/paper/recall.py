@@ -5,6 +5,8 @@ A text is filler in which pairs (key, value) are planted; later a key comes agai
 tokens are random, keys are not told apart from filler by their place, and a key has another value in every text.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from cells import train
@@ -61,7 +63,7 @@ def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int]) ->
     return {"edges": edges, "right": right.tolist(), "asked": asked.tolist()}
 
 
-def run_recall_cell(cell: dict, settings: dict) -> dict:
+def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     """Train on such texts and score others."""
     torch.set_num_threads(settings["threads"])
     branches = cell.get("branches") or settings["recall_branches"]

@@ -14,13 +14,14 @@ import multiprocessing
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the other examples
 
-from cells import load_documents, run_text_cell
+from cells import load_documents, run_base_cell, run_text_cell
 from evaluate_perplexity import write_whole
 from patterns import PATTERNS
 from recall import run_recall_cell
@@ -33,22 +34,28 @@ RESULTS = Path(__file__).parent / "results"
 FULL = {
     "name": "full",
     "text": "python",
-    "threads": 2,
+    "threads": 1,
+    "jobs": 2,
     "bfloat16": True,
     "branches": [[512, 2048, 8192, 32768], [1, 2, 4, 8]],
     "sizes": {
         "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 8, "position_embedding": "rope", "tie_word_embeddings": True,
     },
+    "base_length": 512,
+    "base_tokens": 1 << 21,
+    "base_sweep_tokens": 3 << 17,
+    "base_held_out": 128,
     "lengths": [2048, 8192, 16384],
-    "contexts": [256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
+    "contexts": [512, 2048, 8192, 16384, 32768],
     "seeds": [0, 1],
-    "tokens": 1 << 20,
-    "sweep_tokens": 1 << 18,
-    "rates": [1e-3, 2e-3, 4e-3],
-    "targets": 1024,
-    "blocks": 12,
-    "held_out": 8,
+    "tokens": 3 << 17,
+    "sweep_tokens": 1 << 17,
+    "base_rates": [1e-3, 2e-3, 4e-3],
+    "rates": [2.5e-4, 5e-4, 1e-3],
+    "targets": 2048,
+    "blocks": 6,
+    "held_out": 4,
     "recall_branches": [[256, 512, 1024, 2048], [1, 2, 4, 8]],
     "recall_sizes": {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -63,16 +70,21 @@ FULL = {
 QUICK = FULL | {
     "name": "quick",
     "text": str(Path(__file__).resolve().parent.parent.parent / "modeling_longnet"),
-    "threads": 1,
+    "jobs": 1,
     "bfloat16": False,
     "branches": [[32, 64, 128], [1, 2, 4]],
     "sizes": FULL["sizes"] | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    "base_length": 16,
+    "base_tokens": 1 << 8,
+    "base_sweep_tokens": 1 << 7,
+    "base_held_out": 2,
     "lengths": [64, 128],
     "contexts": [32, 64, 128, 256],
     "seeds": [0],
     "tokens": 1 << 9,
     "sweep_tokens": 1 << 8,
-    "rates": [2e-3, 4e-3],
+    "base_rates": [2e-3, 4e-3],
+    "rates": [1e-3, 2e-3],
     "targets": 64,
     "blocks": 2,
     "held_out": 2,
@@ -92,99 +104,139 @@ RECALL_VARIANTS = {
 }
 
 
-def common(settings: dict) -> dict:
-    return {"bfloat16": settings["bfloat16"], "warmup": 50 if settings["name"] == "full" else 1}
+def common(settings: dict, **fields) -> dict:
+    return {"bfloat16": settings["bfloat16"], "warmup": 20 if settings["name"] == "full" else 1} | fields
+
+
+def base_of(pattern: str) -> str:
+    """The pattern of a first stage: there window and sparse are dense attention."""
+    return "longnet" if pattern == "longnet" else "dense"
+
+
+def base_sweep_cells(settings: dict) -> dict[str, dict]:
+    """The first stage, shorter, at every learning rate."""
+    return {
+        f"sweep-base-{pattern}-{rate:g}": common(
+            settings, kind="base", pattern=pattern, length=settings["base_length"], seed=0, rate=rate,
+            tokens=settings["base_sweep_tokens"],
+        )
+        for rate, pattern in product(settings["base_rates"], ("dense", "longnet"))
+    }  # fmt: skip
+
+
+def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """The first stage at its best learning rate."""
+    return {
+        f"base-{pattern}-{seed}": common(
+            settings, kind="base", pattern=pattern, length=settings["base_length"], seed=seed,
+            rate=best_rate(f"sweep-base-{pattern}", settings["base_rates"], folder),
+            tokens=settings["base_tokens"], weights=f"base-{pattern}-{seed}.safetensors",
+        )
+        for pattern in ("dense", "longnet")
+    }  # fmt: skip
 
 
 def sweep_cells(settings: dict) -> dict[str, dict]:
-    """The same small sweep of learning rates for every pattern, at the shortest length."""
+    """The second stage, shorter, at every learning rate and the shortest length, for every pattern."""
     return {
-        f"sweep-{pattern}-{rate:g}": common(settings) | {
-            "kind": "text", "pattern": pattern, "length": settings["lengths"][0], "seed": 0, "rate": rate,
-            "tokens": settings["sweep_tokens"], "contexts": settings["contexts"][:4],
-        }
+        f"sweep-{pattern}-{rate:g}": common(
+            settings, kind="text", pattern=pattern, length=settings["lengths"][0], seed=0, rate=rate,
+            tokens=settings["sweep_tokens"], contexts=settings["contexts"][:2],
+            base=f"base-{base_of(pattern)}-0.safetensors",
+        )
         for rate, pattern in product(settings["rates"], PATTERNS)
     }  # fmt: skip
 
 
-def best_rate(pattern: str, settings: dict, folder: Path) -> float:
-    """The rate with the least perplexity under the longest context of the sweep."""
-    scores = {}
-    for rate in settings["rates"]:
-        result = read(folder / f"sweep-{pattern}-{rate:g}.json")
-        if result is not None:
-            scores[rate] = result["scores"]["perplexity"][-1]
-    return min(scores, key=scores.get)
+def best_rate(prefix: str, rates: list[float], folder: Path) -> float:
+    """The rate with the least loss in a sweep: of the base, or under the longest context scored."""
+
+    def score(rate: float) -> float:
+        result = json.loads((folder / f"{prefix}-{rate:g}.json").read_text())
+        return result["loss"] if "loss" in result else result["scores"]["perplexity"][-1]
+
+    return min(rates, key=score)
 
 
-def table_cells(settings: dict, folder: Path) -> dict[str, dict]:
-    """Table 2: every pattern, length and seed with equal tokens, then all with the training time that LongNet took."""
-    cells = {}
-    for seed, length, pattern in product(settings["seeds"], settings["lengths"], PATTERNS):
-        cells[f"tokens-{pattern}-{length}-{seed}"] = common(settings) | {
-            "kind": "text", "pattern": pattern, "length": length, "seed": seed,
-            "rate": best_rate(pattern, settings, folder), "tokens": settings["tokens"],
-            "contexts": settings["contexts"],
-        }  # fmt: skip
-    for length, pattern in product(settings["lengths"], PATTERNS):
-        ours = read(folder / f"tokens-longnet-{length}-0.json")
-        cell = cells[f"tokens-{pattern}-{length}-0"]
-        if pattern != "longnet" and ours is not None:
-            without = {key: value for key, value in cell.items() if key != "tokens"}
-            cells[f"time-{pattern}-{length}-0"] = without | {"seconds": ours["seconds"]}
-    return cells
-
-
-def recall_cells(settings: dict) -> dict[str, dict]:
-    """Recall of every pattern, then of other branches and offsets of LongNet's."""
-    base = common(settings) | {
-        "kind": "recall", "length": settings["recall_length"], "rate": 2e-3, "tokens": settings["recall_tokens"],
-        "pairs": settings["pairs"], "least": settings["least"],
+def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """Table 2: every pattern and length, each with the same tokens."""
+    return {
+        f"tokens-{pattern}-{length}-{seed}": common(
+            settings, kind="text", pattern=pattern, length=length, seed=seed, by_position=True,
+            rate=best_rate(f"sweep-{pattern}", settings["rates"], folder), tokens=settings["tokens"],
+            contexts=settings["contexts"], base=f"base-{base_of(pattern)}-{seed}.safetensors",
+        )
+        for length, pattern in product(settings["lengths"], PATTERNS)
     }  # fmt: skip
+
+
+def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """The same for the time that LongNet took in the second stage."""
     cells = {}
-    for seed in settings["seeds"]:
-        for pattern in PATTERNS:
-            cells[f"recall-{pattern}-{seed}"] = base | {"pattern": pattern, "seed": seed}
-        for name, change in RECALL_VARIANTS.items() if settings["name"] == "full" else ():
-            cells[f"recall-longnet {name}-{seed}"] = base | {"pattern": "longnet", "seed": seed} | change
+    for name, cell in table_cells(settings, folder, seed).items():
+        if cell["pattern"] != "longnet":
+            seconds = json.loads((folder / f"tokens-longnet-{cell['length']}-{seed}.json").read_text())["seconds"]
+            del cell["tokens"]
+            cells[name.replace("tokens", "time", 1)] = cell | {"seconds": seconds}
     return cells
 
 
-def read(path: Path) -> dict | None:
-    """A cell's results, None where it has not been run."""
-    return json.loads(path.read_text()) if path.exists() else None
+def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """Recall of every pattern, then of other branches and offsets of LongNet's."""
+    cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in PATTERNS}
+    if settings["name"] == "full":
+        cells |= {f"recall-longnet {name}-{seed}": {"pattern": "longnet"} | x for name, x in RECALL_VARIANTS.items()}
+    return {name: common(settings, kind="recall", seed=seed) | x for name, x in cells.items()}
 
 
-def run_cell(cell: dict, settings: dict, text: tuple) -> dict:
+def run_cell(cell: dict, settings: dict, folder: Path, text: tuple) -> dict:
     """Run in the calling process; `text` is what `cells.load_documents` gave, and empty for the recall task."""
-    run = {"text": run_text_cell, "recall": run_recall_cell}[cell["kind"]]
-    result = run(cell, settings, *text)
+    run = {"base": run_base_cell, "text": run_text_cell, "recall": run_recall_cell}[cell["kind"]]
+    result = run(cell, settings, folder, *text)
     return {"cell": cell, "settings": settings} | result | {"peak_bytes": highest_resident_bytes()}
 
 
-def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: float) -> None:
-    """Run the cells that have no file yet, each in a fresh process, until the time is up."""
-    missing = {name: cell for name, cell in cells.items() if not (folder / f"{name}.json").exists()}
-    context = multiprocessing.get_context("spawn")
-    text = load_documents(settings) if any(cell["kind"] == "text" for cell in missing.values()) else ()
-    for number, (name, cell) in enumerate(missing.items()):
-        if time.monotonic() > until:
-            print(f"Time is up; {len(missing) - number} cells are left. Start again to go on.")
-            return
-        print(f"[{number + 1}/{len(missing)}] {name}", flush=True)
-        arguments = cell, settings, text if cell["kind"] == "text" else ()
-        if settings["name"] == "quick":  # a process of its own, for the memory's peak, takes longer than the cell
-            result = run_cell(*arguments)
-        else:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                result = pool.submit(run_cell, *arguments).result()
+def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: float) -> bool:
+    """Run the cells that have no file yet, `jobs` at once, until the time is up; tell whether all are there."""
+
+    def keep(name: str, result: dict) -> None:
         run = describe_run() | {"command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]])}
         write_whole(folder / f"{name}.json", (json.dumps(run | result) + "\n").encode())
+        print(f"{name}: done, {result['seconds']:.0f} s of training", flush=True)
+
+    def there(name: str, cell: dict) -> bool:  # weights are not in the repository: a fresh clone trains them again
+        return all((folder / file).exists() for file in (f"{name}.json", cell.get("weights")) if file)
+
+    missing = {name: cell for name, cell in cells.items() if not there(name, cell)}
+    if not missing:
+        return True
+    text = load_documents(settings) if any(cell["kind"] != "recall" for cell in missing.values()) else ()
+    if settings["name"] == "quick":  # a process of its own, for the memory's peak, takes longer than the cell
+        for name, cell in missing.items():
+            keep(name, run_cell(cell, settings, folder, text if cell["kind"] != "recall" else ()))
+        return True
+    # One thread and one fresh process a cell, `jobs` side by side: small models gain little from more threads.
+    context = multiprocessing.get_context("spawn")
+    waiting = list(missing.items())
+    with ProcessPoolExecutor(settings["jobs"], mp_context=context, max_tasks_per_child=1) as pool:
+        running = {}
+        while waiting or running:
+            while waiting and len(running) < settings["jobs"] and time.monotonic() < until:
+                name, cell = waiting.pop(0)
+                print(f"{name}: begun, {len(waiting)} wait", flush=True)
+                arguments = cell, settings, folder, text if cell["kind"] != "recall" else ()
+                running[pool.submit(run_cell, *arguments)] = name
+            if not running:
+                print(f"Time is up; {len(waiting)} cells of this part are left. Start again to go on.")
+                return False
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                keep(running.pop(done), done.result())
+    return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["table", "recall", "all"], default="all")
+    parser.add_argument("--part", choices=["table", "recall", "time", "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="toy size: shows that everything runs")
     parser.add_argument("--results", type=Path, help="folder of the JSON files; default results/full or /quick")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no new cell after so long")
@@ -193,13 +245,16 @@ def main() -> None:
     folder = arguments.results or RESULTS / settings["name"]
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 3600 * arguments.hours
-    if arguments.part in ("table", "all"):
-        run_missing(sweep_cells(settings), settings, folder, until)
-        if all((folder / f"{name}.json").exists() for name in sweep_cells(settings)):
-            for _ in range(2):  # the second time LongNet's training times are known
-                run_missing(table_cells(settings, folder), settings, folder, until)
-    if arguments.part in ("recall", "all"):
-        run_missing(recall_cells(settings), settings, folder, until)
+    first, *others = settings["seeds"]
+    parts = {"table": [], "recall": [partial(recall_cells, settings, seed) for seed in settings["seeds"]], "time": []}
+    parts["table"] += [partial(base_sweep_cells, settings), partial(base_cells, settings, folder, first)]
+    parts["table"] += [partial(sweep_cells, settings), partial(table_cells, settings, folder, first)]
+    for seed in others:
+        parts["table"] += [partial(base_cells, settings, folder, seed), partial(table_cells, settings, folder, seed)]
+    parts["time"] += [partial(time_cells, settings, folder, first)]
+    for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
+        if not run_missing(make_cells(), settings, folder, until):  # what it needs the parts before it have left
+            return
 
 
 if __name__ == "__main__":
