@@ -1,10 +1,13 @@
 """Decoding and reading on: a step's time against the context, against a dense model, and a stream's memory.
 
 A model with random weights; times do not depend on them. The dense one is Transformers' Llama of the same sizes with
-its DynamicCache. The stream is a tiny model in a process of its own.
+its DynamicCache; both also continue a batch of texts at once, which read the weights together. "products" is the floor
+of a step: the model's products of weights and vectors, and one attention call a layer on as many keys as a token sees
+on average, lying together. The stream is a tiny model in a process of its own.
 """
 
 import argparse
+import copy
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +17,7 @@ from matplotlib.figure import Figure
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream
+from modeling_longnet.branches import count_work
 from modeling_longnet.modeling_longnet import CACHE
 
 from .measure import resident_bytes, spread, time_alternately
@@ -22,11 +26,13 @@ PATTERN = {"segment_lengths": [512, 2048, 8192, 32768], "dilation_rates": [1, 4,
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
 CHUNK = 32_768
+RIVALS = ("dense", "longnet")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 16_384, 1_048_576])
     parser.add_argument("--dense-contexts", type=int, nargs="+", default=[1024, 16_384])
+    parser.add_argument("--batch", type=int, default=8, help="texts continued together, at the longest dense context")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing the steps")
     parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="100000000 takes minutes, see README")
 
@@ -55,14 +61,40 @@ def _fill(model, cache, length: int, chunk: int) -> list[tuple[int, float]]:
     return times
 
 
-def _stepper(model, cache):
-    token = torch.zeros(1, 1, dtype=torch.int64)
+def _stepper(model, cache, batch: int = 1):
+    token = torch.zeros(batch, 1, dtype=torch.int64)
 
     @torch.no_grad()
     def step():
         return model(token, **{CACHE: cache}).logits
 
     return step
+
+
+def _repeated(cache, batch: int):
+    """The same text in each row of a batch."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(batch)
+    return cache
+
+
+def _products(model, length: int):
+    """What a step cannot do without: each weight read once, and the keys and values seen."""
+    config = model.config
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    vectors = [torch.randn(1, 1, linear.in_features) for linear in linears]
+    rows = round(count_work(config.segment_lengths, config.dilation_rates, length))
+    query = torch.randn(1, config.num_attention_heads, 1, config.head_dim)
+    held = [torch.randn(2, *query.shape[:2], rows, config.head_dim) for _ in range(config.num_hidden_layers)]
+
+    @torch.no_grad()
+    def products():
+        for linear, vector in zip(linears, vectors, strict=True):
+            linear(vector)
+        for keys, values in held:
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    return products
 
 
 def _stream_memory(tokens: int, threads: int) -> list[tuple[int, float, int]]:
@@ -84,10 +116,15 @@ def run(args: argparse.Namespace) -> dict:
         print(f"reading {length:,} tokens ...", flush=True)
         fill = _fill(ours, cache, length, CHUNK)
         steps[f"longnet {length}"] = _stepper(ours, cache)
+        if length == max(args.dense_contexts):
+            steps[f"products {length}"] = _products(ours, length)
+            steps[f"longnet {length} x {args.batch}"] = _stepper(ours, _repeated(cache, args.batch), args.batch)
     for length in args.dense_contexts:
         cache = DynamicCache(config=dense.config)
         _fill(dense, cache, length, 1024)
         steps[f"dense {length}"] = _stepper(dense, cache)
+        if length == max(args.dense_contexts):
+            steps[f"dense {length} x {args.batch}"] = _stepper(dense, _repeated(cache, args.batch), args.batch)
     samples = time_alternately(steps, seconds=args.seconds, least=10, most=500)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -103,11 +140,13 @@ def _ratio_line(samples: dict, slow: str, fast: str) -> str:
 def headline(result: dict) -> str:
     """Ratios of steps, speed of reading and growth of memory."""
     samples = result["step_seconds"]
-    ours = [name for name in samples if name.startswith("longnet")]
+    ours = [name for name in samples if name.startswith("longnet") and " x " not in name]
     dense = [name for name in samples if name.startswith("dense")]
     lines = ["| one decoding step, time | median of rounds (least to most) |", "| --- | --- |"]
     lines += [_ratio_line(samples, name, ours[0]) for name in ours[1:]]
-    lines += [_ratio_line(samples, d, o) for d in dense for o in ours if d.split()[1] == o.split()[1]]
+    pairs = [(name, name.replace("dense", "longnet")) for name in dense]
+    pairs += [(name.replace("products", rival), name) for name in samples if "products" in name for rival in RIVALS]
+    lines += [_ratio_line(samples, *pair) for pair in pairs if pair[0] in samples and pair[1] in samples]
     full = [(tokens, seconds) for tokens, seconds in result["fill"] if tokens > max(PATTERN["segment_lengths"])]
     if len(full) >= 4:
         half = len(full) // 2
@@ -139,11 +178,11 @@ def plot(result: dict, path: str) -> None:
     """Step time against context, and memory along the stream."""
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
-    for who in ("longnet", "dense"):
+    for who in RIVALS:
         points = [
             (int(name.split()[1]), 1e3 * spread(seconds).median)
             for name, seconds in result["step_seconds"].items()
-            if name.startswith(who)
+            if name.startswith(who) and " x " not in name
         ]
         left.plot(*zip(*points, strict=True), "o-", label=who)
     left.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms a decoding step")

@@ -47,7 +47,7 @@ class Step(NamedTuple):
     """One decoding step, the same for every layer: which slots are written, and which are seen."""
 
     written: tuple[Tensor, Tensor, Tensor]  # batch row, head and slot of each new row
-    seen: Tensor  # (B, H, 1, P) bool
+    mask: Tensor  # (B, H, 1, S) of the first S slots, after which none is seen: 0 for those seen, else -inf
     covered: Tensor | None  # (B, H, 1, 1) bool, None where a branch of rate 1 covers every token
 
 
@@ -305,8 +305,8 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.lengths = [t + 1 for t in self.lengths]
         self.columns = columns
         out = torch.nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), self.keys, self.values,
-            attn_mask=step.seen, scale=scale, enable_gqa=query.shape[2] > key_states.shape[2],
+            query.transpose(1, 2), *(x[:, :, : step.mask.shape[-1]] for x in (self.keys, self.values)),
+            attn_mask=step.mask, scale=scale, enable_gqa=query.shape[2] > key_states.shape[2],
         )  # fmt: skip
         if self.offloading:
             self.offload()
@@ -443,9 +443,21 @@ class LongNetCache(Cache):
         slots = self.slots()
         t = torch.tensor(self.lengths, device=slots.w.device)[:, None, None]  # (B, 1, 1)
         new = (t % slots.w) == slots.number * slots.r + slots.offset  # (B, G, P)
-        seen = self.seen_slots(t[:, :, 0], ahead=1).repeat_interleave(num_heads // slots.offset.shape[0], 1)
+        seen = self.seen_slots(t[:, :, 0], ahead=1)[..., : self._last_seen()]
+        seen = seen.repeat_interleave(num_heads // slots.offset.shape[0], 1)
+        mask = torch.zeros(seen.shape, dtype=self.layers[0].dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         covers_all = any(b.r == 1 for b in self.layers[0].branches)
-        return Step(new.nonzero(as_tuple=True), seen, None if covers_all else seen.any(-1, keepdim=True))
+        return Step(new.nonzero(as_tuple=True), mask, None if covers_all else seen.any(-1, keepdim=True))
+
+    def _last_seen(self) -> int:
+        """How many slots a step has to read: most tokens are no row of the most dilated branches, in any head."""
+        layer, begin, end = self.layers[0], 0, 1
+        for branch, size in zip(layer.branches, layer.slots(layer.capacity), strict=True):
+            inside = [t % branch.w for t in self.lengths]
+            rows = [p // branch.r + 1 for p in inside if p % branch.r in branch.offsets]
+            end = begin + max(rows) if rows else end
+            begin += size
+        return end
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A copy of everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""

@@ -325,6 +325,22 @@ def test_attention_maps_with_a_cache(length):
     assert_close("sum", maps[0].sum(-1), torch.ones(2, 6, length, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("length", [1, 40, 128, 200])
+def test_a_step_reads_no_slots_after_the_last_one_seen(length):
+    """Most tokens are no row of the more dilated branches: their slots are left alone."""
+    model = make_model(LongNetModel, segment_lengths=[16, 64, 256], dilation_rates=[1, 4, 16])
+    cache = LongNetCache(model.config)
+    hidden(model, torch.randint(model.config.vocab_size, (2, length)), cache)
+    cache.layers[0].lengths[1] -= 1  # two rows of different length
+    read = []
+    for _ in range(40):
+        mask = cache.step(model.config.num_attention_heads).mask
+        assert (mask[..., -1] == 0).any()
+        read.append(mask.shape[-1])
+        cache.layers[0].lengths = [t + 1 for t in cache.lengths]
+    assert min(read) < max(read)
+
+
 def test_unread_slots_may_hold_anything():
     """Memory that no token wrote is NaN here: neither the steps nor the chunks read it."""
     model = make_model(LongNetModel)

@@ -16,11 +16,9 @@ import torch
 from corpus import TextArguments, join_documents, load_text, load_tokenizer, tokenize
 from evaluate_perplexity import evaluate_contexts
 from optimizer import MuonAndAdamW
-from patterns import Pattern, make_model, make_pattern
+from patterns import Pattern, count_keys, make_model, make_pattern
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
-
-from modeling_longnet.branches import count_work
 
 BUCKETS = 16  # of positions, for the loss inside a held-out sequence
 
@@ -39,29 +37,21 @@ def cut(documents: dict[str, np.ndarray], length: int, seed: int) -> np.ndarray:
 
 
 def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
-    """Multiplications and additions of a training step for each token: 6 a weight, 12 a key, head dimension and layer.
-
-    Keys are those seen (`branches.count_work`), not those that a kernel computes and masks.
-    """
-    config = model.config
-    if pattern.name == "window":
-        keys = pattern.size * (1 - pattern.size / length / 2) if length > pattern.size else length / 2
-    elif pattern.name == "sparse":
-        keys = min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
-    else:
-        keys = count_work(pattern.segment_lengths, pattern.dilation_rates, length)
+    """Multiplications and additions of training, a token: 6 a weight, 12 a key, head dimension and layer."""
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the tied table: once, as output
-    return 6 * weights + 12 * keys * config.hidden_size * config.num_hidden_layers
+    config = model.config
+    return 6 * weights + 12 * count_keys(pattern, length) * config.hidden_size * config.num_hidden_layers
 
 
 def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.ndarray | None = None) -> dict:
-    """Steps of one sequence, until `tokens` or `seconds` are used up; the learning rate falls to 0 with them.
+    """Steps of `batch` sequences (1), until `tokens` or `seconds` are used up; the learning rate falls to 0 with them.
 
     Seconds are the process's own on its processor, so that what else the machine does hardly counts.
     """
     optimizer = MuonAndAdamW(model, learning_rate=cell["rate"], muon_learning_rate=10 * cell["rate"])
     first = [group["lr"] for group in optimizer.param_groups]
-    tokens, length, spent, losses = cell.get("tokens"), sequences.shape[1], 0.0, []
+    tokens, batch, spent, losses = cell.get("tokens"), cell.get("batch", 1), 0.0, []
+    length = batch * sequences.shape[1]  # tokens of a step
     model.train()
     with tqdm(desc=name, unit="token", unit_scale=True, total=tokens) as progress:
         for step in range(10**9):
@@ -72,10 +62,9 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
             warm = min(1.0, (step + 1) / cell["warmup"])
             for group, rate in zip(optimizer.param_groups, first, strict=True):
                 group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
-            row = step % len(sequences)
+            rows = np.arange(step * batch, (step + 1) * batch) % len(sequences)
             ids, wanted = (
-                torch.from_numpy(x[row][None].astype(np.int64))
-                for x in (sequences, sequences if labels is None else labels)
+                torch.from_numpy(x[rows].astype(np.int64)) for x in (sequences, sequences if labels is None else labels)
             )
             with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
                 loss = model(ids, labels=wanted, use_cache=False).loss
@@ -98,7 +87,7 @@ def loss_by_position(model, sequences: np.ndarray) -> list[float]:
         ids = torch.from_numpy(row[None].astype(np.int64))
         logits = model(ids, use_cache=False).logits[:, :-1].transpose(1, 2).float()
         losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none")[0]
-        sums = sums + torch.stack([part.mean() for part in losses.tensor_split(BUCKETS)])
+        sums = sums + torch.stack([part.mean() for part in losses.tensor_split(min(BUCKETS, len(losses)))])
     return (sums / len(sequences)).tolist()
 
 

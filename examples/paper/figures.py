@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from patterns import Pattern, count_keys
+
 from benchmarks.run import describe
 from modeling_longnet.branches import make_branches
 from modeling_longnet.reference import count_branches
@@ -66,22 +68,31 @@ def table(results: dict[str, dict], budget: str) -> str:
     return "\n".join(lines)
 
 
+def _shares(recall: dict) -> list[float]:
+    """Of the tokens asked for, how many were told, in each bucket of distances."""
+    return [right / max(1, asked) for right, asked in zip(recall["right"], recall["asked"], strict=True)]
+
+
 def recall_table(results: dict[str, dict]) -> str:
     """Recall by distance, one line for each pattern."""
     groups = defaultdict(list)
     for name, result in results.items():
         if name.startswith("recall-"):
-            groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result["recall"])
+            groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result)
     if not groups:
         return "The recall task has not been run."
-    edges = next(iter(groups.values()))[0]["edges"]
-    lines = ["| pattern | seeds | " + " | ".join(f"{a:,} to {b:,}" for a, b in pairwise(edges)) + " |"]
-    lines.append("| --- | ---: |" + " ---: |" * (len(edges) - 1))
+    edges = next(iter(groups.values()))[0]["recall"]["edges"]
+    lines = [
+        "| pattern | keys a query | tokens/s | seeds | "
+        + " | ".join(f"{a:,} to {b:,}" for a, b in pairwise(edges))
+        + " |"
+    ]
+    lines.append("| --- |" + " ---: |" * (len(edges) + 2))
     for name, cells in groups.items():
-        shares = [[r / max(1, n) for r, n in zip(c["right"], c["asked"], strict=True)] for c in cells]
-        lines.append(
-            f"| {name} | {len(cells)} | " + " | ".join(_mean(list(s)) for s in zip(*shares, strict=True)) + " |"
-        )
+        shares = [_shares(cell["recall"]) for cell in cells]
+        keys = count_keys(Pattern(**cells[0]["work"]), cells[0]["cell"]["length"])
+        row = [name, f"{keys:,.0f}", f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}", str(len(cells))]
+        lines.append("| " + " | ".join(row + [_mean(list(s)) for s in zip(*shares, strict=True)]) + " |")
     return "\n".join(lines)
 
 
@@ -90,7 +101,11 @@ def sweep_table(results: dict[str, dict]) -> str:
     rows = defaultdict(dict)
     for name, result in results.items():
         if name.startswith("sweep-"):
-            rows[result["cell"]["pattern"]][result["cell"]["rate"]] = result["scores"]["perplexity"][-1]
+            is_base = result["cell"]["kind"] == "base"
+            tried = f"{result['cell']['pattern']}, {'first' if is_base else 'second'} stage"
+            rows[tried][result["cell"]["rate"]] = (
+                np.exp(result["loss"]) if is_base else result["scores"]["perplexity"][-1]
+            )
     rates = sorted({rate for row in rows.values() for rate in row})
     lines = ["| pattern | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " ---: |" * len(rates)]
     lines += [
@@ -131,8 +146,9 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
     for name, result in results.items():
         if name.startswith("recall-") and result["cell"]["seed"] == 0:
             recall = result["recall"]
-            shares = [r / max(1, n) for r, n in zip(recall["right"], recall["asked"], strict=True)]
-            axis.plot(recall["edges"][:-1], shares, "o-", label=name.removeprefix("recall-").removesuffix("-0"))
+            axis.plot(
+                recall["edges"][:-1], _shares(recall), "o-", label=name.removeprefix("recall-").removesuffix("-0")
+            )
     axis.set(xscale="log", ylim=(0, 1), xlabel="distance of key and query (tokens)", ylabel="recall")
     axis.legend(fontsize="x-small")
     figure.savefig(path, dpi=130)

@@ -48,6 +48,15 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
     raise ValueError(f"pattern {name!r}: allowed are {', '.join(map(repr, PATTERNS))}.")
 
 
+def count_keys(pattern: Pattern, length: int) -> float:
+    """Keys that a query sees on average, a head: those seen, not those that a kernel computes and masks."""
+    if pattern.name == "window":
+        return pattern.size * (1 - pattern.size / length / 2) if length > pattern.size else length / 2
+    if pattern.name == "sparse":
+        return min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
+    return count_work(pattern.segment_lengths, pattern.dilation_rates, length)
+
+
 def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
     """A new model that attends so; equal seeds give equal weights whatever the pattern."""
     torch.manual_seed(seed)

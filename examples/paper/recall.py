@@ -1,8 +1,11 @@
-"""What dilation loses: recall of one of many keys, at a known distance, trained from nothing.
+"""What dilation loses: recall of a passage at a known distance, trained from nothing.
 
-A text is filler in which pairs (key, value) are planted; later a key comes again, and the model must say its value
-(multi-query associative recall, Arora et al. 2023, arXiv 2312.04927; with one pair it is the passkey test). Filler
-tokens are random, keys are not told apart from filler by their place, and a key has another value in every text.
+A text is filler in which passages are planted, each twice; where one comes again the model must go on with it, token
+after token. This is associative recall with many queries (Arora et al. 2023, arXiv 2312.04927), the passkey test where
+one passage is all there is. A passage's tokens stand nowhere else in its text, filler tokens are random.
+
+Training has two stages: texts of 128 tokens with dense attention, shared by all patterns, until recall as such is
+learned; then every pattern's own attention on long texts, where what it cannot see it must pass on or lose.
 """
 
 from pathlib import Path
@@ -11,46 +14,48 @@ import numpy as np
 import torch
 from cells import train
 from patterns import make_model, make_pattern
+from safetensors.torch import load_model, save_model
 
-KEYS = VALUES = 64
-FILLER = 32
-VOCABULARY = KEYS + VALUES + FILLER
+KEYS = 128  # tokens of passages
+FILLER = 64
+VOCABULARY = KEYS + FILLER
+PASSAGE = 8
+SHARE = 0.7  # of a text that passages take, as far as there are tokens for them
 
 
-def make_texts(count: int, length: int, pairs: int, least: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts with planted pairs and queries.
+def make_texts(count: int, length: int, least: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts with planted passages.
 
     Args:
         count, length: texts and their tokens.
-        pairs: of different keys in a text, each asked for once.
-        least: the smallest distance between a key and its query, in tokens; distances are log-uniform from there.
+        least: the smallest distance between the two places of a passage, in tokens; they are log-uniform from there.
 
     Returns:
-        (count, length) tokens, and for each of them the distance of the pair asked for there, 0 where none is: the
-        token at a place with a distance is the query's key, the next one is the value to be told.
+        (count, length) tokens, and for each of them, where the next one is to be told, the distance of the passage's
+        first place; 0 elsewhere.
     """
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(KEYS + VALUES, VOCABULARY, (count, length), dtype=np.int64)
+    tokens = rng.integers(KEYS, VOCABULARY, (count, length), dtype=np.int64)
     distances = np.zeros((count, length), dtype=np.int64)
+    passages = min(KEYS, int(SHARE * length / 2)) // PASSAGE
     for text, distance in zip(tokens, distances, strict=True):
-        taken = np.zeros(length, dtype=bool)
-        for key, value in zip(rng.permutation(KEYS)[:pairs], rng.integers(KEYS, KEYS + VALUES, pairs), strict=True):
-            for _ in range(100):  # until both places are free
-                apart = int(np.exp(rng.uniform(np.log(least), np.log(length - 2))))
-                place = int(rng.integers(0, length - 1 - apart))
-                spots = [place, place + 1, place + apart, place + apart + 1]
-                if not taken[spots].any():
-                    taken[spots] = True
-                    text[[place, place + apart]] = key
-                    text[[place + 1, place + apart + 1]] = value
-                    distance[place + apart] = apart
+        is_free = np.ones(length, dtype=bool)
+        for passage in rng.permutation(KEYS)[: passages * PASSAGE].reshape(-1, PASSAGE):
+            for _ in range(50):  # until both places are free
+                apart = int(np.exp(rng.uniform(np.log(least), np.log(length - PASSAGE))))
+                place = int(rng.integers(0, length - PASSAGE + 1 - apart))
+                spots = [slice(at, at + PASSAGE) for at in (place, place + apart)]
+                if all(is_free[spot].all() for spot in spots):
+                    for spot in spots:
+                        is_free[spot], text[spot] = False, passage
+                    distance[place + apart : place + apart + PASSAGE - 1] = apart
                     break
     return tokens, distances
 
 
 @torch.inference_mode()
 def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int]) -> dict:
-    """Share of queries whose value the model names, by distance: from each edge to the next."""
+    """Share of the tokens to be told that the model names, by distance: from each edge to the next."""
     model.eval()
     right, asked = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
     for row, distance in zip(tokens, distances, strict=True):
@@ -64,21 +69,19 @@ def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int]) ->
 
 
 def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
-    """Train on such texts and score others."""
+    """Train on such texts, one stage, and score others."""
     torch.set_num_threads(settings["threads"])
-    branches = cell.get("branches") or settings["recall_branches"]
-    pattern = make_pattern(cell["pattern"], branches, cell["length"])
-    sizes = settings["recall_sizes"] | {
-        "vocab_size": VOCABULARY,
-        "head_offsets": cell.get("head_offsets", "interleaved"),
-    }
+    pattern = make_pattern(cell["pattern"], cell["branches"], cell["length"])
+    sizes = settings["recall_sizes"] | {"vocab_size": VOCABULARY, "head_offsets": cell["head_offsets"]}
     model = make_model(pattern, cell["seed"], **sizes)
-    texts = cell["tokens"] // cell["length"]
-    sequences, asked = make_texts(texts, cell["length"], cell["pairs"], cell["least"], cell["seed"] + 1)
-    told = np.pad(asked, ((0, 0), (1, 0)))[:, :-1] > 0  # the places of the values: the only ones to be learned
-    labels = np.where(told, sequences, -100)
-    result = train(model, sequences, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
-    held_out = make_texts(settings["recall_texts"], cell["length"], cell["pairs"], cell["least"], 10**6)
-    steps = int(np.log2(cell["length"] / cell["least"]))
-    edges = [cell["least"] * 2**i for i in range(steps)] + [cell["length"]]
+    if "base" in cell:
+        load_model(model, folder / cell["base"])
+    tokens, asked = make_texts(cell["tokens"] // cell["length"], cell["length"], cell["least"], cell["seed"] + 1)
+    told = np.pad(asked, ((0, 0), (1, 0)))[:, :-1] > 0  # the only tokens to be learned
+    labels = np.where(told, tokens, -100)
+    result = train(model, tokens, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
+    if "weights" in cell:
+        save_model(model, folder / cell["weights"])
+    held_out = make_texts(settings["recall_texts"], cell["length"], cell["least"], 10**6)
+    edges = [*(cell["least"] * 2**i for i in range(int(np.log2(cell["length"] / cell["least"])))), cell["length"]]
     return result | {"work": pattern._asdict(), "recall": score(model, *held_out, edges)}

@@ -10,6 +10,7 @@ Each cell is trained in a process of its own and leaves one JSON file in `--resu
 
 import argparse
 import json
+import math
 import multiprocessing
 import shlex
 import sys
@@ -52,20 +53,18 @@ FULL = {
     "tokens": 3 << 17,
     "sweep_tokens": 1 << 17,
     "base_rates": [1e-3, 2e-3, 4e-3],
-    "rates": [2.5e-4, 5e-4, 1e-3],
+    "rates": [2.5e-4, 5e-4, 1e-3, 2e-3],
     "targets": 2048,
     "blocks": 6,
     "held_out": 4,
-    "recall_branches": [[256, 512, 1024, 2048], [1, 2, 4, 8]],
+    "recall_branches": [[128, 512, 2048], [1, 2, 4]],
     "recall_sizes": {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "position_embedding": "rope", "tie_word_embeddings": True,
     },
-    "recall_length": 2048,
-    "recall_tokens": 3 << 20,
+    "recall_base": {"length": 128, "batch": 16, "tokens": 7 << 18, "rate": 2e-3, "least": 16},
+    "recall": {"length": 2048, "tokens": 1 << 19, "rate": 1e-3, "least": 32},
     "recall_texts": 32,
-    "pairs": 32,
-    "least": 64,
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -88,19 +87,18 @@ QUICK = FULL | {
     "targets": 64,
     "blocks": 2,
     "held_out": 2,
-    "recall_branches": [[16, 64], [1, 4]],
+    "recall_branches": [[32, 64], [1, 4]],
     "recall_sizes": FULL["recall_sizes"] | {"hidden_size": 32, "intermediate_size": 64},
-    "recall_length": 128,
-    "recall_tokens": 1 << 9,
+    "recall_base": FULL["recall_base"] | {"length": 32, "batch": 2, "tokens": 1 << 8, "least": 8},
+    "recall": FULL["recall"] | {"length": 128, "tokens": 1 << 9, "least": 16},
     "recall_texts": 2,
-    "pairs": 4,
-    "least": 16,
 }
-# Other branches for the recall task: fewer, and more rate than heads.
+# Other offsets and branches for the recall task: one long branch only; a longer first one; more rate than heads.
 RECALL_VARIANTS = {
     "blocked": {"head_offsets": "blocked"},
-    "one step": {"branches": [[256, 2048], [1, 8]]},
-    "steep": {"branches": [[256, 1024, 2048], [1, 4, 16]]},
+    "128,2048 by 1,4": {"branches": [[128, 2048], [1, 4]]},
+    "512,2048 by 1,4": {"branches": [[512, 2048], [1, 4]]},
+    "128,2048 by 1,16": {"branches": [[128, 2048], [1, 16]]},
 }
 
 
@@ -149,13 +147,14 @@ def sweep_cells(settings: dict) -> dict[str, dict]:
 
 
 def best_rate(prefix: str, rates: list[float], folder: Path) -> float:
-    """The rate with the least loss in a sweep: of the base, or under the longest context scored."""
+    """The largest rate within a hundredth of the least perplexity in a sweep, which was shorter than the training."""
 
-    def score(rate: float) -> float:
+    def perplexity(rate: float) -> float:
         result = json.loads((folder / f"{prefix}-{rate:g}.json").read_text())
-        return result["loss"] if "loss" in result else result["scores"]["perplexity"][-1]
+        return math.exp(result["loss"]) if "loss" in result else result["scores"]["perplexity"][-1]
 
-    return min(rates, key=score)
+    found = {rate: perplexity(rate) for rate in rates}
+    return max(rate for rate in rates if found[rate] <= 1.01 * min(found.values()))
 
 
 def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
@@ -181,12 +180,21 @@ def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return cells
 
 
+def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """Recall as such, in short texts and with dense attention."""
+    name = f"recall_base-{seed}"
+    cell = {"pattern": "dense", "branches": None, "head_offsets": "interleaved", "weights": f"{name}.safetensors"}
+    return {name: common(settings, kind="recall", seed=seed, **settings["recall_base"]) | cell}
+
+
 def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """Recall of every pattern, then of other branches and offsets of LongNet's."""
+    """Recall of every pattern in long texts, then of other branches and offsets of LongNet's."""
     cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in PATTERNS}
     if settings["name"] == "full":
         cells |= {f"recall-longnet {name}-{seed}": {"pattern": "longnet"} | x for name, x in RECALL_VARIANTS.items()}
-    return {name: common(settings, kind="recall", seed=seed) | x for name, x in cells.items()}
+    base = common(settings, kind="recall", seed=seed, **settings["recall"], base=f"recall_base-{seed}.safetensors")
+    base |= {"branches": settings["recall_branches"], "head_offsets": "interleaved"}
+    return {name: base | cell for name, cell in cells.items()}
 
 
 def run_cell(cell: dict, settings: dict, folder: Path, text: tuple) -> dict:
@@ -246,11 +254,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 3600 * arguments.hours
     first, *others = settings["seeds"]
-    parts = {"table": [], "recall": [partial(recall_cells, settings, seed) for seed in settings["seeds"]], "time": []}
+    parts = {"table": [], "recall": [], "time": []}
     parts["table"] += [partial(base_sweep_cells, settings), partial(base_cells, settings, folder, first)]
     parts["table"] += [partial(sweep_cells, settings), partial(table_cells, settings, folder, first)]
     for seed in others:
         parts["table"] += [partial(base_cells, settings, folder, seed), partial(table_cells, settings, folder, seed)]
+    for seed in settings["seeds"]:
+        parts["recall"] += [partial(recall_base_cells, settings, seed), partial(recall_cells, settings, seed)]
     parts["time"] += [partial(time_cells, settings, folder, first)]
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
         if not run_missing(make_cells(), settings, folder, until):  # what it needs the parts before it have left
