@@ -1,0 +1,136 @@
+"""Memory of a training step: bytes a token counted from the model, beside the measured peak; and what 80 GB hold.
+
+Counted are the tensors that autograd keeps (by its own hooks, in models of one and of two blocks), then
+
+    peak / token = N E (the blocks' inputs, with gradient checkpointing) or N block (without)
+                 + block (with checkpointing: the one that is computed again) + I + 2 E (gradients at work)
+
+in elements of the dtype; N blocks of width E and inner width I, `block` what one keeps. Weights, their gradients and
+the optimizer's state do not grow with the text and are left out. Measured is the same step's peak, over the tokens.
+"""
+
+import argparse
+
+import torch
+from matplotlib.figure import Figure
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+
+from .decode import PATTERN, SIZES
+from .measure import ROOT, Call, peak_bytes
+
+PAPER = ROOT / "configuration" / "longnet-125m.json"
+COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark; the defaults are the published run."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="tokens")
+    parser.add_argument("--plain-most", type=int, default=32_768, help="longest without gradient checkpointing")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+
+
+def _config(**changes) -> LongNetConfig:
+    sizes = SIZES | PATTERN | {"intermediate_size": 4 * SIZES["hidden_size"], "position_embedding": "rope"}
+    return LongNetConfig(**sizes | changes)
+
+
+def kept_bytes(config: LongNetConfig, dtype: str) -> float:
+    """What autograd keeps of one text for a backward pass, bytes a token; weights are not counted."""
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(config).to(getattr(torch, dtype)).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x  # held, or its memory would be given to the next
+        return x
+
+    ids = torch.randint(config.vocab_size, (1, COUNTED_AT))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    storages = [x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights]
+    del loss
+    return sum(storages) / COUNTED_AT
+
+
+def count_bytes(config: LongNetConfig, dtype: str, checkpointing: bool) -> float:
+    """The module's formula: bytes a token at the peak of a training step."""
+    one, two = (kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (1, 2))
+    block, element = two - one, getattr(torch, dtype).itemsize
+    blocks = config.num_hidden_layers
+    kept = blocks * config.hidden_size * element + block if checkpointing else blocks * block
+    return kept + (config.intermediate_size + 2 * config.hidden_size) * element
+
+
+def prepare(length: int, dtype: str, checkpointing: bool, threads: int, device: str) -> Call:
+    """One training step, gradients freed after it."""
+    torch.set_num_threads(threads)
+    model = LongNetForCausalLM(_config()).to(device, getattr(torch, dtype)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(SIZES["vocab_size"], (1, length), device=device)
+
+    def step():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run(args: argparse.Namespace) -> dict:
+    rows = []
+    for dtype in args.dtypes:
+        for checkpointing in (True, False):
+            counted = count_bytes(_config(), dtype, checkpointing)
+            for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
+                print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
+                peak = peak_bytes(prepare, length, dtype, checkpointing, args.threads, args.device)
+                rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
+                rows[-1]["peak_bytes"] = peak
+    paper = LongNetConfig.from_pretrained(PAPER)
+    counted = {str(on): count_bytes(paper, "bfloat16", on) for on in (True, False)}
+    return {"sizes": SIZES, "pattern": PATTERN, "rows": rows, "paper_bytes_a_token": counted}
+
+
+def tables(result: dict) -> str:
+    """Counted and measured bytes a token, and the count for the paper's model."""
+    lines = ["| tokens | dtype | gradient checkpointing | counted, KB a token | measured | measured / counted |"]
+    lines.append("| ---: | --- | --- | ---: | ---: | ---: |")
+    for row in result["rows"]:
+        counted, peak = row["counted"] / 1000, row["peak_bytes"]
+        measured = (
+            ("", "")
+            if peak is None
+            else (f"{peak / row['length'] / 1000:.1f}", f"{peak / row['length'] / row['counted']:.2f}")
+        )
+        on = "on" if row["checkpointing"] else "off"
+        lines.append(f"| {row['length']:,} | {row['dtype']} | {on} | {counted:.1f} | {' | '.join(measured)} |")
+    sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
+    on, off = (result["paper_bytes_a_token"][key] * 2**20 / 1e9 for key in ("True", "False"))
+    text = (
+        f"Model: {sizes}. The paper's 125M model in bfloat16 at 2^20 tokens, counted: {on:,.0f} GB with gradient "
+        f"checkpointing, {off:,.0f} GB without, beside 2 to 3 GB of weights, gradients and optimizer state."
+    )
+    return "\n".join(lines) + "\n\n" + text
+
+
+headline = tables
+
+
+def plot(result: dict, path: str) -> None:
+    """Measured and counted peak against tokens."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        for on in (True, False):
+            rows = [r for r in result["rows"] if (r["dtype"], r["checkpointing"]) == (dtype, on) and r["peak_bytes"]]
+            if rows:
+                lengths = [row["length"] for row in rows]
+                label = f"{dtype}, checkpointing {'on' if on else 'off'}"
+                (line,) = axis.plot(lengths, [row["peak_bytes"] / 2**30 for row in rows], "o", label=label)
+                counted = [row["counted"] * row["length"] / 2**30 for row in rows]
+                axis.plot(lengths, counted, "--", color=line.get_color())
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak GiB of a step (dashed: counted)")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
