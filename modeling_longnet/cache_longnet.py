@@ -35,8 +35,9 @@ _COUNTS = ("lengths", "columns", "capacity", "ends_in_padding")
 
 
 class Slots(NamedTuple):
-    """What each of the P slots is for, int64: its branch's w and r, its number j, its heads' o."""
+    """What each of the P slots is for, int64: its branch, that one's w and r, its number j, its heads' o."""
 
+    branch: Tensor  # (P,)
     w: Tensor  # (P,)
     r: Tensor  # (P,)
     number: Tensor  # (P,)
@@ -377,6 +378,9 @@ class LongNetCache(Cache):
         self.pattern = cache_pattern(config)
         branches, layers = make_branches(*self.pattern), range(config.num_hidden_layers)
         super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for _ in layers])
+        # w (n,), r (n,) and offset (G, n) of the n branches
+        w, r, offset = (torch.tensor([getattr(b, name) for b in branches]) for name in ("w", "r", "offsets"))
+        self._branches = w, r, offset.T
         self._slots: Slots | None = None
 
     def check(self, config: LongNetConfig, batch: int) -> None:
@@ -410,26 +414,23 @@ class LongNetCache(Cache):
         if self._slots is None or self._slots.w.device != layer.device or len(self._slots.w) != layer.keys.shape[2]:
             sizes = torch.tensor(layer.slots(layer.capacity))
             number = torch.cat([torch.arange(size) for size in sizes.tolist()])
-            w, r, offset = (
-                torch.tensor([getattr(b, name) for b in layer.branches]).repeat_interleave(sizes, 0)
-                for name in ("w", "r", "offsets")
-            )
-            self._slots = Slots(*(x.to(layer.device) for x in (w, r, number, offset.T.contiguous())))
+            branch = torch.arange(len(sizes)).repeat_interleave(sizes)
+            w, r, offset = (x[..., branch] for x in self._branches)
+            self._slots = Slots(*(x.to(layer.device) for x in (branch, w, r, number, offset)))
         return self._slots
 
-    def seen_slots(self, positions: Tensor, ahead: int = 0) -> Tensor:
+    def seen_slots(self, positions: Tensor) -> Tensor:
         """Which slots the queries at these positions see: those of their segment's earlier rows, if rows themselves.
 
         Args:
             positions: (B, L), each at least its row's length.
-            ahead: tokens of each row whose rows are in their slots beyond `lengths`.
 
         Returns:
             (B, G, L, P) bool.
         """
         slots = self.slots()
         start = torch.tensor(self.lengths, device=positions.device)[:, None]  # (B, 1)
-        filled = (start % slots.w + ahead)[:, None, None]  # (B, 1, 1, P)
+        filled = (start % slots.w)[:, None, None]  # (B, 1, 1, P)
         p = positions[:, None, :, None]  # (B, 1, L, 1)
         offset = slots.offset[:, None]  # (G, 1, P)
         is_row = (p % slots.w) % slots.r == offset
@@ -437,27 +438,27 @@ class LongNetCache(Cache):
         return is_row & same_segment & (slots.number * slots.r + offset < filled)
 
     def step(self, num_heads: int) -> Step:
-        """Prepare a decoding step of one token a row, for `num_heads` query heads."""
+        """Prepare a decoding step of one token a row, for `num_heads` query heads.
+
+        Counted by branch, on the CPU: most tokens are no row of the more dilated branches, whose slots are left alone.
+        """
+        first = self.layers[0]
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)
-        slots = self.slots()
-        t = torch.tensor(self.lengths, device=slots.w.device)[:, None, None]  # (B, 1, 1)
-        new = (t % slots.w) == slots.number * slots.r + slots.offset  # (B, G, P)
-        seen = self.seen_slots(t[:, :, 0], ahead=1)[..., : self._last_seen()]
-        seen = seen.repeat_interleave(num_heads // slots.offset.shape[0], 1)
-        mask = torch.zeros(seen.shape, dtype=self.layers[0].dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-        covers_all = any(b.r == 1 for b in self.layers[0].branches)
-        return Step(new.nonzero(as_tuple=True), mask, None if covers_all else seen.any(-1, keepdim=True))
-
-    def _last_seen(self) -> int:
-        """How many slots a step has to read: most tokens are no row of the most dilated branches, in any head."""
-        layer, begin, end = self.layers[0], 0, 1
-        for branch, size in zip(layer.branches, layer.slots(layer.capacity), strict=True):
-            inside = [t % branch.w for t in self.lengths]
-            rows = [p // branch.r + 1 for p in inside if p % branch.r in branch.offsets]
-            end = begin + max(rows) if rows else end
-            begin += size
-        return end
+        slots, (w, r, offset) = self.slots(), self._branches
+        place = torch.tensor(self.lengths)[:, None] % w  # (B, n), in the segment
+        number = place // r
+        is_row = (place % r)[:, None] == offset  # (B, G, n)
+        counts = torch.where(is_row, number[:, None] + 1, 0)  # a head that has this row sees those before it
+        sizes = torch.tensor(first.slots(first.capacity))
+        batch, head, branch = is_row.nonzero(as_tuple=True)
+        slot = (number + sizes.cumsum(0) - sizes)[batch, branch]
+        end = int(slot.max()) + 1 if len(slot) else 1
+        seen = slots.number[:end] < counts.to(first.device)[:, :, slots.branch[:end]]  # (B, G, S)
+        seen = seen[:, :, None].repeat_interleave(num_heads // len(offset), 1)
+        mask = torch.zeros(seen.shape, dtype=first.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        covered = None if any(b.r == 1 for b in first.branches) else seen.any(-1, keepdim=True)
+        return Step(tuple(x.to(first.device) for x in (batch, head, slot)), mask, covered)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A copy of everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""
