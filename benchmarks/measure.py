@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -56,7 +57,8 @@ def _synchronize() -> None:
 def time_alternately(
     calls: dict[str, Call], *, seconds: float, least: int = 3, most: int = 20
 ) -> dict[str, list[float]]:
-    """Time all calls once a round; every other round runs backwards, so that drift cancels.
+    """Time all calls once a round, each round in another order: drift cancels, and so does what a call finds in the
+    processor's caches, which the one before it has left.
 
     Args:
         calls: the contestants. Each is called once before the clock starts.
@@ -69,11 +71,12 @@ def time_alternately(
     for call in calls.values():
         call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     for number in range(most):
         if number >= least and time.perf_counter() > end:
             break
-        for name in reversed(calls) if number % 2 else calls:
+        for name in order.sample(list(calls), len(calls)):
             samples[name].append(seconds_of(calls[name]))
     return samples
 
