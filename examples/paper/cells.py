@@ -106,7 +106,8 @@ def run_base_cell(cell: dict, settings: dict, folder: Path, documents: dict, tok
 def make_text_model(cell: dict, settings: dict, tokenizer) -> tuple[torch.nn.Module, Pattern]:
     """The cell's pattern in a new model."""
     torch.set_num_threads(settings["threads"])
-    pattern = make_pattern(cell["pattern"], settings["branches"], cell["length"])
+    branches = settings["wide_branches" if cell["pattern"] == "longnet-wide" else "branches"]
+    pattern = make_pattern(cell["pattern"], branches, cell["length"])
     return make_model(pattern, cell["seed"], **settings["sizes"] | {"vocab_size": len(tokenizer)}), pattern
 
 

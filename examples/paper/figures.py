@@ -2,8 +2,8 @@
 
     python examples/paper/figures.py [--results examples/paper/results/full]
 
-Writes `summary.md` and the plots beside the JSON files, and `patterns.png`: which keys each head sees, the path between
-two tokens, and the memory of the cache, all counted from the pattern itself.
+Writes `summary.md` and the plots beside the JSON files, the README's tables, and `patterns.png`: which keys each head
+sees, the path between two tokens, and the memory of the cache, all counted from the pattern itself.
 """
 
 import argparse
@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
-from patterns import Pattern, count_keys
+from patterns import Pattern, count_keys  # noqa: E402
 
-from benchmarks.run import describe
-from modeling_longnet.branches import make_branches
-from modeling_longnet.reference import count_branches
+from benchmarks.figures import fill_markers  # noqa: E402
+from benchmarks.run import describe  # noqa: E402
+from modeling_longnet.branches import make_branches  # noqa: E402
+from modeling_longnet.reference import count_branches  # noqa: E402
 
+FULL = ROOT / "examples" / "paper" / "results" / "full"
 # Perplexity on The Stack of its models of 125M parameters; ours are small and not to be compared with them.
 PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 32K |
 | --- | ---: | ---: | ---: |
@@ -119,7 +122,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
     cells = {name: r for name, r in results.items() if name.startswith("tokens-")}
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     flops, context, position = figure.subplots(1, 3)
-    colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3"}
+    colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3", "longnet-wide": "C4"}
     styles = dict(zip(sorted({r["cell"]["length"] for r in cells.values()}), ("-", "--", ":"), strict=False))
     for result in cells.values():
         cell, scores = result["cell"], result["scores"]
@@ -203,14 +206,18 @@ def plot_patterns(path: Path) -> None:
 
 def summarize(results: dict[str, dict]) -> str:
     """Everything as Markdown."""
-    first = next(iter(results.values()))
-    settings = first["settings"]
-    branches = ", ".join(f"({w}, {r})" for w, r in zip(*settings["branches"], strict=True))
+    first, last = (sorted(results.values(), key=lambda result: result["date"])[i] for i in (0, -1))
+    settings = last["settings"]
+    branches, wide = (
+        ", ".join(f"({w}, {r})" for w, r in zip(*cells_branches, strict=True))
+        for cells_branches in (settings["branches"], settings["wide_branches"])
+    )
     sizes = ", ".join(f"{name} {value}" for name, value in settings["sizes"].items())
     return "\n\n".join([
         f"# Dense, LongNet, window and sparse attention in one model ({settings['name']})",
         f"{len(results)} cells; the first: {describe(first)}",
-        f"Model: {sizes}. LongNet's branches {branches}; window and sparse do equal work (examples/paper/patterns.py).",
+        f"Model: {sizes}. LongNet's branches {branches}, wide "
+        f"{wide}; window and sparse do the work of the first (examples/paper/patterns.py).",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
         "## The same at the training time that LongNet took", table(results, "time"),
         "## The paper's own numbers", PAPER,
@@ -219,9 +226,20 @@ def summarize(results: dict[str, dict]) -> str:
     ]) + "\n"  # fmt: skip
 
 
+def headline(results: dict[str, dict]) -> str:
+    """What the README shows."""
+    return "\n\n".join([
+        f"{len(results)} cells; the first: {describe(next(iter(results.values())))}",
+        "Perplexity of the same held-out targets by context:", table(results, "tokens"),
+        "Recall of a passage by its distance in tokens:", recall_table(results),
+        "The sweeps, equal training time, the paper's own numbers: "
+        "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
+    ])  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "full")
+    parser.add_argument("--results", type=Path, default=FULL, help="of another folder the README shows nothing")
     folder = parser.parse_args().results
     results = load(folder)
     plot_patterns(folder / "patterns.png")
@@ -233,6 +251,9 @@ def main() -> None:
         plot_text(results, folder / "text.png")
     if any(name.startswith("recall-") for name in results):
         plot_recall(results, folder / "recall.png")
+    if folder == FULL:
+        readme = ROOT / "README.md"
+        readme.write_text(fill_markers(readme.read_text(), "paper", headline(results)))
     print(summarize(results))
 
 

@@ -1,10 +1,10 @@
-"""The four attention patterns to compare, as data, and the two of them that are no branches.
+"""The attention patterns to compare, as data, and the two of them that are no branches.
 
 All run in the same model, `LongNetForCausalLM`; a pattern says which keys a query sees. Work is counted as keys that
 a query sees on average, per head, at the training length; window and sparse get LongNet's.
 
 - dense: every earlier token, one branch of rate 1.
-- longnet: dilated branches.
+- longnet: dilated branches; "longnet-wide": those with a longer first segment.
 - window: the last `size` tokens.
 - sparse: the fixed pattern of Child et al. 2019 (arXiv 1904.10509, section 4.3): all earlier tokens of the query's
   block, and of each earlier block the last `summary` tokens.
@@ -21,7 +21,7 @@ from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.branches import count_work
 
 LONGEST = 1 << 20  # a branch that cuts no text here
-PATTERNS = ("dense", "longnet", "window", "sparse")
+PATTERNS = ("dense", "longnet", "window", "sparse", "longnet-wide")
 
 
 class Pattern(NamedTuple):
@@ -38,7 +38,7 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
     """A pattern with the work that these branches do in a text of `length` tokens; dense does what it must."""
     if name == "dense":
         return Pattern(name, (LONGEST,), (1,))
-    if name == "longnet":
+    if name in ("longnet", "longnet-wide"):
         return Pattern(name, *branches)
     work = max(1, round(count_work(*branches, length)))
     if name == "window":

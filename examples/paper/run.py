@@ -39,6 +39,7 @@ FULL = {
     "jobs": 2,
     "bfloat16": True,
     "branches": [[512, 2048, 8192, 32768], [1, 2, 4, 8]],
+    "wide_branches": [[2048, 8192, 32768], [1, 4, 8]],
     "sizes": {
         "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 8, "position_embedding": "rope", "tie_word_embeddings": True,
@@ -72,6 +73,7 @@ QUICK = FULL | {
     "jobs": 1,
     "bfloat16": False,
     "branches": [[32, 64, 128], [1, 2, 4]],
+    "wide_branches": [[64, 128], [1, 4]],
     "sizes": FULL["sizes"] | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     "base_length": 16,
     "base_tokens": 1 << 8,
@@ -108,7 +110,7 @@ def common(settings: dict, **fields) -> dict:
 
 def base_of(pattern: str) -> str:
     """The pattern of a first stage: there window and sparse are dense attention."""
-    return "longnet" if pattern == "longnet" else "dense"
+    return pattern if pattern.startswith("longnet") else "dense"
 
 
 def base_sweep_cells(settings: dict) -> dict[str, dict]:
@@ -127,10 +129,10 @@ def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return {
         f"base-{pattern}-{seed}": common(
             settings, kind="base", pattern=pattern, length=settings["base_length"], seed=seed,
-            rate=best_rate(f"sweep-base-{pattern}", settings["base_rates"], folder),
+            rate=best_rate(f"sweep-base-{pattern.removesuffix('-wide')}", settings["base_rates"], folder),
             tokens=settings["base_tokens"], weights=f"base-{pattern}-{seed}.safetensors",
         )
-        for pattern in ("dense", "longnet")
+        for pattern in dict.fromkeys(map(base_of, PATTERNS))
     }  # fmt: skip
 
 
@@ -173,7 +175,7 @@ def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The same for the time that LongNet took in the second stage."""
     cells = {}
     for name, cell in table_cells(settings, folder, seed).items():
-        if cell["pattern"] != "longnet":
+        if not cell["pattern"].startswith("longnet"):
             seconds = json.loads((folder / f"tokens-longnet-{cell['length']}-{seed}.json").read_text())["seconds"]
             del cell["tokens"]
             cells[name.replace("tokens", "time", 1)] = cell | {"seconds": seconds}
@@ -189,7 +191,7 @@ def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     """Recall of every pattern in long texts, then of other branches and offsets of LongNet's."""
-    cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in PATTERNS}
+    cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in PATTERNS if pattern != "longnet-wide"}
     if settings["name"] == "full":
         cells |= {f"recall-longnet {name}-{seed}": {"pattern": "longnet"} | x for name, x in RECALL_VARIANTS.items()}
     base = common(settings, kind="recall", seed=seed, **settings["recall"], base=f"recall_base-{seed}.safetensors")
@@ -247,9 +249,11 @@ def main() -> None:
     parser.add_argument("--part", choices=["table", "recall", "time", "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="toy size: shows that everything runs")
     parser.add_argument("--results", type=Path, help="folder of the JSON files; default results/full or /quick")
+    parser.add_argument("--jobs", type=int, help="cells at once, one thread each; default 2")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no new cell after so long")
     arguments = parser.parse_args()
     settings = QUICK if arguments.quick else FULL
+    settings["jobs"] = arguments.jobs or settings["jobs"]
     folder = arguments.results or RESULTS / settings["name"]
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 3600 * arguments.hours
