@@ -96,6 +96,12 @@ def highest_resident_bytes() -> int:
     return _status_bytes("VmHWM")
 
 
+def restart_highest_resident_bytes() -> None:
+    """Forget `highest_resident_bytes` so far, where the system (Linux) lets a process do so."""
+    if (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")
+
+
 def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
     call = prepare(*arguments)
     call()  # the kernels' code and their own buffers are there from now on
@@ -107,7 +113,7 @@ def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
         return torch.cuda.max_memory_allocated() - before
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # give back what the first call left, or the second would reuse it
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark VmHWM
+    restart_highest_resident_bytes()
     before = resident_bytes()
     result = call()
     peak = highest_resident_bytes()
@@ -155,8 +161,8 @@ def _version(package: str) -> str:
 
 def describe_run() -> dict[str, object]:
     """Command, commit, date, versions and machine of this run, to be stored with its samples."""
-    # `benchmarks/results` is what runs write: it does not make the measured code a changed one.
-    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    # What runs write does not make the measured code a changed one.
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!examples/paper/results")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),

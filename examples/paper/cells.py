@@ -20,6 +20,8 @@ from patterns import Pattern, count_keys, make_model, make_pattern
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 
+from benchmarks.measure import highest_resident_bytes, resident_bytes, restart_highest_resident_bytes
+
 BUCKETS = 16  # of positions, for the loss inside a held-out sequence
 
 
@@ -46,12 +48,15 @@ def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
 def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.ndarray | None = None) -> dict:
     """Steps of `batch` sequences (1), until `tokens` or `seconds` are used up; the learning rate falls to 0 with them.
 
-    Seconds are the process's own on its processor, so that what else the machine does hardly counts.
+    Seconds are the process's own on its processor: waiting for another process does not count, though its use of shared
+    caches and memory does (about 15 % between equal cells).
     """
     optimizer = MuonAndAdamW(model, learning_rate=cell["rate"], muon_learning_rate=10 * cell["rate"])
     first = [group["lr"] for group in optimizer.param_groups]
     tokens, batch, spent, losses = cell.get("tokens"), cell.get("batch", 1), 0.0, []
     length = batch * sequences.shape[1]  # tokens of a step
+    restart_highest_resident_bytes()
+    before = resident_bytes()
     model.train()
     with tqdm(desc=name, unit="token", unit_scale=True, total=tokens) as progress:
         for step in range(10**9):
@@ -59,9 +64,10 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
             if done >= 1:
                 break
             began = time.process_time()
-            warm = min(1.0, (step + 1) / cell["warmup"])
+            share = (step + 1) * length / tokens if tokens else done + spent / max(1, step) / cell["seconds"]
+            warm = min(1.0, (step + 1 if cell["warmup"] >= 1 else share) / cell["warmup"])
             for group, rate in zip(optimizer.param_groups, first, strict=True):
-                group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
+                group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
             rows = np.arange(step * batch, (step + 1) * batch) % len(sequences)
             ids, wanted = (
                 torch.from_numpy(x[rows].astype(np.int64)) for x in (sequences, sequences if labels is None else labels)
@@ -75,7 +81,15 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
             losses.append(loss.item())
             spent += time.process_time() - began
             progress.update(length)
-    return {"tokens": len(losses) * length, "seconds": spent, "losses": losses}
+    peak = highest_resident_bytes() - before
+    return {"tokens": len(losses) * length, "seconds": spent, "losses": losses, "peak_bytes": peak}
+
+
+def save_weights(model: torch.nn.Module, file: Path) -> None:
+    """Write a file that is never seen half-written."""
+    part = file.with_suffix(".part")
+    save_model(model, part)
+    part.replace(file)
 
 
 @torch.inference_mode()
@@ -99,13 +113,12 @@ def run_base_cell(cell: dict, settings: dict, folder: Path, documents: dict, tok
     with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
         losses = loss_by_position(model, cut(documents["evaluation"], cell["length"], 0)[: settings["base_held_out"]])
     if cell.get("weights"):
-        save_model(model, folder / cell["weights"])
+        save_weights(model, folder / cell["weights"])
     return result | {"loss": float(np.mean(losses))}
 
 
 def make_text_model(cell: dict, settings: dict, tokenizer) -> tuple[torch.nn.Module, Pattern]:
     """The cell's pattern in a new model."""
-    torch.set_num_threads(settings["threads"])
     branches = settings["wide_branches" if cell["pattern"] == "longnet-wide" else "branches"]
     pattern = make_pattern(cell["pattern"], branches, cell["length"])
     return make_model(pattern, cell["seed"], **settings["sizes"] | {"vocab_size": len(tokenizer)}), pattern

@@ -57,16 +57,19 @@ def table(results: dict[str, dict], budget: str) -> str:
     if not groups:
         return f"No cell of equal {budget} has been run."
     contexts = next(iter(groups.values()))[0]["scores"]["contexts"]
-    header = ["trained on", "pattern", "seeds", "tokens", "tokens/s", "peak MiB", *(f"{c:,}" for c in contexts), "+-"]
+    header = ["trained on", "pattern", "keys a query", "seeds", "steps", "tokens/s", "peak MiB"]
+    header += [*(f"{c:,}" for c in contexts), "+- at the trained length"]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
     for (length, pattern), cells in sorted(groups.items()):
         scores = [cell["scores"] for cell in cells]
         columns = zip(*(s["perplexity"] for s in scores), strict=True)
-        row = [f"{length:,}", pattern, str(len(cells)), f"{np.mean([c['tokens'] for c in cells]):,.0f}"]
+        keys = count_keys(Pattern(**cells[0]["work"]), length)
+        steps = np.mean([c["tokens"] / length for c in cells])
+        row = [f"{length:,}", pattern, f"{keys:,.0f}", str(len(cells)), f"{steps:,.0f}"]
         row += [f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}"]
         row += [f"{np.mean([c['peak_bytes'] for c in cells]) / 2**20:,.0f}"]
         row += [_mean(list(column)) for column in columns]
-        row += [f"{np.mean([s['perplexity_error'][-1] for s in scores]):.2f}"]
+        row += [f"{np.mean([s['perplexity_error'][contexts.index(length)] for s in scores]):.2f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -21,7 +21,8 @@ from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.branches import count_work
 
 LONGEST = 1 << 20  # a branch that cuts no text here
-PATTERNS = ("dense", "longnet", "window", "sparse", "longnet-wide")
+RIVALS = ("dense", "longnet", "window", "sparse")
+PATTERNS = (*RIVALS, "longnet-wide")
 
 
 class Pattern(NamedTuple):
@@ -40,11 +41,14 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
         return Pattern(name, (LONGEST,), (1,))
     if name in ("longnet", "longnet-wide"):
         return Pattern(name, *branches)
-    work = max(1, round(count_work(*branches, length)))
-    if name == "window":
-        return Pattern(name, (LONGEST,), (1,), size=work)
-    if name == "sparse":  # half of the work in the own block, half in the summaries of length / work blocks
-        return Pattern(name, (LONGEST,), (1,), size=work, summary=max(1, round(work * work / length)))
+    work = count_work(*branches, length)
+    if (
+        name == "window"
+    ):  # the text's first queries see less than a window: L (1 - sqrt(1 - 2 work / L)) makes up for it
+        return Pattern(name, (LONGEST,), (1,), size=round(length * (1 - max(0, 1 - 2 * work / length) ** 0.5)))
+    if name == "sparse":  # half of the work in the own block, half in the summaries of the blocks before it
+        size = max(1, round(work))
+        return Pattern(name, (LONGEST,), (1,), size, summary=max(1, round(work / max(1, length / size - 1))))
     raise ValueError(f"pattern {name!r}: allowed are {', '.join(map(repr, PATTERNS))}.")
 
 

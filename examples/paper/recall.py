@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import train
+from cells import save_weights, train
 from patterns import make_model, make_pattern
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 
 KEYS = 128  # tokens of passages
 FILLER = 64
@@ -70,7 +70,6 @@ def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int]) ->
 
 def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     """Train on such texts, one stage, and score others."""
-    torch.set_num_threads(settings["threads"])
     pattern = make_pattern(cell["pattern"], cell["branches"], cell["length"])
     sizes = settings["recall_sizes"] | {"vocab_size": VOCABULARY, "head_offsets": cell["head_offsets"]}
     model = make_model(pattern, cell["seed"], **sizes)
@@ -81,7 +80,7 @@ def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     labels = np.where(told, tokens, -100)
     result = train(model, tokens, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
     if "weights" in cell:
-        save_model(model, folder / cell["weights"])
+        save_weights(model, folder / cell["weights"])
     held_out = make_texts(settings["recall_texts"], cell["length"], cell["least"], 10**6)
     edges = [*(cell["least"] * 2**i for i in range(int(np.log2(cell["length"] / cell["least"])))), cell["length"]]
     return result | {"work": pattern._asdict(), "recall": score(model, *held_out, edges)}

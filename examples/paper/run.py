@@ -20,16 +20,16 @@ from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the other examples
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other examples
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks
 
+import torch
 from cells import load_documents, run_base_cell, run_text_cell
 from evaluate_perplexity import write_whole
-from patterns import PATTERNS
+from patterns import RIVALS
 from recall import run_recall_cell
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-from benchmarks.measure import describe_run, highest_resident_bytes  # noqa: E402
+from benchmarks.measure import describe_run
 
 RESULTS = Path(__file__).parent / "results"
 FULL = {
@@ -105,6 +105,7 @@ RECALL_VARIANTS = {
 
 
 def common(settings: dict, **fields) -> dict:
+    """Fields that cells share; warmup as in Transformers: steps, or below 1 a share of the training."""
     return {"bfloat16": settings["bfloat16"], "warmup": 20 if settings["name"] == "full" else 1} | fields
 
 
@@ -124,7 +125,7 @@ def base_sweep_cells(settings: dict) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+def base_cells(patterns: tuple[str, ...], settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The first stage at its best learning rate."""
     return {
         f"base-{pattern}-{seed}": common(
@@ -132,11 +133,11 @@ def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
             rate=best_rate(f"sweep-base-{pattern.removesuffix('-wide')}", settings["base_rates"], folder),
             tokens=settings["base_tokens"], weights=f"base-{pattern}-{seed}.safetensors",
         )
-        for pattern in dict.fromkeys(map(base_of, PATTERNS))
+        for pattern in dict.fromkeys(map(base_of, patterns))
     }  # fmt: skip
 
 
-def sweep_cells(settings: dict) -> dict[str, dict]:
+def sweep_cells(patterns: tuple[str, ...], settings: dict) -> dict[str, dict]:
     """The second stage, shorter, at every learning rate and the shortest length, for every pattern."""
     return {
         f"sweep-{pattern}-{rate:g}": common(
@@ -144,39 +145,45 @@ def sweep_cells(settings: dict) -> dict[str, dict]:
             tokens=settings["sweep_tokens"], contexts=settings["contexts"][:2],
             base=f"base-{base_of(pattern)}-0.safetensors",
         )
-        for rate, pattern in product(settings["rates"], PATTERNS)
+        for rate, pattern in product(settings["rates"], patterns)
     }  # fmt: skip
 
 
 def best_rate(prefix: str, rates: list[float], folder: Path) -> float:
-    """The largest rate within a hundredth of the least perplexity in a sweep, which was shorter than the training."""
+    """The rate with the least perplexity in a sweep; of the base, or under the longest context scored."""
 
     def perplexity(rate: float) -> float:
-        result = json.loads((folder / f"{prefix}-{rate:g}.json").read_text())
+        result = read(folder / f"{prefix}-{rate:g}.json")
         return math.exp(result["loss"]) if "loss" in result else result["scores"]["perplexity"][-1]
 
-    found = {rate: perplexity(rate) for rate in rates}
-    return max(rate for rate in rates if found[rate] <= 1.01 * min(found.values()))
+    return min(rates, key=perplexity)
 
 
-def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+def read(path: Path) -> dict:
+    """The results of a cell that others need."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run --part table first, without --part it comes first by itself.")
+    return json.loads(path.read_text())
+
+
+def table_cells(patterns: tuple[str, ...], settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """Table 2: every pattern and length, each with the same tokens."""
     return {
         f"tokens-{pattern}-{length}-{seed}": common(
-            settings, kind="text", pattern=pattern, length=length, seed=seed, by_position=True,
+            settings, kind="text", pattern=pattern, length=length, seed=seed, warmup=0.1, by_position=True,
             rate=best_rate(f"sweep-{pattern}", settings["rates"], folder), tokens=settings["tokens"],
             contexts=settings["contexts"], base=f"base-{base_of(pattern)}-{seed}.safetensors",
         )
-        for length, pattern in product(settings["lengths"], PATTERNS)
+        for length, pattern in product(settings["lengths"], patterns)
     }  # fmt: skip
 
 
 def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The same for the time that LongNet took in the second stage."""
     cells = {}
-    for name, cell in table_cells(settings, folder, seed).items():
-        if not cell["pattern"].startswith("longnet"):
-            seconds = json.loads((folder / f"tokens-longnet-{cell['length']}-{seed}.json").read_text())["seconds"]
+    for name, cell in table_cells(RIVALS, settings, folder, seed).items():
+        if cell["pattern"] != "longnet":
+            seconds = read(folder / f"tokens-longnet-{cell['length']}-{seed}.json")["seconds"]
             del cell["tokens"]
             cells[name.replace("tokens", "time", 1)] = cell | {"seconds": seconds}
     return cells
@@ -191,7 +198,7 @@ def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     """Recall of every pattern in long texts, then of other branches and offsets of LongNet's."""
-    cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in PATTERNS if pattern != "longnet-wide"}
+    cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in RIVALS}
     if settings["name"] == "full":
         cells |= {f"recall-longnet {name}-{seed}": {"pattern": "longnet"} | x for name, x in RECALL_VARIANTS.items()}
     base = common(settings, kind="recall", seed=seed, **settings["recall"], base=f"recall_base-{seed}.safetensors")
@@ -199,54 +206,63 @@ def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     return {name: base | cell for name, cell in cells.items()}
 
 
-def run_cell(cell: dict, settings: dict, folder: Path, text: tuple) -> dict:
-    """Run in the calling process; `text` is what `cells.load_documents` gave, and empty for the recall task."""
-    run = {"base": run_base_cell, "text": run_text_cell, "recall": run_recall_cell}[cell["kind"]]
-    result = run(cell, settings, folder, *text)
-    return {"cell": cell, "settings": settings} | result | {"peak_bytes": highest_resident_bytes()}
+def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: tuple) -> float:
+    """Run in the calling process and write the results; `text` is what `load_documents` gave, empty for recall.
+
+    Returns:
+        Seconds of training.
+    """
+    torch.set_num_threads(settings["threads"])
+    run = describe_run() | {"command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]])}
+    result = {"base": run_base_cell, "text": run_text_cell, "recall": run_recall_cell}[cell["kind"]](
+        cell, settings, folder, *text
+    )
+    write_whole(
+        folder / f"{name}.json", (json.dumps(run | {"cell": cell, "settings": settings} | result) + "\n").encode()
+    )
+    return result["seconds"]
+
+
+def is_done(name: str, cell: dict, folder: Path) -> bool:
+    """Are there results of this very cell? Of other settings they are run again."""
+    path = folder / f"{name}.json"
+    return path.exists() and json.loads(path.read_text())["cell"] == json.loads(json.dumps(cell))
 
 
 def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: float) -> bool:
-    """Run the cells that have no file yet, `jobs` at once, until the time is up; tell whether all are there."""
-
-    def keep(name: str, result: dict) -> None:
-        run = describe_run() | {"command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]])}
-        write_whole(folder / f"{name}.json", (json.dumps(run | result) + "\n").encode())
-        print(f"{name}: done, {result['seconds']:.0f} s of training", flush=True)
-
-    def there(name: str, cell: dict) -> bool:  # weights are not in the repository: a fresh clone trains them again
-        return all((folder / file).exists() for file in (f"{name}.json", cell.get("weights")) if file)
-
-    missing = {name: cell for name, cell in cells.items() if not there(name, cell)}
+    """Run the cells that have no results yet, `jobs` at once, until the time is up; tell whether all are there."""
+    missing = {name: cell for name, cell in cells.items() if not is_done(name, cell, folder)}
+    # Weights are not in the repository: a fresh clone trains those again that a missing cell begins with.
+    bases = {Path(cell["base"]).stem for cell in missing.values() if not (folder / cell.get("base", "")).exists()}
+    missing = {name: read(folder / f"{name}.json")["cell"] for name in sorted(bases)} or missing
     if not missing:
         return True
     text = load_documents(settings) if any(cell["kind"] != "recall" for cell in missing.values()) else ()
-    if settings["name"] == "quick":  # a process of its own, for the memory's peak, takes longer than the cell
-        for name, cell in missing.items():
-            keep(name, run_cell(cell, settings, folder, text if cell["kind"] != "recall" else ()))
+    waiting = [(n, c, settings, folder, text if c["kind"] != "recall" else ()) for n, c in missing.items()]
+    if settings["name"] == "quick":  # a process of its own takes longer than the cell
+        for arguments in waiting:
+            print(f"{arguments[0]}: done, {run_cell(*arguments):.0f} s of training")
         return True
     # One thread and one fresh process a cell, `jobs` side by side: small models gain little from more threads.
     context = multiprocessing.get_context("spawn")
-    waiting = list(missing.items())
     with ProcessPoolExecutor(settings["jobs"], mp_context=context, max_tasks_per_child=1) as pool:
         running = {}
         while waiting or running:
             while waiting and len(running) < settings["jobs"] and time.monotonic() < until:
-                name, cell = waiting.pop(0)
-                print(f"{name}: begun, {len(waiting)} wait", flush=True)
-                arguments = cell, settings, folder, text if cell["kind"] != "recall" else ()
-                running[pool.submit(run_cell, *arguments)] = name
+                arguments = waiting.pop(0)
+                print(f"{arguments[0]}: begun, {len(waiting)} wait", flush=True)
+                running[pool.submit(run_cell, *arguments)] = arguments[0]
             if not running:
                 print(f"Time is up; {len(waiting)} cells of this part are left. Start again to go on.")
                 return False
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                keep(running.pop(done), done.result())
-    return True
+                print(f"{running.pop(done)}: done, {done.result():.0f} s of training", flush=True)
+    return run_missing(cells, settings, folder, until) if bases else True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["table", "recall", "time", "all"], default="all")
+    parser.add_argument("--part", choices=["table", "recall", "time", "wide", "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="toy size: shows that everything runs")
     parser.add_argument("--results", type=Path, help="folder of the JSON files; default results/full or /quick")
     parser.add_argument("--jobs", type=int, help="cells at once, one thread each; default 2")
@@ -257,13 +273,13 @@ def main() -> None:
     folder = arguments.results or RESULTS / settings["name"]
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 3600 * arguments.hours
-    first, *others = settings["seeds"]
-    parts = {"table": [], "recall": [], "time": []}
-    parts["table"] += [partial(base_sweep_cells, settings), partial(base_cells, settings, folder, first)]
-    parts["table"] += [partial(sweep_cells, settings), partial(table_cells, settings, folder, first)]
-    for seed in others:
-        parts["table"] += [partial(base_cells, settings, folder, seed), partial(table_cells, settings, folder, seed)]
+    first = settings["seeds"][0]
+    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": [], "wide": []}
     for seed in settings["seeds"]:
+        for part, patterns in (("table", RIVALS), ("wide", ("longnet-wide",))):
+            parts[part] += [partial(base_cells, patterns, settings, folder, seed)]
+            parts[part] += [partial(sweep_cells, patterns, settings)] if seed == first else []
+            parts[part] += [partial(table_cells, patterns, settings, folder, seed)]
         parts["recall"] += [partial(recall_base_cells, settings, seed), partial(recall_cells, settings, seed)]
     parts["time"] += [partial(time_cells, settings, folder, first)]
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
