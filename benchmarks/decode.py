@@ -1,9 +1,9 @@
 """Decoding and reading on: a step's time against the context, against a dense model, and a stream's memory.
 
 A model with random weights; times do not depend on them. The dense one is Transformers' Llama of the same sizes with
-its DynamicCache; both also continue a batch of texts at once, which read the weights together. "products" is the floor
-of a step: the model's products of weights and vectors, and one attention call a layer on as many keys as a token sees
-on average, lying together. The stream is a tiny model in a process of its own.
+its DynamicCache, joined anew with each token; both also continue a batch of texts at once, which read the weights together.
+"products" is the floor of a step: the model's products of weights and vectors, and one attention call a layer on as
+many keys as a token sees on average, lying together. The stream is a tiny model in a process of its own.
 """
 
 import argparse
@@ -30,10 +30,10 @@ RIVALS = ("dense", "longnet")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 16_384, 1_048_576])
-    parser.add_argument("--dense-contexts", type=int, nargs="+", default=[1024, 16_384])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1000, 16_000, 1_000_000])
+    parser.add_argument("--dense-contexts", type=int, nargs="+", default=[1000, 16_000])
     parser.add_argument("--batch", type=int, default=8, help="texts continued together, at the longest dense context")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing the steps")
+    parser.add_argument("--steps", type=int, default=512, help="timed; 512 are a whole turn of the first segment")
     parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="100000000 takes minutes, see README")
 
 
@@ -125,7 +125,10 @@ def run(args: argparse.Namespace) -> dict:
         steps[f"dense {length}"] = _stepper(dense, cache)
         if length == max(args.dense_contexts):
             steps[f"dense {length} x {args.batch}"] = _stepper(dense, _repeated(cache, args.batch), args.batch)
-    samples = time_alternately(steps, seconds=args.seconds, least=10, most=500)
+    alone = {name: step for name, step in steps.items() if " x " not in name}
+    samples = time_alternately(alone, seconds=0, least=args.steps, most=args.steps)
+    together = {name: step for name, step in steps.items() if " x " in name}
+    samples |= time_alternately(together, seconds=0, least=args.steps // 16, most=args.steps // 16)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         streamed = pool.submit(_stream_memory, args.stream_tokens, args.threads).result()

@@ -1,4 +1,4 @@
-"""Memory of a training step: bytes a token counted from the model, beside the measured peak; and what 80 GB hold.
+"""Memory of a training step: bytes a token counted from the model, beside the measured peak; and the paper's at 1M.
 
 Counted are the tensors that autograd keeps (by its own hooks, in models of one and of two blocks), then
 
@@ -6,7 +6,8 @@ Counted are the tensors that autograd keeps (by its own hooks, in models of one 
                  + block (with checkpointing: the one that is computed again) + I + 2 E (gradients at work)
 
 in elements of the dtype; N blocks of width E and inner width I, `block` what one keeps. Weights, their gradients and
-the optimizer's state do not grow with the text and are left out. Measured is the same step's peak, over the tokens.
+the optimizer's state do not grow with the text and are left out. Measured is the same step's peak with the weights'
+gradients, over the tokens.
 """
 
 import argparse
@@ -108,9 +109,13 @@ def tables(result: dict) -> str:
         lines.append(f"| {row['length']:,} | {row['dtype']} | {on} | {counted:.1f} | {' | '.join(measured)} |")
     sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
     on, off = (result["paper_bytes_a_token"][key] * 2**20 / 1e9 for key in ("True", "False"))
+    with torch.device("meta"):
+        weights = LongNetForCausalLM(LongNetConfig.from_pretrained(PAPER)).num_parameters()
+    state = weights * (2 + 2 + 4 + 4 + 4) / 1e9  # weight and gradient; weight, momentum and variance
     text = (
         f"Model: {sizes}. The paper's 125M model in bfloat16 at 2^20 tokens, counted: {on:,.0f} GB with gradient "
-        f"checkpointing, {off:,.0f} GB without, beside 2 to 3 GB of weights, gradients and optimizer state."
+        f"checkpointing, {off:,.0f} GB without, beside {state:.0f} GB of weights and gradients in bfloat16, "
+        "and AdamW's state and weights in float32."
     )
     return "\n".join(lines) + "\n\n" + text
 

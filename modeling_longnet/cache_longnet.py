@@ -379,7 +379,8 @@ class LongNetCache(Cache):
         branches, layers = make_branches(*self.pattern), range(config.num_hidden_layers)
         super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for _ in layers])
         # w (n,), r (n,) and offset (G, n) of the n branches
-        w, r, offset = (torch.tensor([getattr(b, name) for b in branches]) for name in ("w", "r", "offsets"))
+        table = (torch.tensor([getattr(b, name) for b in branches], device="cpu") for name in ("w", "r", "offsets"))
+        w, r, offset = table
         self._branches = w, r, offset.T
         self._slots: Slots | None = None
 
@@ -412,9 +413,9 @@ class LongNetCache(Cache):
         """The slots' table, as the layers are allocated now."""
         layer = self.layers[0]
         if self._slots is None or self._slots.w.device != layer.device or len(self._slots.w) != layer.keys.shape[2]:
-            sizes = torch.tensor(layer.slots(layer.capacity))
-            number = torch.cat([torch.arange(size) for size in sizes.tolist()])
-            branch = torch.arange(len(sizes)).repeat_interleave(sizes)
+            sizes = torch.tensor(layer.slots(layer.capacity), device="cpu")
+            number = torch.cat([torch.arange(size, device="cpu") for size in sizes.tolist()])
+            branch = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
             w, r, offset = (x[..., branch] for x in self._branches)
             self._slots = Slots(*(x.to(layer.device) for x in (branch, w, r, number, offset)))
         return self._slots
@@ -440,17 +441,18 @@ class LongNetCache(Cache):
     def step(self, num_heads: int) -> Step:
         """Prepare a decoding step of one token a row, for `num_heads` query heads.
 
-        Counted by branch, on the CPU: most tokens are no row of the more dilated branches, whose slots are left alone.
+        Counted by branch, on the CPU. Where rates pass the number of heads, most tokens are no row of the more dilated
+        branches, whose slots are then left alone.
         """
         first = self.layers[0]
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)
         slots, (w, r, offset) = self.slots(), self._branches
-        place = torch.tensor(self.lengths)[:, None] % w  # (B, n), in the segment
+        place = torch.tensor(self.lengths, device="cpu")[:, None] % w  # (B, n), in the segment
         number = place // r
         is_row = (place % r)[:, None] == offset  # (B, G, n)
         counts = torch.where(is_row, number[:, None] + 1, 0)  # a head that has this row sees those before it
-        sizes = torch.tensor(first.slots(first.capacity))
+        sizes = torch.tensor(first.slots(first.capacity), device="cpu")
         batch, head, branch = is_row.nonzero(as_tuple=True)
         slot = (number + sizes.cumsum(0) - sizes)[batch, branch]
         end = int(slot.max()) + 1 if len(slot) else 1

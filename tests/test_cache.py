@@ -327,7 +327,7 @@ def test_attention_maps_with_a_cache(length):
 
 @pytest.mark.parametrize("length", [1, 40, 128, 200])
 def test_a_step_reads_no_slots_after_the_last_one_seen(length):
-    """Most tokens are no row of the more dilated branches: their slots are left alone."""
+    """With more rate than heads, most tokens are no row of a branch: its slots are left alone."""
     model = make_model(LongNetModel, segment_lengths=[16, 64, 256], dilation_rates=[1, 4, 16])
     cache = LongNetCache(model.config)
     hidden(model, torch.randint(model.config.vocab_size, (2, length)), cache)
