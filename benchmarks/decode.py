@@ -1,9 +1,9 @@
 """Decoding and reading on: a step's time against the context, against a dense model, and a stream's memory.
 
 A model with random weights; times do not depend on them. The dense one is Transformers' Llama of the same sizes with
-its DynamicCache, joined anew with each token; both also continue a batch of texts at once, which read the weights together.
-"products" is the floor of a step: the model's products of weights and vectors, and one attention call a layer on as
-many keys as a token sees on average, lying together. The stream is a tiny model in a process of its own.
+its DynamicCache, joined anew with each token; both also continue a batch of texts at once, which read the weights
+together. "products" is the floor of a step: the model's products of weights and vectors, and one attention call a layer
+on as many keys as a token sees on average, lying together. The stream is a tiny model in a process of its own.
 """
 
 import argparse
