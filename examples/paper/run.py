@@ -63,7 +63,7 @@ FULL = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "position_embedding": "rope", "tie_word_embeddings": True,
     },
-    "recall_base": {"length": 128, "batch": 16, "tokens": 7 << 18, "rate": 2e-3, "least": 16},
+    "recall_base": {"length": 128, "batch": 16, "tokens": 3 << 20, "rate": 2e-3, "least": 16},
     "recall": {"length": 2048, "tokens": 1 << 19, "rate": 1e-3, "least": 32},
     "recall_texts": 32,
 }  # fmt: skip
