@@ -138,7 +138,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
         flops.plot(steps, smooth, **look, label=label)
         context.plot(scores["contexts"], np.log(scores["perplexity"]), **look)
         position.plot(np.linspace(0, 1, len(result["loss_by_position"])), result["loss_by_position"], **look)
-    flops.set(xscale="log", xlabel="training FLOPs", ylabel="training loss, nats a token")
+    flops.set(xscale="log", xlabel="FLOPs of the second stage", ylabel="training loss, nats a token")
     context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same targets, nats a token")
     position.set(xlabel="position in the held-out sequence, share of its length", ylabel="loss, nats a token")
     flops.legend(fontsize="x-small")
