@@ -209,8 +209,7 @@ def plot_patterns(path: Path) -> None:
 
 def summarize(results: dict[str, dict]) -> str:
     """Everything as Markdown."""
-    first, last = (sorted(results.values(), key=lambda result: result["date"])[i] for i in (0, -1))
-    settings = last["settings"]
+    settings = max(results.values(), key=lambda result: result["date"])["settings"]
     branches, wide = (
         ", ".join(f"({w}, {r})" for w, r in zip(*cells_branches, strict=True))
         for cells_branches in (settings["branches"], settings["wide_branches"])
@@ -218,7 +217,7 @@ def summarize(results: dict[str, dict]) -> str:
     sizes = ", ".join(f"{name} {value}" for name, value in settings["sizes"].items())
     return "\n\n".join([
         f"# Dense, LongNet, window and sparse attention in one model ({settings['name']})",
-        f"{len(results)} cells; the first: {describe(first)}",
+        provenance(results),
         f"Model: {sizes}. LongNet's branches {branches}, wide "
         f"{wide}; window and sparse do the work of the first (examples/paper/patterns.py).",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
@@ -229,10 +228,20 @@ def summarize(results: dict[str, dict]) -> str:
     ]) + "\n"  # fmt: skip
 
 
+def provenance(results: dict[str, dict]) -> str:
+    """How many cells, and the commits and days they come from."""
+    cells = sorted(results.values(), key=lambda result: result["date"])
+    commits = ", ".join(dict.fromkeys(cell["commit"][:7] for cell in cells))
+    return (
+        f"{len(cells)} cells, of {cells[0]['date'][:16]} to {cells[-1]['date'][:16]} and the commits {commits}; "
+        f"the last: {describe(cells[-1])}"
+    )
+
+
 def headline(results: dict[str, dict]) -> str:
     """What the README shows."""
     return "\n\n".join([
-        f"{len(results)} cells; the first: {describe(next(iter(results.values())))}",
+        provenance(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
         "Recall of a passage by its distance in tokens:", recall_table(results),
         "The sweeps, equal training time, the paper's own numbers: "
