@@ -110,24 +110,22 @@ def _stream_memory(tokens: int, threads: int) -> list[tuple[int, float, int]]:
 
 def run(args: argparse.Namespace) -> dict:
     ours, dense = longnet_model(SIZES), dense_model(SIZES)
-    steps, fill = {}, []
+    alone, together, fill = {}, {}, []
     for length in args.contexts:
         cache = LongNetCache(ours.config)
         print(f"reading {length:,} tokens ...", flush=True)
         fill = _fill(ours, cache, length, CHUNK)
-        steps[f"longnet {length}"] = _stepper(ours, cache)
+        alone[f"longnet {length}"] = _stepper(ours, cache)
         if length == max(args.dense_contexts):
-            steps[f"products {length}"] = _products(ours, length)
-            steps[f"longnet {length} x {args.batch}"] = _stepper(ours, _repeated(cache, args.batch), args.batch)
+            alone[f"products {length}"] = _products(ours, length)
+            together[f"longnet {length} x {args.batch}"] = _stepper(ours, _repeated(cache, args.batch), args.batch)
     for length in args.dense_contexts:
         cache = DynamicCache(config=dense.config)
         _fill(dense, cache, length, 1024)
-        steps[f"dense {length}"] = _stepper(dense, cache)
+        alone[f"dense {length}"] = _stepper(dense, cache)
         if length == max(args.dense_contexts):
-            steps[f"dense {length} x {args.batch}"] = _stepper(dense, _repeated(cache, args.batch), args.batch)
-    alone = {name: step for name, step in steps.items() if " x " not in name}
+            together[f"dense {length} x {args.batch}"] = _stepper(dense, _repeated(cache, args.batch), args.batch)
     samples = time_alternately(alone, seconds=0, least=args.steps, most=args.steps)
-    together = {name: step for name, step in steps.items() if " x " in name}
     samples |= time_alternately(together, seconds=0, least=args.steps // 16, most=args.steps // 16)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:

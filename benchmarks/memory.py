@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
-from .decode import PATTERN, SIZES
+from .decode import PATTERN, SIZES, longnet_model
 from .measure import ROOT, Call, peak_bytes
+from .train import training_step
 
 PAPER = ROOT / "configuration" / "longnet-125m.json"
 COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
@@ -29,11 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="tokens")
     parser.add_argument("--plain-most", type=int, default=32_768, help="longest without gradient checkpointing")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-
-
-def _config(**changes) -> LongNetConfig:
-    sizes = SIZES | PATTERN | {"intermediate_size": 4 * SIZES["hidden_size"], "position_embedding": "rope"}
-    return LongNetConfig(**sizes | changes)
 
 
 def kept_bytes(config: LongNetConfig, dtype: str) -> float:
@@ -49,48 +45,38 @@ def kept_bytes(config: LongNetConfig, dtype: str) -> float:
 
     ids = torch.randint(config.vocab_size, (1, COUNTED_AT))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model(ids, labels=ids, use_cache=False).loss
+        model(ids, labels=ids, use_cache=False)
     storages = [x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights]
-    del loss
     return sum(storages) / COUNTED_AT
 
 
-def count_bytes(config: LongNetConfig, dtype: str, checkpointing: bool) -> float:
-    """The module's formula: bytes a token at the peak of a training step."""
+def count_bytes(config: LongNetConfig, dtype: str) -> dict[bool, float]:
+    """The module's formula: bytes a token at the peak of a training step, with gradient checkpointing and without."""
     one, two = (kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (1, 2))
-    block, element = two - one, getattr(torch, dtype).itemsize
-    blocks = config.num_hidden_layers
-    kept = blocks * config.hidden_size * element + block if checkpointing else blocks * block
-    return kept + (config.intermediate_size + 2 * config.hidden_size) * element
+    block, element, blocks = two - one, getattr(torch, dtype).itemsize, config.num_hidden_layers
+    at_work = (config.intermediate_size + 2 * config.hidden_size) * element
+    return {True: blocks * config.hidden_size * element + block + at_work, False: blocks * block + at_work}
 
 
 def prepare(length: int, dtype: str, checkpointing: bool, threads: int, device: str) -> Call:
-    """One training step, gradients freed after it."""
+    """One training step."""
     torch.set_num_threads(threads)
-    model = LongNetForCausalLM(_config()).to(device, getattr(torch, dtype)).train()
+    model = longnet_model(SIZES).to(device, getattr(torch, dtype)).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    ids = torch.randint(SIZES["vocab_size"], (1, length), device=device)
-
-    def step():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
+    return training_step(model, length)
 
 
 def run(args: argparse.Namespace) -> dict:
     rows = []
     for dtype in args.dtypes:
-        for checkpointing in (True, False):
-            counted = count_bytes(_config(), dtype, checkpointing)
+        for checkpointing, counted in count_bytes(longnet_model(SIZES).config, dtype).items():
             for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
                 print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
                 peak = peak_bytes(prepare, length, dtype, checkpointing, args.threads, args.device)
                 rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
                 rows[-1]["peak_bytes"] = peak
-    paper = LongNetConfig.from_pretrained(PAPER)
-    counted = {str(on): count_bytes(paper, "bfloat16", on) for on in (True, False)}
+    counted = {str(on): n for on, n in count_bytes(LongNetConfig.from_pretrained(PAPER), "bfloat16").items()}
     return {"sizes": SIZES, "pattern": PATTERN, "rows": rows, "paper_bytes_a_token": counted}
 
 

@@ -23,10 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(who: str, length: int, threads: int, device: str = "cpu") -> Call:
-    """One training step of a model at a length, gradients freed after it."""
+    """One training step of a model at a length."""
     torch.set_num_threads(threads)
-    model = MODELS[who](SIZES).train().to(device)
-    ids = torch.randint(SIZES["vocab_size"], (1, length), device=device)
+    return training_step(MODELS[who](SIZES).train().to(device), length)
+
+
+def training_step(model, length: int) -> Call:
+    """Forward and backward of the loss of one random text, gradients freed after it."""
+    ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
 
     def step():
         model(ids, labels=ids, use_cache=False).loss.backward()

@@ -78,7 +78,7 @@ def test_the_pipeline_at_toy_size(tmp_path):
     assert {"patterns.png", "text.png", "recall.png", "summary.md"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_fresh_clone_trains_the_weights_again_that_a_cell_begins_with(tmp_path, monkeypatch):
+def test_a_fresh_clone_trains_the_weights_again_that_a_cell_begins_with(tmp_path):
     """Results without weights, as in the repository, and one cell missing."""
     settings = run.QUICK | {"name": "test", "jobs": 2}  # in processes of their own
     base, cells = run.recall_base_cells(settings, 0), run.recall_cells(settings, 0)

@@ -57,7 +57,7 @@ def table(results: dict[str, dict], budget: str) -> str:
     if not groups:
         return f"No cell of equal {budget} has been run."
     contexts = next(iter(groups.values()))[0]["scores"]["contexts"]
-    header = ["trained on", "pattern", "keys a query", "seeds", "steps", "tokens/s", "peak MiB"]
+    header = ["trained on", "pattern", "keys a query", "seeds", "steps", "tokens a processor second", "peak MiB"]
     header += [*(f"{c:,}" for c in contexts), "+- at the trained length"]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
     for (length, pattern), cells in sorted(groups.items()):
@@ -89,7 +89,7 @@ def recall_table(results: dict[str, dict]) -> str:
         return "The recall task has not been run."
     edges = next(iter(groups.values()))[0]["recall"]["edges"]
     lines = [
-        "| pattern | keys a query | tokens/s | seeds | "
+        "| pattern | keys a query | tokens a processor second | seeds | "
         + " | ".join(f"{a:,} to {b:,}" for a, b in pairwise(edges))
         + " |"
     ]
@@ -238,10 +238,22 @@ def provenance(results: dict[str, dict]) -> str:
     )
 
 
+def stages(results: dict[str, dict]) -> str:
+    """Size of the model and of both stages of its training."""
+    cell = next((result for result in results.values() if "parameters" in result), None)
+    if cell is None:
+        return "No model has been trained on text."
+    settings = cell["settings"]
+    return (
+        f"{cell['parameters']:,} parameters; first {settings['base_tokens']:,} tokens in sequences of "
+        f"{settings['base_length']:,}, then {settings['tokens']:,} at the trained length."
+    )
+
+
 def headline(results: dict[str, dict]) -> str:
     """What the README shows."""
     return "\n\n".join([
-        provenance(results),
+        provenance(results), stages(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
         "Recall of a passage by its distance in tokens:", recall_table(results),
         "The sweeps, equal training time, the paper's own numbers: "
