@@ -13,7 +13,7 @@ from tqdm import tqdm
 from modeling_longnet.attend import BACKENDS
 
 from . import op
-from .measure import Spread, spread, time_alternately
+from .measure import DTYPES, Spread, spread, time_alternately
 
 SHAPES = ("8x64", "12x64", "4x128", "16x48", "32x16")
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=16_384, help="tokens")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="HEADSxDIMENSION each")
     parser.add_argument("--pattern", default=op.PATTERNS[1], help="'LENGTH/RATE ...'")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"], choices=DTYPES)
     parser.add_argument("--error-length", type=int, default=3000, help="tokens of the error's run")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing one case")
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from modeling_longnet.branches import count_work
 
 from . import op
-from .measure import Call, peak_bytes, seconds_of, spread
+from .measure import DTYPES, Call, peak_bytes, seconds_of, spread
 
 PATTERN = "2048/1 4096/2 8192/4 16384/6 32768/12"  # the paper's
 LENGTHS = [1 << n for n in range(11, 21)]
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
     parser.add_argument("--pattern", default=PATTERN, help="'LENGTH/RATE ...'")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=op.MODES, choices=op.MODES)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROOT = Path(__file__).resolve().parent.parent
 Call = Callable[[], object]
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 from .decode import PATTERN, SIZES, longnet_model
-from .measure import ROOT, Call, peak_bytes
+from .measure import DTYPES, ROOT, Call, peak_bytes
 from .train import training_step
 
 PAPER = ROOT / "configuration" / "longnet-125m.json"
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="tokens")
     parser.add_argument("--plain-most", type=int, default=32_768, help="longest without gradient checkpointing")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
 
 
 def kept_bytes(config: LongNetConfig, dtype: str) -> float:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS
 
-from .measure import Call, Spread, peak_bytes, seconds_of, spread, time_alternately
+from .measure import DTYPES, Call, Spread, peak_bytes, seconds_of, spread, time_alternately
 
 PATTERNS = (
     "512/1 2048/4 8192/16 32768/64",
@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="'LENGTH/RATE ...' each")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
