@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
 
@@ -278,6 +279,40 @@ def plot(results: dict, file: Path, *, losses: list[tuple[int, float]] = ()) -> 
         axes[2].set_ylabel("training loss (nats per token)")
     for axis in axes:
         axis.grid(alpha=0.3)
+    write_figure(figure, file)
+
+
+def format_comparison(results: dict[str, dict]) -> str:
+    """Perplexity and standard error, one line for each context and one column for each model."""
+    names = list(results)
+    lines = ["context" + "".join(f"{name:>28}" for name in names)]
+    for row, context in enumerate(results[names[0]]["contexts"]):
+        cells = (f"{r['perplexity'][row]:.2f} +- {r['perplexity_error'][row]:.2f}" for r in results.values())
+        lines.append(f"{context:>7}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> None:
+    """Draws several models' perplexity against context, the length of their first training marked.
+
+    Args:
+        results: By model, as `evaluate_contexts` returns them.
+        trained: Tokens.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, result in results.items():
+        axis.plot(result["contexts"], result["perplexity"], "o-", label=name)
+    axis.axvline(trained, color="grey", linestyle=":", label="length of the first training")
+    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same targets")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    write_figure(figure, file)
+
+
+def write_figure(figure: Figure, file: Path) -> None:
+    """Writes a PNG, whole or not at all."""
     png = io.BytesIO()
     figure.savefig(png, dpi=150)
     write_whole(file, png.getvalue())
@@ -291,21 +326,28 @@ def write_whole(file: Path, content: bytes) -> None:
     partial.replace(file)
 
 
-def _number_or_none(x: float) -> float | None:
-    return None if math.isnan(x) else x
+def describe_machine() -> dict[str, str]:
+    """What a result file says of the machine, the versions and the day."""
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def for_json(results: dict) -> dict:
+    """The same with None for NaN, which JSON does not know: one block has no standard error."""
+    return {
+        name: [None if math.isnan(x) else x for x in value] if name.endswith("_error") else value
+        for name, value in results.items()
+    }
 
 
 def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]] = ()) -> None:
     """Prints the table, and writes it with the machine it ran on, and the plot."""
-    machine = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     print(format_table(results))
-    # One block has no standard error: NaN, which JSON does not know.
-    errors = {name: list(map(_number_or_none, value)) for name, value in results.items() if name.endswith("_error")}
-    report = json.dumps({**results, **errors, **machine}, indent=2, allow_nan=False) + "\n"
+    report = json.dumps({**for_json(results), **describe_machine()}, indent=2, allow_nan=False) + "\n"
     write_whole(folder / "perplexity.json", report.encode())
     plot(results, folder / "perplexity.png", losses=losses)
     print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")

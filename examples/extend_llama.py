@@ -15,8 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
-from evaluate_perplexity import evaluate_contexts, write_whole
-from matplotlib.figure import Figure
+from evaluate_perplexity import (
+    describe_machine,
+    evaluate_contexts,
+    for_json,
+    format_comparison,
+    plot_comparison,
+    write_whole,
+)
 from optimizer import MuonAndAdamW
 from transformers import (
     LlamaConfig,
@@ -90,28 +96,6 @@ def make_stages(
     return stages
 
 
-def format_table(results: dict[str, dict]) -> str:
-    """Perplexity, one line for each context and one column for each model."""
-    names = list(results)
-    lines = ["context" + "".join(f"{name:>24}" for name in names)]
-    for row, context in enumerate(results[names[0]]["contexts"]):
-        cells = (f"{r['perplexity'][row]:.2f} +- {r['perplexity_error'][row]:.2f}" for r in results.values())
-        lines.append(f"{context:>7}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
-
-
-def plot(results: dict[str, dict], trained: int, file: Path) -> None:
-    """Perplexity against context, the first training's length marked."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, result in results.items():
-        axis.plot(result["contexts"], result["perplexity"], "o-", label=name)
-    axis.axvline(trained, color="grey", linestyle=":", label="length of the first training")
-    axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same targets")
-    axis.legend()
-    figure.savefig(file, dpi=150)
-
-
 def main() -> None:
     """Train, switch, fine-tune, score, and keep the fine-tuned dilated model."""
     arguments = parse()
@@ -130,14 +114,15 @@ def main() -> None:
     stages["dilated, fine-tuned"].save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-    report = json.dumps({"settings": settings, "results": results}, indent=2)
+    scores = {name: for_json(result) for name, result in results.items()}
+    report = json.dumps(describe_machine() | {"settings": settings, "results": scores}, indent=2, allow_nan=False)
     write_whole(arguments.output / "perplexity.json", report.encode() + b"\n")
-    plot(results, arguments.length, arguments.output / "perplexity.png")
+    plot_comparison(results, arguments.output / "perplexity.png", trained=arguments.length)
     branches = ", ".join(
         f"({w}, {r})" for w, r in zip(arguments.segment_lengths, arguments.dilation_rates, strict=True)
     )
     print(f"Branches {branches}; perplexity +- standard error of {results['dense']['tokens']:,} held-out tokens")
-    print(format_table(results))
+    print(format_comparison(results))
     print(f"Written: {arguments.output}")
 
 

@@ -307,8 +307,8 @@ class TestTraining:
             finetune.load_model(finetune.ModelArguments(), {})
 
 
-def test_demo_from_end_to_end(packages, tmp_path):
-    """The folder it writes is loaded, by the demo itself, in a process without the package."""
+def test_demo_then_long_documents(packages, tmp_path):
+    """The folder that the demo writes is loaded by itself in a process without the package, and fine-tuned further."""
     for number in range(6):
         (packages / f"package{number}" / "c.py").write_text(source_file(f"package{number}c", 200))
     config = tmp_path / "config.json"
@@ -326,3 +326,16 @@ def test_demo_from_end_to_end(packages, tmp_path):
     assert {"model.safetensors", "tokenizer.json", "modeling_longnet.py"} <= {
         file.name for file in (output / "model").iterdir()
     }
+
+    tuned = tmp_path / "tuned"
+    sizes = "--steps 2 --step-tokens 512 --sequence-lengths 128 512 --contexts 64 128 --targets 64 --blocks 1"
+    command = [sys.executable, EXAMPLES / "long_documents.py", "--model", output / "model", "--text", packages]
+    command += ["--output", tuned, "--samples", "1", "--sample-tokens", "8", *sizes.split()]
+    subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL)
+    results = json.loads((tuned / "perplexity.json").read_text())["results"]
+    names = ["before", "after, sequences of 128", "after, sequences of 512"]
+    assert list(results) == names
+    assert len({result["perplexity"][-1] for result in results.values()}) == 3
+    assert all(f"\n{name}:\n" in (tuned / "samples.md").read_text() for name in ("the document", *names))
+    for length in (128, 512):
+        assert LongNetForCausalLM.from_pretrained(tuned / str(length)).config.use_cache
