@@ -10,6 +10,7 @@ Letters: L tokens, H heads, D head dimension; batch 1.
 
 import argparse
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -100,7 +101,8 @@ def prepare(who: str, case: Case, pattern: str | None) -> Call:
     return make(case, pattern)
 
 
-def _differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
+def differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
+    """The call of `attend(*inputs)`, with its gradients where the case asks for them."""
     if not case.backward:
         return torch.no_grad()(lambda: attend(*inputs))
     grad_out = torch.randn_like(inputs[0])
@@ -113,18 +115,19 @@ def _differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
     return call
 
 
-def ours(case: Case, pattern: str, backend: str = "auto") -> Call:
+def ours(case: Case, pattern: str, backend: str = "auto", head_offsets: str = "interleaved") -> Call:
     """The op by a backend, on (1, L, H, D) storage."""
+    attend = partial(dilated_attention, backend=backend, head_offsets=head_offsets)
     branches = parse_pattern(pattern)
     shape = (1, case.length, case.heads, case.head_dim)
     inputs = [case.tensor(*shape).transpose(1, 2) for _ in range(3)]
-    return _differentiated(case, lambda q, k, v: dilated_attention(q, k, v, *branches, backend=backend), inputs)
+    return differentiated(case, lambda q, k, v: attend(q, k, v, *branches), inputs)
 
 
 def _sdpa(case: Case, pattern: None) -> Call:
     inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(3)]
     attend = torch.nn.functional.scaled_dot_product_attention
-    return _differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
+    return differentiated(case, lambda q, k, v: attend(q, k, v, is_causal=True), inputs)
 
 
 def _floor(case: Case, pattern: str) -> Call:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, communication, decode, length, memory, op, slide, train
+from . import backends, communication, decode, length, memory, op, peers, slide, train
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "op": op,
     "length": length,
     "backends": backends,
+    "peers": peers,
     "decode": decode,
     "train": train,
     "memory": memory,

@@ -76,5 +76,8 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
         other_out, other_lse: the same for the other keys, each query having seen at least one.
     """
     weight = torch.sigmoid(other_lse - lse)  # other's share of both denominators
-    out.lerp_(other_out.to(out.dtype), weight[..., None])
+    merged = out.to(weight.dtype)  # out itself unless it is in half precision
+    merged.lerp_(other_out.to(weight.dtype), weight[..., None])
+    if merged is not out:
+        out.copy_(merged)
     lse.copy_(torch.logaddexp(lse, other_lse))

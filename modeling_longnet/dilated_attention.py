@@ -108,10 +108,18 @@ def _covers_all(x: Tensor, plan: Plan) -> bool:
     return plan.branches[0].r == 1 and area == x.shape[0] * x.shape[1]
 
 
+def _sum_dtype(x: Tensor, plan: Plan) -> torch.dtype:
+    """The dtype that sums a token's branches: x's own if a token has at most one dilated branch on average, so that
+    half precision is rounded at most once more and takes no second, larger copy; else at least float32."""
+    if _covers_all(x, plan) and sum(1 / branch.r for branch in plan.branches[1:]) <= 1:
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _accumulator(x: Tensor, plan: Plan) -> Tensor:
-    """A tensor like x in at least float32, zero where no branch will write first."""
+    """A tensor like x in the dtype of the sum, zero where no branch will write first."""
     make = torch.empty if _covers_all(x, plan) else torch.zeros
-    return make(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return make(x.shape, dtype=_sum_dtype(x, plan), device=x.device)
 
 
 def _shows_all(piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor) -> bool:
@@ -141,11 +149,13 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
         query: (B, L, H, D). key, value: (B, L, G, D), same dtype.
 
     Returns:
-        out (B, L, H, D) and lse (B, L, H) in at least float32; 0 and -inf where a query sees no key.
+        out (B, L, H, D) in the dtype of the sum (`_sum_dtype`) and lse (B, L, H) in at least float32; 0 and -inf
+        where a query sees no key.
     """
     run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // key.shape[2]
     out = _accumulator(query, plan)
-    lse = torch.full(out.shape[:3], -torch.inf, dtype=out.dtype, device=out.device)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.full(out.shape[:3], -torch.inf, dtype=precise, device=out.device)
     for piece in _each_piece(plan, repeat):
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
@@ -200,7 +210,7 @@ def backward_chunks(
     lse: Tensor,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward_chunks`, given the merged out (in the query's dtype) and lse; in at least float32."""
+    """Gradients of `forward_chunks`, given the merged out (in the query's dtype) and lse; in the dtype of the sum."""
     run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // key.shape[2]
     grads = [_accumulator(x, plan) for x in (query, key, value)]
     for piece in _each_piece(plan, repeat):
@@ -494,8 +504,10 @@ def dilated_attention(
             kernels), "flash_attn" (that package), or "auto", which takes "torch" where it runs.
 
     Returns:
-        (B, H, L, D), the query's dtype (autocast's under autocast); 0 for a query that no branch covers. All
-        backends accumulate in at least float32. The gradient is exact for the joint softmax.
+        (B, H, L, D), the query's dtype (autocast's under autocast); 0 for a query that no branch covers. A
+        branch sums over its keys in at least float32; the branches' results are merged in float32 and, where a token
+        is in at most one dilated branch on average (sum of 1 / r), kept in the query's dtype. The gradient is exact
+        for the joint softmax.
 
     Raises:
         ValueError: branches, shapes, dtypes or names that do not fit, or a named backend that cannot run here.

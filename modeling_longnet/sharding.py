@@ -364,7 +364,8 @@ class _ShardedAttention(torch.autograd.Function):
         grad_query += own_query
         wait()
         for i, grad in enumerate(shared):
-            rows = grad.flatten(0, 2).index_add_(0, exchange.send, received[:, i].to(grad.dtype))
+            rows = grad.to(lse.dtype).flatten(0, 2)  # many ranks may add to one row
+            rows.index_add_(0, exchange.send, received[:, i].to(rows.dtype))
             shared[i] = rows.view(key.shape).to(key.dtype)
         return grad_query.to(query.dtype), *shared, None
 

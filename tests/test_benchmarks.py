@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 
 import pytest
 import torch
@@ -111,6 +112,57 @@ def test_small_runs_fill_their_part(name, tmp_path):
     figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
     assert len(readme.read_text().splitlines()) > 8
     assert path.with_suffix(".png").stat().st_size > 0
+
+
+RELEASED = """
+from torch import nn
+from . import multihead_attention
+
+class DilatedAttention(nn.Module):
+    def __init__(self, args, embed_dim, num_heads, self_attention):
+        super().__init__()
+        self.heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(4))
+
+    def forward(self, query, key, value, is_causal):
+        query, key, value = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        query, key, value = (x.unflatten(2, (self.heads, -1)) for x in (query, key, value))
+        out, lse = multihead_attention.flash_attn_func(query, key, value, 0.0, None, None, is_causal)
+        assert not lse.requires_grad and lse.shape == (query.shape[0], self.heads, query.shape[1])
+        return self.out_proj(out.flatten(2)), None
+"""
+
+
+def test_peers_run_a_folder_of_torchscale(tmp_path):
+    """A stand-in with one branch: both are the exact attention, gradients too."""
+    folder = tmp_path / "torchscale" / "component"
+    folder.mkdir(parents=True)
+    for file in (folder.parent / "__init__.py", folder / "__init__.py"):
+        file.touch()
+    (folder / "multihead_attention.py").write_text("flash_attn_func = None\n")
+    (folder / "dilated_attention.py").write_text(RELEASED)
+    with pytest.raises(ValueError, match=r"no torchscale/component/dilated_attention\.py"):
+        run.main(["peers", "--torchscale", str(folder), "--output", str(tmp_path / "none.json")])
+    path = tmp_path / "results" / "peers-test.json"
+    options = f"--torchscale {tmp_path} --lengths 64 --pattern 96/1 --dtypes float32 --heads 3 --head-dim 16"
+    try:
+        run.main(
+            [
+                "peers",
+                *options.split(),
+                *"--rounds 1 --seconds 0 --error-length 90 --threads 1 --output".split(),
+                str(path),
+            ]
+        )
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchscale"]:
+            del sys.modules[name]
+    errors = json.loads(path.read_text())["errors"]["float32"]
+    assert all(error < 1e-5 for whose in errors.values() for error in whose.values())
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results:peers -->\n<!-- end:peers -->\n")
+    figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
+    assert "TorchScale / ours" in readme.read_text()
 
 
 @pytest.mark.parametrize("power", [1, 2])

@@ -304,6 +304,18 @@ def test_low_precision_accumulates_in_float32(dtype):
         assert_low_precision(name, value, one_branch[name], exact[name])
 
 
+@pytest.mark.parametrize(("rates", "expected"), [((1, 2, 4, 8), torch.bfloat16), ((1, 1, 2), torch.float32)])
+def test_half_precision_takes_no_larger_copy_where_few_roundings_are_due(rates, expected):
+    """One dilated branch a token on average, or less: its dtype holds the sums; else float32 does."""
+    case = Case(1, 64, 2, 2, 8, (8, 16, 32, 64)[: len(rates)], rates, True, "interleaved")
+    plan = Plan((Chunk(0, 1, 0, 64, 0, 64),), case.branches, True, 1.0, "torch", False)
+    query, key, value, grad_out = (x.transpose(1, 2) for x in make_inputs(case, torch.bfloat16))
+    out, lse = forward_chunks(query, key, value, plan)
+    grads = backward_chunks(grad_out, query, key, value, out.to(query.dtype), lse, plan)
+    assert lse.dtype == torch.float32
+    assert {out.dtype, *(grad.dtype for grad in grads)} == {expected}
+
+
 @given(cases(is_causal=True))
 def test_one_undilated_branch_is_plain_attention(case):
     case = case._replace(lengths=(case.length,), rates=(1,))
