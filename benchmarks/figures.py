@@ -1,8 +1,8 @@
 """`python -m benchmarks.figures`: rebuild tables and plots from the JSON files of `benchmarks.run`.
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
-puts the newest headline of each NAME and command between NAME's two markers in the README. It also draws the
-README's picture of the branches.
+puts the newest headline of each NAME and command between NAME's two markers in the README or in `benchmarks/README.md`.
+It also draws the README's picture of the branches.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def fill_markers(text: str, name: str, content: str) -> str:
         flags=re.DOTALL,
     )
     if count != 1:
-        raise ValueError(f"{count} places from {begin} to {end}; the README needs exactly one.")
+        raise ValueError(f"{count} places from {begin} to {end}; a page needs exactly one.")
     return filled
 
 
@@ -83,7 +83,8 @@ def draw_branches(path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="files that hold the markers")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of branches.png")
     args = parser.parse_args(arguments)
     draw_branches(args.docs / "branches.png")
@@ -95,16 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
         command = result["command"]
         if command not in runs or runs[command][0]["date"] <= result["date"]:
             runs[command] = (result, path)
-    text = args.readme.read_text()
+    texts = {page: page.read_text() for page in args.pages}
     for name, runs in newest.items():
+        page = next((page for page, text in texts.items() if f"<!-- results:{name} -->" in text), args.pages[0])
         parts = []
         for result, path in runs.values():
-            where = path.with_suffix(".md").resolve()
-            parent = args.readme.resolve().parent
+            where, parent = path.with_suffix(".md").resolve(), page.resolve().parent
             link = where.relative_to(parent) if where.is_relative_to(parent) else where
             parts += [describe(result), BENCHMARKS[name].headline(result), f"All of it: [{link}]({link})."]
-        text = fill_markers(text, name, "\n\n".join(parts))
-    args.readme.write_text(text)
+        texts[page] = fill_markers(texts[page], name, "\n\n".join(parts))
+    for page, text in texts.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

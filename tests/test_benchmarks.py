@@ -83,7 +83,7 @@ def test_small_run_reaches_the_readme(tmp_path):
     assert [(s["length"], s["mode"]) for s in summary] == [(length, mode) for mode in op.MODES for length in (64, 96)]
     assert summary[0]["ideal_speedup"] < summary[1]["ideal_speedup"]
     assert all(s["error"] < 1e-5 for s in summary)
-    figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
+    figures.main(["--results", str(path.parent), "--pages", str(readme), "--docs", str(tmp_path)])
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -109,7 +109,7 @@ def test_small_runs_fill_their_part(name, tmp_path):
     path, readme = tmp_path / "results" / f"{name}-test.json", tmp_path / "README.md"
     readme.write_text(f"<!-- results:{name} -->\n<!-- end:{name} -->\n")
     run.main([name, *shlex.split(SMALL[name]), "--threads", "1", "--output", str(path)])
-    figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
+    figures.main(["--results", str(path.parent), "--pages", str(readme), "--docs", str(tmp_path)])
     assert len(readme.read_text().splitlines()) > 8
     assert path.with_suffix(".png").stat().st_size > 0
 
@@ -161,7 +161,7 @@ def test_peers_run_a_folder_of_torchscale(tmp_path):
     assert all(error < 1e-5 for whose in errors.values() for error in whose.values())
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:peers -->\n<!-- end:peers -->\n")
-    figures.main(["--results", str(path.parent), "--readme", str(readme), "--docs", str(tmp_path)])
+    figures.main(["--results", str(path.parent), "--pages", str(readme), "--docs", str(tmp_path)])
     assert "TorchScale / ours" in readme.read_text()
 
 
