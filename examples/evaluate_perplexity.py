@@ -285,10 +285,11 @@ def plot(results: dict, file: Path, *, losses: list[tuple[int, float]] = ()) -> 
 def format_comparison(results: dict[str, dict]) -> str:
     """Perplexity and standard error, one line for each context and one column for each model."""
     names = list(results)
-    lines = ["context" + "".join(f"{name:>28}" for name in names)]
+    width = max(22, *map(len, names)) + 2
+    lines = ["context" + "".join(f"{name:>{width}}" for name in names)]
     for row, context in enumerate(results[names[0]]["contexts"]):
         cells = (f"{r['perplexity'][row]:.2f} +- {r['perplexity_error'][row]:.2f}" for r in results.values())
-        lines.append(f"{context:>7}" + "".join(f"{cell:>28}" for cell in cells))
+        lines.append(f"{context:>7}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -329,7 +330,9 @@ def write_whole(file: Path, content: bytes) -> None:
 def describe_machine() -> dict[str, str]:
     """What a result file says of the machine, the versions and the day."""
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -1,13 +1,13 @@
-"""Long documents, before and after: fine-tune a model on whole documents, score it on others, let it continue them.
+"""Long documents, before and after: fine-tune a model on long documents, score it on others, let it continue them.
 
     make demo                                      # once: the model to start from, output/model
     python examples/long_documents.py
     python examples/long_documents.py --text my_books --sequence-lengths 16384
 
 By default a document is the folder of one of Transformers' models, file after file: names that its configuration
-sets are used in its modeling code, and its classes resemble each other. The same model is fine-tuned on sequences of
-each length, always on the same number of tokens, so the table says what longer sequences bring. The folder `output`
-then holds
+sets are used in its modeling code, and its classes resemble each other. The same model is fine-tuned on the documents
+cut into sequences of each length, always on the same number of tokens, so the table says what longer sequences bring.
+The folder `output` then holds
 
     LENGTH/            a fine-tuned model
     perplexity.json    the same held-out targets under growing context, before and after, and perplexity.png
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from corpus import TextArguments, join_documents, load_text, tokenize
+from datasets import DatasetDict
 from demo import bfloat16_pays
 from evaluate_perplexity import (
     describe_machine,
@@ -41,15 +42,16 @@ from transformers import (
     set_seed,
 )
 
-SHOWN_LINES = 6  # of a prompt, in samples.md
+SHOWN_TOKENS = 80  # of a prompt, in samples.md
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="output/model", help="folder or Hub name of the model to start from")
     parser.add_argument(
-        "--text", default=str(Path(transformers.__file__).parent / "models"), help="as in examples/finetune.py"
+        "--text", help="as in examples/finetune.py; not what the model was trained on, or 'before' is too good"
     )
+    parser.add_argument("--split-seed", type=int, default=0, help="another seed holds out other documents")
     parser.add_argument("--output", type=Path, default=Path("long_documents"), help="folder for all that is written")
     parser.add_argument("--trained", type=int, default=2048, help="tokens of the model's own training sequences")
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[2048, 16384])
@@ -65,10 +67,12 @@ def parse() -> argparse.Namespace:
     for length in arguments.sequence_lengths:
         if length < 1 or arguments.step_tokens % length:
             parser.error(f"--sequence-lengths {length} does not divide --step-tokens {arguments.step_tokens}")
+    if len(set(arguments.sequence_lengths)) < len(arguments.sequence_lengths):
+        parser.error(f"--sequence-lengths {arguments.sequence_lengths}: each length once")
     return arguments
 
 
-def tune(arguments: argparse.Namespace, text: dict, length: int) -> PreTrainedModel:
+def tune(arguments: argparse.Namespace, text: DatasetDict, length: int, bfloat16: bool) -> PreTrainedModel:
     """Fine-tune by `finetune.py`, as `python examples/finetune.py --sequence_length LENGTH ...` would."""
     model = ModelArguments(
         model_name_or_path=arguments.model, sequence_length=length, muon_learning_rate=10 * arguments.learning_rate
@@ -77,7 +81,7 @@ def tune(arguments: argparse.Namespace, text: dict, length: int) -> PreTrainedMo
         output_dir=str(arguments.output / str(length)), max_steps=arguments.steps,
         per_device_train_batch_size=arguments.step_tokens // length, learning_rate=arguments.learning_rate,
         adam_beta2=0.98, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=max(1, arguments.steps // 20),
-        logging_steps=max(1, arguments.steps // 10), bf16=bfloat16_pays(),
+        logging_steps=max(1, arguments.steps // 10), bf16=bfloat16,
         use_cpu=not torch.accelerator.is_available(), save_strategy="no", report_to="none", seed=0,
     )  # fmt: skip
     return run(make_trainer(model, training, text))
@@ -85,72 +89,81 @@ def tune(arguments: argparse.Namespace, text: dict, length: int) -> PreTrainedMo
 
 def cut_prompts(
     documents: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
-) -> dict[str, tuple[str, str]]:
-    """The longest documents by name: each up to the end of a line, and how it really goes on."""
+) -> dict[str, tuple[np.ndarray, str]]:
+    """The longest documents by name: token ids up to the end of a line, and how it really goes on.
+
+    Raises:
+        ValueError: If one is no longer than a continuation.
+    """
     longest = sorted(documents, key=lambda name: len(documents[name]), reverse=True)[: arguments.samples]
     prompts = {}
     for name in longest:
         ids = documents[name][: max(arguments.contexts)]
-        text = tokenizer.decode(ids[: -arguments.sample_tokens])
-        prompt = text[: text.rfind("\n") + 1] or text
-        prompts[name] = prompt, tokenizer.decode(ids)[len(prompt) :]
+        ends = [i for i in range(1, len(ids) - arguments.sample_tokens) if "\n" in tokenizer.decode(ids[i - 1])]
+        if not ends:
+            raise ValueError(
+                f"Document {name!r} has {len(ids)} tokens and no line ends before its last {arguments.sample_tokens}, "
+                "so there is nothing to continue. Give longer text, or smaller --samples or --sample-tokens."
+            )
+        prompts[name] = ids[: ends[-1]], tokenizer.decode(ids[ends[-1] : ends[-1] + arguments.sample_tokens])
     return prompts
 
 
 @torch.inference_mode()
-def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
-    """A continuation of `count` tokens, drawn with a fixed seed."""
+def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, count: int) -> str:
+    """A continuation of at most `count` tokens, drawn with a fixed seed; it ends where the model ends the file."""
     set_seed(0)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids.to(model.device)
+    ids = torch.from_numpy(prompt[None]).long().to(model.device)
     written = model.eval().generate(ids, max_new_tokens=count, do_sample=True, temperature=0.5, top_k=50)
-    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(written[0, ids.shape[1] :])
 
 
 def main() -> None:
     """Score and sample the model, then fine-tune, score and sample it at each sequence length."""
     arguments = parse()
-    text = load_text(TextArguments(text=arguments.text))
+    default = Path(transformers.__file__).parent / "models"
+    text = load_text(TextArguments(text=arguments.text or str(default), split_seed=arguments.split_seed))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     documents = join_documents(tokenize(text["evaluation"], tokenizer))
     prompts = cut_prompts(documents, tokenizer, arguments)
+    bfloat16 = bfloat16_pays()
     results, written = {}, {name: {"the document": end} for name, (_, end) in prompts.items()}
-    for name in ("before", *arguments.sequence_lengths):
-        if name == "before":
-            model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
+    for length in (None, *arguments.sequence_lengths):
+        if length is None:
+            label, model = "before", AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
+            model.to(torch.accelerator.current_accelerator() or "cpu")
         else:
-            model, name = tune(arguments, text, name), f"after, sequences of {name:,}"
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16_pays()):
-            results[name] = evaluate_contexts(
+            label, model = f"after, sequences of {length:,}", tune(arguments, text, length, bfloat16)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+            results[label] = evaluate_contexts(
                 model, tokenizer, documents,
                 contexts=arguments.contexts, targets=arguments.targets, blocks=arguments.blocks,
             )  # fmt: skip
         for document, (prompt, _) in prompts.items():
-            written[document][name] = go_on(model, tokenizer, prompt, arguments.sample_tokens)
-        write(results, prompts, written, arguments)
+            written[document][label] = go_on(model, tokenizer, prompt, arguments.sample_tokens)
+        ends = {name: tokenizer.decode(prompt[-SHOWN_TOKENS:]) for name, (prompt, _) in prompts.items()}
+        settings = vars(arguments) | {"bfloat16": bfloat16, "text": arguments.text or "transformers/models"}
+        write(arguments.output, settings, results, ends, written)
     print(f"Perplexity +- standard error of {results['before']['tokens']:,} held-out tokens")
     print(format_comparison(results))
     print(f"Written: {arguments.output}")
 
 
-def write(results: dict[str, dict], prompts: dict, written: dict, arguments: argparse.Namespace) -> None:
+def write(output: Path, settings: dict, results: dict[str, dict], ends: dict[str, str], written: dict) -> None:
     """All that is known so far."""
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "text", "model")}
+    settings = {name: value for name, value in settings.items() if name != "output"}
     scores = {name: for_json(result) for name, result in results.items()}
-    report = (
-        json.dumps(describe_machine() | {"settings": settings, "results": scores}, indent=2, allow_nan=False) + "\n"
-    )
-    write_whole(arguments.output / "perplexity.json", report.encode())
-    plot_comparison(results, arguments.output / "perplexity.png", trained=arguments.trained)
-    write_whole(arguments.output / "samples.md", format_samples(prompts, written).encode())
+    report = json.dumps(describe_machine() | {"settings": settings, "results": scores}, indent=2, allow_nan=False)
+    write_whole(output / "perplexity.json", report.encode() + b"\n")
+    plot_comparison(results, output / "perplexity.png", trained=settings["trained"])
+    write_whole(output / "samples.md", format_samples(ends, written).encode())
 
 
-def format_samples(prompts: dict[str, tuple[str, str]], written: dict[str, dict[str, str]]) -> str:
+def format_samples(ends: dict[str, str], written: dict[str, dict[str, str]]) -> str:
     """Markdown: the end of each prompt, then every model's continuation."""
     parts = []
-    for name, (prompt, _) in prompts.items():
-        end = "\n".join(prompt.rstrip("\n").split("\n")[-SHOWN_LINES:])
-        parts.append(f"## {name}\n\nThe last of {prompt.count(chr(10)):,} lines that were read:")
-        parts.append(f"````text\n{end}\n````")
+    for name, end in ends.items():
+        parts.append(f"## {name}\n\nThe last lines that were read:\n\n````text\n{end.rstrip()}\n````")
         for model, sample in written[name].items():
             parts.append(f"{model}:\n\n````text\n{sample.rstrip()}\n````")
     return "\n\n".join(parts) + "\n"
