@@ -98,7 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
             runs[command] = (result, path)
     texts = {page: page.read_text() for page in args.pages}
     for name, runs in newest.items():
-        page = next((page for page, text in texts.items() if f"<!-- results:{name} -->" in text), args.pages[0])
+        pages = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
+        if len(pages) != 1:
+            raise ValueError(f"{name}: {len(pages)} of the pages {[*map(str, texts)]} hold its markers; one must.")
+        page = pages[0]
         parts = []
         for result, path in runs.values():
             where, parent = path.with_suffix(".md").resolve(), page.resolve().parent

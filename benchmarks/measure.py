@@ -148,12 +148,14 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git answers in this repository, "unknown" where it fails."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -163,15 +165,15 @@ def _version(package: str) -> str:
 def describe_run() -> dict[str, object]:
     """Command, commit, date, versions and machine of this run, to be stored with its samples."""
     # What runs write does not make the measured code a changed one.
-    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!examples/paper/results")
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!examples/paper/results")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changed),
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "triton", "flash-attn")},
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "triton", "flash-attn")},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "machine": {
             "cpu": _cpu_name(),

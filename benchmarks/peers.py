@@ -1,12 +1,13 @@
 """The op against the released implementation, TorchScale's, from a folder that holds its repository.
 
-    git clone https://github.com/microsoft/torchscale && pip install einops
-    python -m benchmarks.run peers --torchscale torchscale
+    git clone https://github.com/microsoft/torchscale /tmp/torchscale && pip install einops
+    python -m benchmarks.run peers --torchscale /tmp/torchscale
 
-TorchScale's `DilatedAttention` runs as released, without its projections. On a CPU its flash-attention package is
-replaced by the kernel that ours calls too, so what differs is how rows are brought to the kernel and results back.
-Both take q, k, v as they come from their projections. Errors are against the dense reference in float64 with
-TorchScale's head offsets ("blocked"), in the Euclidean norm, at a length that no segment divides.
+TorchScale's `DilatedAttention` runs as released, causal, its projections replaced by nothing. Where it finds no
+flash-attention package, so on every CPU, the kernel that ours calls stands in. Both take q, k, v as projections leave
+them. What differs is how rows are brought to the kernel and results back, in calls of what size, and the backward
+pass. Errors are against the dense reference in float64 with TorchScale's head offsets ("blocked"), in the Euclidean
+norm.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS
 
 from . import op
-from .measure import DTYPES, Call, peak_bytes, spread, time_alternately
+from .measure import DTYPES, Call, git, package_version, peak_bytes, spread, time_alternately
 
 PEERS = ("ours", "torchscale")
 
@@ -61,8 +62,8 @@ class _Kernel(torch.autograd.Function):
         return *(x.transpose(1, 2) for x in grads), None
 
 
-def load_torchscale(folder: Path) -> type[nn.Module]:
-    """TorchScale's `DilatedAttention`, with a kernel where it found none.
+def load_torchscale(folder: Path) -> tuple[type[nn.Module], bool]:
+    """TorchScale's `DilatedAttention`, and whether our kernel stands in for one that it did not find.
 
     Raises:
         ValueError: if the folder does not hold it, or what it imports is missing.
@@ -78,9 +79,12 @@ def load_torchscale(folder: Path) -> type[nn.Module]:
     finally:
         sys.path.remove(str(folder))
     if heads.flash_attn_func is None:
-        # The arguments after value are dropout, bias, scale and whether it is causal.
-        heads.flash_attn_func = lambda q, k, v, dropout, bias, scale, causal: _Kernel.apply(q, k, v, causal)
-    return attention.DilatedAttention
+        heads.flash_attn_func = _stand_in
+    return attention.DilatedAttention, heads.flash_attn_func is _stand_in
+
+
+def _stand_in(query, key, value, dropout, bias, scale, is_causal):
+    return _Kernel.apply(query, key, value, is_causal)
 
 
 def torchscale_attention(folder: Path, heads: int, head_dim: int, pattern: str):
@@ -90,7 +94,7 @@ def torchscale_attention(folder: Path, heads: int, head_dim: int, pattern: str):
         flash_attention=True, multiway=False, xpos_rel_pos=False, layernorm_eps=1e-5, seq_parallel=False,
         segment_length=w, dilated_ratio=r,
     )  # fmt: skip
-    module = load_torchscale(folder)(settings, heads * head_dim, heads, self_attention=True)
+    module = load_torchscale(folder)[0](settings, heads * head_dim, heads, self_attention=True)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         setattr(module, name, nn.Identity())
 
@@ -141,7 +145,9 @@ def measure_error(case: op.Case, pattern: str, folder: Path) -> dict[str, dict[s
 
 def run(args: argparse.Namespace) -> dict:
     """Time, peak memory and error of both."""
-    load_torchscale(args.torchscale)  # refuse a wrong folder before anything is timed
+    _, stands_in = load_torchscale(args.torchscale)
+    if any(w % r for w, r in zip(*op.parse_pattern(args.pattern), strict=True)):
+        raise ValueError(f"--pattern {args.pattern!r}: TorchScale is wrong where a rate does not divide its length.")
     rows = []
     cases = [
         op.Case(length, args.heads, args.head_dim, dtype, mode, args.threads, args.device)
@@ -159,7 +165,11 @@ def run(args: argparse.Namespace) -> dict:
         dtype: measure_error(cases[0]._replace(length=args.error_length, dtype=dtype), args.pattern, args.torchscale)
         for dtype in args.dtypes
     }
-    return {"pattern": args.pattern, "error_length": args.error_length, "rows": rows, "errors": errors}
+    return {
+        "torchscale": git("-C", str(args.torchscale.resolve()), "rev-parse", "HEAD"),
+        "einops": package_version("einops"), "stand_in": stands_in,
+        "pattern": args.pattern, "error_length": args.error_length, "rows": rows, "errors": errors,
+    }  # fmt: skip
 
 
 def tables(result: dict) -> str:
@@ -181,7 +191,9 @@ def tables(result: dict) -> str:
             errors.append(f"| {dtype} | {who} | " + " | ".join(f"{x:.1e}" for x in values.values()) + " |")
     return "\n\n".join(
         [
-            f"Branches {result['pattern']}, causal.",
+            f"TorchScale at commit {result['torchscale'][:10]}, with "
+            + ("our kernel" if result["stand_in"] else "its own kernel")
+            + f". Branches {result['pattern']}, causal.",
             "\n".join(lines),
             f"Relative to float64, at {result['error_length']:,} tokens (TorchScale treats each branch's share of the "
             "softmax as a constant in the backward pass, so its dq and dk are not the gradient):",

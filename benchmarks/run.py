@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         chosen.add_argument("--threads", type=int, default=os.cpu_count())
-        chosen.add_argument("--device", default="cpu", help="cpu or cuda (op, length, backends, train, memory)")
+        chosen.add_argument("--device", default="cpu", help="cpu or cuda (op, length, backends, peers, train, memory)")
         chosen.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/...")
         module.add_arguments(chosen)
     return parser.parse_args(arguments)

@@ -76,8 +76,9 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
         other_out, other_lse: the same for the other keys, each query having seen at least one.
     """
     weight = torch.sigmoid(other_lse - lse)  # other's share of both denominators
-    merged = out.to(weight.dtype)  # out itself unless it is in half precision
-    merged.lerp_(other_out.to(weight.dtype), weight[..., None])
-    if merged is not out:
-        out.copy_(merged)
+    other = other_out.to(weight.dtype)
+    if out.dtype == weight.dtype:
+        out.lerp_(other, weight[..., None])
+    else:  # in half precision, with one temporary in float32
+        out.add_(other.sub_(out).mul_(weight[..., None]))
     lse.copy_(torch.logaddexp(lse, other_lse))

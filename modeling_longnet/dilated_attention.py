@@ -109,9 +109,10 @@ def _covers_all(x: Tensor, plan: Plan) -> bool:
 
 
 def _sum_dtype(x: Tensor, plan: Plan) -> torch.dtype:
-    """The dtype that sums a token's branches: x's own if a token has at most one dilated branch on average, so that
-    half precision is rounded at most once more and takes no second, larger copy; else at least float32."""
-    if _covers_all(x, plan) and sum(1 / branch.r for branch in plan.branches[1:]) <= 1:
+    """The dtype that holds a token's sum over branches: at least float32, or half precision itself where that costs
+    about one more rounding (a token is in at most one branch after the first, on average) and saves a larger copy."""
+    first, *others = plan.branches
+    if first.r == 1 and sum(1 / branch.r for branch in others) <= 1:
         return x.dtype
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -132,7 +133,7 @@ def _shows_all(piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tenso
         and branch.r == 1
         and rows.segments * rows.rows == length
         and all(x.stride(0) == length * x.stride(1) or batch == 1 for x in (query, key))
-        and query.dtype in (torch.float32, torch.float64)
+        and query.dtype in (torch.float32, torch.float64)  # bfloat16 loses by it, see benchmarks/README.md
         and (query.device.type == "cpu" or batch * rows.segments <= _CUDA_BATCH_PER_CALL)
     )
 
@@ -504,10 +505,11 @@ def dilated_attention(
             kernels), "flash_attn" (that package), or "auto", which takes "torch" where it runs.
 
     Returns:
-        (B, H, L, D), the query's dtype (autocast's under autocast); 0 for a query that no branch covers. A
-        branch sums over its keys in at least float32; the branches' results are merged in float32 and, where a token
-        is in at most one dilated branch on average (sum of 1 / r), kept in the query's dtype. The gradient is exact
-        for the joint softmax.
+        (B, H, L, D), the query's dtype (autocast's under autocast); 0 for a query that no branch covers. The
+        gradient is exact for the joint softmax. Sums over keys and the merging of branches are computed in at least
+        float32. In half precision a token's sum over branches, and that of its gradients, is stored in that
+        precision after each branch if the branches after the first hold a token at most once on average (sum of
+        1 / r), which adds about one rounding; else it is stored in float32.
 
     Raises:
         ValueError: branches, shapes, dtypes or names that do not fit, or a named backend that cannot run here.

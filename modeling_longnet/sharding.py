@@ -416,7 +416,7 @@ def attend_sharded(query: Tensor, key: Tensor, value: Tensor, inputs: ShardInput
 
     Returns:
         (B, n, H, D) in the query's dtype. Differentiable in q, k, v, once; the gradients of k and v include what
-        this rank's rows contributed on other ranks, added up in at least float32.
+        this rank's rows contributed on other ranks, which are added in at least float32.
     """
     query, key, value = (x.contiguous() for x in (query, key, value))
     return _ShardedAttention.apply(query, key, value, inputs)

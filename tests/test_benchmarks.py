@@ -144,25 +144,28 @@ def test_peers_run_a_folder_of_torchscale(tmp_path):
     with pytest.raises(ValueError, match=r"no torchscale/component/dilated_attention\.py"):
         run.main(["peers", "--torchscale", str(folder), "--output", str(tmp_path / "none.json")])
     path = tmp_path / "results" / "peers-test.json"
-    options = f"--torchscale {tmp_path} --lengths 64 --pattern 96/1 --dtypes float32 --heads 3 --head-dim 16"
+    sizes = "--lengths 64 --dtypes float32 --heads 3 --head-dim 16 --rounds 1 --seconds 0 --error-length 90 --threads 1"
+    command = ["peers", "--torchscale", str(tmp_path), *sizes.split(), "--output", str(path), "--pattern"]
     try:
-        run.main(
-            [
-                "peers",
-                *options.split(),
-                *"--rounds 1 --seconds 0 --error-length 90 --threads 1 --output".split(),
-                str(path),
-            ]
-        )
+        with pytest.raises(ValueError, match="does not divide"):
+            run.main([*command, "96/1 256/6"])
+        run.main([*command, "96/1"])
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchscale"]:
             del sys.modules[name]
     errors = json.loads(path.read_text())["errors"]["float32"]
     assert all(error < 1e-5 for whose in errors.values() for error in whose.values())
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- results:peers -->\n<!-- end:peers -->\n")
-    figures.main(["--results", str(path.parent), "--pages", str(readme), "--docs", str(tmp_path)])
-    assert "TorchScale / ours" in readme.read_text()
+    pages = [tmp_path / "README.md", path.parent / "README.md"]
+    arguments = ["--results", str(path.parent), "--docs", str(tmp_path), "--pages", *map(str, pages)]
+    pages[0].write_text("no markers\n")
+    pages[1].write_text("<!-- results:peers -->\n<!-- end:peers -->\n")
+    figures.main(arguments)
+    assert pages[0].read_text() == "no markers\n"
+    assert "TorchScale / ours" in pages[1].read_text()
+    assert "(peers-test.md)" in pages[1].read_text()
+    pages[0].write_text(pages[1].read_text())
+    with pytest.raises(ValueError, match="2 of the pages"):
+        figures.main(arguments)
 
 
 @pytest.mark.parametrize("power", [1, 2])

@@ -280,6 +280,7 @@ def assert_low_precision(name, actual, rival, exact):
     pytest.param(Case(1, 257, 8, 2, 24, (48, 200), (1, 7), False, "blocked"), id="shared heads"),
     pytest.param(Case(2, 600, 4, 4, 64, (512,), (1,), True, "interleaved"), id="one branch"),
     pytest.param(Case(1, 200, 4, 4, 8, (16, 60), (3, 4), True, "interleaved"), id="uncovered"),
+    pytest.param(Case(1, 300, 4, 4, 16, (16, 32, 64, 128, 256), (1, 2, 4, 6, 12), True, "interleaved"), id="paper"),
 ])  # fmt: skip
 def test_low_precision(case, dtype):
     """Error against float64 at most twice the dense reference's own in that dtype, plus one rounding step."""
@@ -293,7 +294,7 @@ def test_low_precision(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_accumulates_in_float32(dtype):
+def test_low_precision_with_many_branches(dtype):
     """64 equal branches: the merged result is one branch's own, without 64 roundings."""
     case = Case(1, 40, 3, 3, 8, tuple(range(40, 104)), (1,) * 64, True, "interleaved")
     single = case._replace(lengths=(40,), rates=(1,))
@@ -306,7 +307,7 @@ def test_low_precision_accumulates_in_float32(dtype):
 
 @pytest.mark.parametrize(("rates", "expected"), [((1, 2, 4, 8), torch.bfloat16), ((1, 1, 2), torch.float32)])
 def test_half_precision_takes_no_larger_copy_where_few_roundings_are_due(rates, expected):
-    """One dilated branch a token on average, or less: its dtype holds the sums; else float32 does."""
+    """One branch a token after the first, on average, or less: its dtype holds the sums; else float32 does."""
     case = Case(1, 64, 2, 2, 8, (8, 16, 32, 64)[: len(rates)], rates, True, "interleaved")
     plan = Plan((Chunk(0, 1, 0, 64, 0, 64),), case.branches, True, 1.0, "torch", False)
     query, key, value, grad_out = (x.transpose(1, 2) for x in make_inputs(case, torch.bfloat16))
@@ -314,6 +315,22 @@ def test_half_precision_takes_no_larger_copy_where_few_roundings_are_due(rates, 
     grads = backward_chunks(grad_out, query, key, value, out.to(query.dtype), lse, plan)
     assert lse.dtype == torch.float32
     assert {out.dtype, *(grad.dtype for grad in grads)} == {expected}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padding_changes_no_digit(dtype):
+    """A text behind 9 columns of padding gives what it gives alone, to the last bit."""
+    case = Case(1, 300, 4, 4, 16, (16, 32, 64, 128, 256), (1, 2, 4, 6, 12), True, "interleaved")
+    inputs = [x.transpose(1, 2).contiguous() for x in make_inputs(case, dtype)]
+    results = []
+    for pad in (0, 9):
+        query, key, value, grad_out = (torch.nn.functional.pad(x, (0, 0, 0, 0, pad, 0)) for x in inputs)
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        chunks = torch.tensor([[0, 1, pad, pad + case.length, 0, case.length]])
+        out = attend_chunks(*leaves, case.branches, chunks=chunks)
+        results.append([x[:, pad:] for x in (out.detach(), *torch.autograd.grad(out, leaves, grad_out))])
+    for name, alone, padded in zip(NAMES, *results, strict=True):
+        assert torch.equal(alone, padded), name
 
 
 @given(cases(is_causal=True))
@@ -407,6 +424,26 @@ def test_any_cut_into_chunks_equals_the_whole(case, data):
     grads = torch.autograd.grad(out, inputs, grad_out)
     actual = {name: x.transpose(1, 2) for name, x in zip(NAMES, (out.detach(), *grads), strict=True)}
     assert_all_close(actual, run(case, *(x.transpose(1, 2) for x in (query, key, value, grad_out)), backend="eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_of_chunks_with_their_prefixes(dtype):
+    """A text read 37 tokens at a time, with the paper's rates."""
+    case = Case(1, 300, 4, 4, 16, (16, 32, 64, 128, 256), (1, 2, 4, 6, 12), True, "interleaved")
+    inputs = make_inputs(case, dtype)
+    exact = run(case, *(x.double() for x in inputs), backend="eager")
+    dense = run(case, *inputs, backend="eager")
+    query, key, value, grad_out = (x.transpose(1, 2) for x in inputs)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    parts = []
+    for start in range(0, case.length, 37):
+        end = min(start + 37, case.length)
+        before = Outside(*(outside_rows(x, case, [start], [end]) for x in leaves[1:]))
+        chunks = torch.tensor([[0, 1, 0, end - start, start, end]])
+        parts.append(attend_chunks(*(x[:, start:end] for x in leaves), case.branches, chunks=chunks, before=before))
+    out = torch.cat(parts, 1)
+    for name, value in zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, grad_out)), strict=True):
+        assert_low_precision(name, value.transpose(1, 2), dense[name], exact[name])
 
 
 @given(cases(is_causal=False, longest=60), st.data(), st.booleans())
