@@ -18,6 +18,7 @@ from modeling_longnet.branches import count_work
 PAPER = Path(__file__).parent.parent / "examples" / "paper"
 sys.path[:0] = [str(PAPER), str(PAPER.parent)]  # they are scripts, not a package
 
+import cells  # noqa: E402
 import figures  # noqa: E402
 import patterns  # noqa: E402
 import recall  # noqa: E402
@@ -81,22 +82,50 @@ def test_the_pipeline_at_toy_size(tmp_path):
 def test_a_fresh_clone_trains_the_weights_again_that_a_cell_begins_with(tmp_path):
     """Results without weights, as in the repository, and one cell missing."""
     settings = run.QUICK | {"name": "test", "jobs": 2}  # in processes of their own
-    base, cells = run.recall_base_cells(settings, 0), run.recall_cells(settings, 0)
-    assert run.run_missing(base, settings, tmp_path, float("inf")) is True
-    assert run.run_missing(cells, settings, tmp_path, float("inf")) is True
+    base, others = run.recall_base_cells(settings, 0), run.recall_cells(settings, 0)
+    assert run.run_missing(base, settings, tmp_path, None, float("inf")) is True
+    assert run.run_missing(others, settings, tmp_path, None, float("inf")) is True
     before = json.loads((tmp_path / "recall-dense-0.json").read_text())
     (tmp_path / "recall_base-0.safetensors").unlink()
-    assert all(run.run_missing(part, settings, tmp_path, float("inf")) for part in (base, cells))
+    assert all(run.run_missing(part, settings, tmp_path, None, float("inf")) for part in (base, others))
     assert not (tmp_path / "recall_base-0.safetensors").exists()  # nothing is missing
     (tmp_path / "recall-dense-0.json").unlink()
-    assert run.run_missing(cells, settings, tmp_path, time.monotonic() - 1) is False  # no time
-    assert run.run_missing(cells, settings, tmp_path, float("inf")) is True
+    assert run.run_missing(others, settings, tmp_path, None, time.monotonic() - 1) is False  # no time
+    assert run.run_missing(others, settings, tmp_path, None, float("inf")) is True
     assert json.loads((tmp_path / "recall-dense-0.json").read_text())["losses"] == before["losses"]
     (tmp_path / "recall_base-0.json").unlink()
     (tmp_path / "recall_base-0.safetensors").unlink()
-    changed = {name: cell | {"rate": 5e-3} for name, cell in cells.items()}  # other settings are not taken for done
+    changed = {name: cell | {"rate": 5e-3} for name, cell in others.items()}  # other settings are not taken for done
     with pytest.raises(SystemExit, match="recall_base-0"):
-        run.run_missing(changed, settings, tmp_path, float("inf"))
+        run.run_missing(changed, settings, tmp_path, None, float("inf"))
+
+
+def test_results_of_another_text_are_run_again(tmp_path):
+    """The text is that of the installed packages; a new one gives another digest, and a base of its own."""
+    texts = []
+    for name in ("one", "two"):
+        for number in range(3):
+            folder = tmp_path / name / f"package{number}"
+            folder.mkdir(parents=True)
+            (folder / "a.py").write_text("".join(f"{name}_{number}_{i} = {i}\n" for i in range(400)))
+        settings = run.QUICK | {"text": str(tmp_path / name)}
+        text = cells.load_documents(settings)
+        texts.append((settings | {"digest": text.digest}, text))
+    assert texts[0][0]["digest"] != texts[1][0]["digest"]
+    results = tmp_path / "results"
+    results.mkdir()
+    losses = []
+    for settings, text in texts:
+        base = {
+            name: cell
+            for name, cell in run.base_sweep_cells(settings).items()
+            if name == f"sweep-base-dense-{settings['base_rates'][0]:g}"
+        }
+        assert run.run_missing(base, settings, results, text, float("inf"))
+        (result,) = (json.loads(path.read_text()) for path in results.glob("*.json"))
+        assert result["cell"]["digest"] == text.digest
+        losses.append(result["losses"])
+    assert losses[0] != losses[1]
 
 
 def test_planted_passages_come_again_at_their_distance():

@@ -7,9 +7,11 @@ sequences of `base_length`, shorter than any window or block here, where dense, 
 (and share the weights), then the pattern's own on the length of the cell.
 """
 
+import hashlib
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +21,31 @@ from optimizer import MuonAndAdamW
 from patterns import Pattern, count_keys, make_model, make_pattern
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.measure import highest_resident_bytes, resident_bytes, restart_highest_resident_bytes
 
 BUCKETS = 16  # of positions, for the loss inside a held-out sequence
 
 
-def load_documents(settings: dict) -> tuple[dict[str, dict[str, np.ndarray]], object]:
-    """The token ids of each document by part, and the tokenizer."""
+class Text(NamedTuple):
+    """Token ids of each document by part, their tokenizer, and a digest of all tokens."""
+
+    documents: dict[str, dict[str, np.ndarray]]
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+
+
+def load_documents(settings: dict) -> Text:
+    """The text of all cells. It is that of the installed packages: with others come other tokens and another digest."""
     text = load_text(TextArguments(text=settings["text"], split_seed=7))
     tokenizer = load_tokenizer("bpe", text["train"], vocab_size=settings["sizes"]["vocab_size"])
-    return {part: join_documents(tokenize(text[part], tokenizer)) for part in ("train", "evaluation")}, tokenizer
+    documents = {part: join_documents(tokenize(text[part], tokenizer)) for part in ("train", "evaluation")}
+    digest = hashlib.sha256()
+    for part in documents.values():
+        for name, ids in part.items():
+            digest.update(f"{name} {len(ids)} ".encode() + ids.tobytes())
+    return Text(documents, tokenizer, digest.hexdigest()[:16])
 
 
 def cut(documents: dict[str, np.ndarray], length: int, seed: int) -> np.ndarray:
@@ -105,13 +121,15 @@ def loss_by_position(model, sequences: np.ndarray) -> list[float]:
     return (sums / len(sequences)).tolist()
 
 
-def run_base_cell(cell: dict, settings: dict, folder: Path, documents: dict, tokenizer) -> dict:
+def run_base_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
     """The first stage: train on short sequences, keep the weights and score held-out sequences of that length."""
-    model, _ = make_text_model(cell, settings, tokenizer)
+    model, _ = make_text_model(cell, settings, text.tokenizer)
     name = f"base {cell['pattern']} seed {cell['seed']}"
-    result = train(model, cut(documents["train"], cell["length"], cell["seed"]), cell, name)
+    result = train(model, cut(text.documents["train"], cell["length"], cell["seed"]), cell, name)
     with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
-        losses = loss_by_position(model, cut(documents["evaluation"], cell["length"], 0)[: settings["base_held_out"]])
+        losses = loss_by_position(
+            model, cut(text.documents["evaluation"], cell["length"], 0)[: settings["base_held_out"]]
+        )
     if cell.get("weights"):
         save_weights(model, folder / cell["weights"])
     return result | {"loss": float(np.mean(losses))}
@@ -124,27 +142,27 @@ def make_text_model(cell: dict, settings: dict, tokenizer) -> tuple[torch.nn.Mod
     return make_model(pattern, cell["seed"], **settings["sizes"] | {"vocab_size": len(tokenizer)}), pattern
 
 
-def run_text_cell(cell: dict, settings: dict, folder: Path, documents: dict, tokenizer) -> dict:
+def run_text_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
     """The second stage, and the score of the same held-out targets under growing contexts."""
-    model, pattern = make_text_model(cell, settings, tokenizer)
+    model, pattern = make_text_model(cell, settings, text.tokenizer)
     if pattern.size and pattern.size < settings["base_length"]:
         raise ValueError(f"{pattern.name} sees {pattern.size} tokens, less than the first stage's sequences.")
     load_model(model, folder / cell["base"])
     flops = count_flops(model, pattern, cell["length"])
     name = f"{cell['pattern']} {cell['length']:,} seed {cell['seed']}"
-    result = train(model, cut(documents["train"], cell["length"], cell["seed"]), cell, name)
+    result = train(model, cut(text.documents["train"], cell["length"], cell["seed"]), cell, name)
     result |= {"flops_a_token": flops, "parameters": model.num_parameters(), "work": pattern._asdict()}
     began = time.process_time()
     with torch.autocast("cpu", torch.bfloat16, enabled=cell["bfloat16"]):
         scores = evaluate_contexts(
             model,
-            tokenizer,
-            documents["evaluation"],
+            text.tokenizer,
+            text.documents["evaluation"],
             contexts=cell["contexts"],
             targets=settings["targets"],
             blocks=settings["blocks"],
         )
         if cell.get("by_position"):
-            held_out = cut(documents["evaluation"], cell["length"], 0)[: settings["held_out"]]
+            held_out = cut(text.documents["evaluation"], cell["length"], 0)[: settings["held_out"]]
             result["loss_by_position"] = loss_by_position(model, held_out)
     return result | {"scores": scores, "evaluation_seconds": time.process_time() - began}

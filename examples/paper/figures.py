@@ -121,42 +121,51 @@ def sweep_table(results: dict[str, dict]) -> str:
 
 
 def plot_text(results: dict[str, dict], path: Path) -> None:
-    """Fig. 6 and 7: loss against training FLOPs, against context, and by position."""
-    cells = {name: r for name, r in results.items() if name.startswith("tokens-")}
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    """Fig. 6 and 7: loss against training FLOPs, against context, and by position; each line the mean of the seeds."""
+    groups = defaultdict(list)
+    for name, result in results.items():
+        if name.startswith("tokens-"):
+            groups[result["cell"]["length"], result["cell"]["pattern"]].append(result)
+    figure = Figure(figsize=(15, 5), layout="constrained")
     flops, context, position = figure.subplots(1, 3)
     colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3", "longnet-wide": "C4"}
-    styles = dict(zip(sorted({r["cell"]["length"] for r in cells.values()}), ("-", "--", ":"), strict=False))
-    for result in cells.values():
-        cell, scores = result["cell"], result["scores"]
-        look = {"color": colors[cell["pattern"]], "linestyle": styles.get(cell["length"], "-")}
-        label = f"{cell['pattern']}, {cell['length']:,}" if cell["seed"] == 0 else None
-        losses = np.array(result["losses"])
-        width = max(1, len(losses) // 20)
+    styles = dict(zip(sorted({length for length, _ in groups}), (":", "--", "-"), strict=False))
+    for (length, pattern), cells in sorted(groups.items()):
+        look = {"color": colors[pattern], "linestyle": styles.get(length, "-")}
+        losses = np.mean([cell["losses"] for cell in cells], 0)
+        width = max(1, len(losses) // 12)
         smooth = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
-        steps = (np.arange(len(smooth)) + 1) * width * cell["length"] * result["flops_a_token"]
-        flops.plot(steps, smooth, **look, label=label)
-        context.plot(scores["contexts"], np.log(scores["perplexity"]), **look)
-        position.plot(np.linspace(0, 1, len(result["loss_by_position"])), result["loss_by_position"], **look)
+        work = (np.arange(len(smooth)) + 1) * width * length * cells[0]["flops_a_token"]
+        flops.plot(work, smooth, **look, label=f"{pattern}, {length:,}")
+        scores = np.mean([np.log(cell["scores"]["perplexity"]) for cell in cells], 0)
+        context.plot(cells[0]["scores"]["contexts"], scores, **look, marker=".")
+        by_position = np.mean([cell["loss_by_position"] for cell in cells], 0)
+        position.plot(np.linspace(0, 1, len(by_position)), by_position, **look)
     flops.set(xscale="log", xlabel="FLOPs of the second stage", ylabel="training loss, nats a token")
-    context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same targets, nats a token")
+    context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same held-out targets, nats a token")
     position.set(xlabel="position in the held-out sequence, share of its length", ylabel="loss, nats a token")
-    flops.legend(fontsize="x-small")
+    context.set_xscale("log", base=2)
+    figure.legend(*flops.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    figure.suptitle("pattern, and tokens of the sequences it was trained on")
     figure.savefig(path, dpi=130)
 
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
-    """Recall against distance."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
+    """Recall against distance, the mean of the seeds."""
+    groups = defaultdict(list)
     for name, result in results.items():
-        if name.startswith("recall-") and result["cell"]["seed"] == 0:
-            recall = result["recall"]
-            axis.plot(
-                recall["edges"][:-1], _shares(recall), "o-", label=name.removeprefix("recall-").removesuffix("-0")
-            )
-    axis.set(xscale="log", ylim=(0, 1), xlabel="distance of key and query (tokens)", ylabel="recall")
-    axis.legend(fontsize="x-small")
+        if name.startswith("recall-"):
+            groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result["recall"])
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, recalls in groups.items():
+        edges = recalls[0]["edges"]
+        middles = np.sqrt(np.array(edges[:-1]) * edges[1:])
+        axis.plot(middles, np.mean([_shares(recall) for recall in recalls], 0), "o-", label=name)
+    axis.set(ylim=(-0.02, 1.02), xlabel="distance of passage and question (tokens)", ylabel="recall")
+    axis.set_xscale("log", base=2)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other exampl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks
 
 import torch
-from cells import load_documents, run_base_cell, run_text_cell
+from cells import Text, load_documents, run_base_cell, run_text_cell
 from evaluate_perplexity import write_whole
 from patterns import RIVALS
 from recall import run_recall_cell
@@ -106,7 +106,8 @@ RECALL_VARIANTS = {
 
 def common(settings: dict, **fields) -> dict:
     """Fields that cells share; warmup as in Transformers: steps, or below 1 a share of the training."""
-    return {"bfloat16": settings["bfloat16"], "warmup": 20 if settings["name"] == "full" else 1} | fields
+    shared = {"bfloat16": settings["bfloat16"], "warmup": 20 if settings["name"] == "full" else 1}
+    return shared | ({} if fields["kind"] == "recall" else {"digest": settings["digest"]}) | fields
 
 
 def base_of(pattern: str) -> str:
@@ -206,17 +207,16 @@ def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     return {name: base | cell for name, cell in cells.items()}
 
 
-def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: tuple) -> float:
-    """Run in the calling process and write the results; `text` is what `load_documents` gave, empty for recall.
+def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: Text | None) -> float:
+    """Run in the calling process and write the results; recall needs no text.
 
     Returns:
         Seconds of training.
     """
     torch.set_num_threads(settings["threads"])
     run = describe_run() | {"command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]])}
-    result = {"base": run_base_cell, "text": run_text_cell, "recall": run_recall_cell}[cell["kind"]](
-        cell, settings, folder, *text
-    )
+    run_kind = {"base": run_base_cell, "text": run_text_cell, "recall": run_recall_cell}[cell["kind"]]
+    result = run_kind(cell, settings, folder, *([] if cell["kind"] == "recall" else [text]))
     write_whole(
         folder / f"{name}.json", (json.dumps(run | {"cell": cell, "settings": settings} | result) + "\n").encode()
     )
@@ -229,7 +229,7 @@ def is_done(name: str, cell: dict, folder: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["cell"] == json.loads(json.dumps(cell))
 
 
-def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: float) -> bool:
+def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text | None, until: float) -> bool:
     """Run the cells that have no results yet, `jobs` at once, until the time is up; tell whether all are there."""
     missing = {name: cell for name, cell in cells.items() if not is_done(name, cell, folder)}
     # Weights are not in the repository: a fresh clone trains those again that a missing cell begins with.
@@ -237,8 +237,7 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: flo
     missing = {name: read(folder / f"{name}.json")["cell"] for name in sorted(bases)} or missing
     if not missing:
         return True
-    text = load_documents(settings) if any(cell["kind"] != "recall" for cell in missing.values()) else ()
-    waiting = [(n, c, settings, folder, text if c["kind"] != "recall" else ()) for n, c in missing.items()]
+    waiting = [(name, cell, settings, folder, text) for name, cell in missing.items()]
     if settings["name"] == "quick":  # a process of its own takes longer than the cell
         for arguments in waiting:
             print(f"{arguments[0]}: done, {run_cell(*arguments):.0f} s of training")
@@ -257,7 +256,7 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, until: flo
                 return False
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 print(f"{running.pop(done)}: done, {done.result():.0f} s of training", flush=True)
-    return run_missing(cells, settings, folder, until) if bases else True
+    return run_missing(cells, settings, folder, text, until) if bases else True
 
 
 def main() -> None:
@@ -273,6 +272,10 @@ def main() -> None:
     folder = arguments.results or RESULTS / settings["name"]
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 3600 * arguments.hours
+    text = None
+    if arguments.part != "recall":
+        text = load_documents(settings)
+        settings["digest"] = text.digest  # a cell of other text is another cell
     first = settings["seeds"][0]
     parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": [], "wide": []}
     for seed in settings["seeds"]:
@@ -283,7 +286,7 @@ def main() -> None:
         parts["recall"] += [partial(recall_base_cells, settings, seed), partial(recall_cells, settings, seed)]
     parts["time"] += [partial(time_cells, settings, folder, first)]
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
-        if not run_missing(make_cells(), settings, folder, until):  # what it needs the parts before it have left
+        if not run_missing(make_cells(), settings, folder, text, until):  # what it needs the parts before it have left
             return
 
 
