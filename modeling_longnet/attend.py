@@ -81,4 +81,4 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
         out.lerp_(other, weight[..., None])
     else:  # in half precision, with one temporary in float32
         out.add_(other.sub_(out).mul_(weight[..., None]))
-    lse.copy_(torch.logaddexp(lse, other_lse))
+    torch.logaddexp(lse, other_lse, out=lse)
