@@ -307,7 +307,9 @@ def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> No
     axis.axvline(trained, color="grey", linestyle=":", label="length of the first training")
     axis.set_xscale("log", base=2)
     axis.set(yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same targets")
-    axis.grid(alpha=0.3)
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:.0f}")
+    axis.grid(alpha=0.3, which="both")
     axis.legend()
     write_figure(figure, file)
 
