@@ -52,7 +52,9 @@ def parse() -> argparse.Namespace:
         "--text", help="as in examples/finetune.py; not what the model was trained on, or 'before' is too good"
     )
     parser.add_argument("--split-seed", type=int, default=0, help="another seed holds out other documents")
-    parser.add_argument("--output", type=Path, default=Path("long_documents"), help="folder for all that is written")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/long_documents"), help="folder for all that is written"
+    )
     parser.add_argument("--trained", type=int, default=2048, help="tokens of the model's own training sequences")
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--steps", type=int, default=96, help="of a fine-tuning")

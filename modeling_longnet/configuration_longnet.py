@@ -169,9 +169,9 @@ class LongNetConfig(PreTrainedConfig):
     def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, **fields):
         """A configuration whose branches suit texts of `length` tokens; prints which, and why.
 
-        The first branch is dense (rate 1). Segments and rates then grow by 4 up to `length`, so that each branch
-        adds a quarter of the work of the one before, and any two tokens share a segment. No rate is above the number
-        of key/value heads: each token of a longer branch is kept by some head.
+        The first branch is dense (rate 1). Segments and rates then grow by 4, the last segment to `length`, so that a
+        branch adds a quarter of the work of the one before and any two tokens share a segment. No rate is above the
+        number of key/value heads, so that some head keeps each token; where that stops a rate, branches cost more.
 
         Args:
             length: tokens of the texts.

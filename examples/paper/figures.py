@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from patterns import Pattern, count_keys  # noqa: E402
+from patterns import Pattern, count_computed_keys, count_keys  # noqa: E402
 
 from benchmarks.figures import fill_markers  # noqa: E402
 from benchmarks.run import describe  # noqa: E402
@@ -52,20 +52,31 @@ def table(results: dict[str, dict], budget: str) -> str:
     """Table 2: one line for each training length and pattern, one column for each context."""
     groups = defaultdict(list)
     for name, result in results.items():
-        if name.startswith(budget + "-"):
+        # Equal time is LongNet's, of the first seed; its own row is that of equal tokens.
+        same = budget == "time" and name.startswith("tokens-longnet-") and result["cell"]["seed"] == 0
+        if name.startswith(budget + "-") or same:
             groups[result["cell"]["length"], result["cell"]["pattern"]].append(result)
-    if not groups:
+    if not any(name.startswith(budget + "-") for name in results):
         return f"No cell of equal {budget} has been run."
     contexts = next(iter(groups.values()))[0]["scores"]["contexts"]
-    header = ["trained on", "pattern", "keys a query", "seeds", "steps", "tokens a processor second", "peak MiB"]
+    header = [
+        "trained on",
+        "pattern",
+        "keys a query",
+        "computed",
+        "seeds",
+        "steps",
+        "tokens a processor second",
+        "peak MiB",
+    ]
     header += [*(f"{c:,}" for c in contexts), "+- at the trained length"]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
     for (length, pattern), cells in sorted(groups.items()):
         scores = [cell["scores"] for cell in cells]
         columns = zip(*(s["perplexity"] for s in scores), strict=True)
-        keys = count_keys(Pattern(**cells[0]["work"]), length)
+        keys, computed = (count(Pattern(**cells[0]["work"]), length) for count in (count_keys, count_computed_keys))
         steps = np.mean([c["tokens"] / length for c in cells])
-        row = [f"{length:,}", pattern, f"{keys:,.0f}", str(len(cells)), f"{steps:,.0f}"]
+        row = [f"{length:,}", pattern, f"{keys:,.0f}", f"{computed:,.0f}", str(len(cells)), f"{steps:,.0f}"]
         row += [f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}"]
         row += [f"{np.mean([c['peak_bytes'] for c in cells]) / 2**20:,.0f}"]
         row += [_mean(list(column)) for column in columns]
@@ -128,7 +139,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
             groups[result["cell"]["length"], result["cell"]["pattern"]].append(result)
     figure = Figure(figsize=(15, 5), layout="constrained")
     flops, context, position = figure.subplots(1, 3)
-    colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3", "longnet-wide": "C4"}
+    colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3"}
     styles = dict(zip(sorted({length for length, _ in groups}), (":", "--", "-"), strict=False))
     for (length, pattern), cells in sorted(groups.items()):
         look = {"color": colors[pattern], "linestyle": styles.get(length, "-")}
@@ -140,7 +151,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
         scores = np.mean([np.log(cell["scores"]["perplexity"]) for cell in cells], 0)
         context.plot(cells[0]["scores"]["contexts"], scores, **look, marker=".")
         by_position = np.mean([cell["loss_by_position"] for cell in cells], 0)
-        position.plot(np.linspace(0, 1, len(by_position)), by_position, **look)
+        position.plot((np.arange(len(by_position)) + 0.5) / len(by_position), by_position, **look)
     flops.set(xscale="log", xlabel="FLOPs of the second stage", ylabel="training loss, nats a token")
     context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same held-out targets, nats a token")
     position.set(xlabel="position in the held-out sequence, share of its length", ylabel="loss, nats a token")
@@ -197,10 +208,12 @@ def plot_patterns(path: Path) -> None:
         axis.imshow(counts[head].clamp(max=1), cmap="Blues")
         axis.set(title=f"head {head} of {heads}", xlabel="key", ylabel="query")
     for length in (256, 1024):
-        longer, rising = [16 * 4**i for i in range(4)], [4**i for i in range(4)]
+        longer, rising = [16 * 4**i for i in range(4)], [min(4**i, heads) for i in range(4)]
         longer = [w for w in longer if w <= length]
         steps = path_steps(longer, rising[: len(longer)], heads, length)
-        axes[2].plot(length - 1 - np.arange(length), steps, ".", markersize=3, label=f"{length:,} tokens")
+        steps = np.where(steps < 0, np.nan, steps)
+        size = 6 if length == 256 else 2
+        axes[2].plot(length - 1 - np.arange(length), steps, ".", markersize=size, label=f"{length:,} tokens")
     axes[2].set(xscale="log", xlabel="distance from the last token", ylabel="layers until it has heard of it")
     axes[2].legend()
     tokens = np.arange(1, 200_000, 97)
@@ -219,18 +232,16 @@ def plot_patterns(path: Path) -> None:
 def summarize(results: dict[str, dict]) -> str:
     """Everything as Markdown."""
     settings = max(results.values(), key=lambda result: result["date"])["settings"]
-    branches, wide = (
-        ", ".join(f"({w}, {r})" for w, r in zip(*cells_branches, strict=True))
-        for cells_branches in (settings["branches"], settings["wide_branches"])
-    )
+    branches = ", ".join(f"({w}, {r})" for w, r in zip(*settings["branches"], strict=True))
     sizes = ", ".join(f"{name} {value}" for name, value in settings["sizes"].items())
     return "\n\n".join([
         f"# Dense, LongNet, window and sparse attention in one model ({settings['name']})",
         provenance(results),
-        f"Model: {sizes}. LongNet's branches {branches}, wide "
-        f"{wide}; window and sparse do the work of the first (examples/paper/patterns.py).",
+        f"Model: {sizes}. LongNet's branches {branches}; window and sparse show a query as many keys at the trained "
+        "length (at others they do not), on masked blocks that compute about twice as many "
+        "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet loses: README, Numbers.",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
-        "## The same at the training time that LongNet took", table(results, "time"),
+        "## The same at the training time that LongNet took, first seed", table(results, "time"),
         "## The paper's own numbers", PAPER,
         "## Recall by distance in tokens", recall_table(results),
         "## Learning rates tried: perplexity", sweep_table(results),
@@ -240,9 +251,11 @@ def summarize(results: dict[str, dict]) -> str:
 def provenance(results: dict[str, dict]) -> str:
     """How many cells, and the commits and days they come from."""
     cells = sorted(results.values(), key=lambda result: result["date"])
+    changed = sum(cell["uncommitted_changes"] for cell in cells)
     commits = ", ".join(dict.fromkeys(cell["commit"][:7] for cell in cells))
     return (
-        f"{len(cells)} cells, of {cells[0]['date'][:16]} to {cells[-1]['date'][:16]} and the commits {commits}; "
+        f"{len(cells)} cells, of {cells[0]['date'][:16]} to {cells[-1]['date'][:16]} and the commits {commits} "
+        f"({changed} cells beside changes not yet committed), Transformers {cells[-1]['versions']['transformers']}; "
         f"the last: {describe(cells[-1])}"
     )
 

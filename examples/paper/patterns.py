@@ -10,6 +10,7 @@ a query sees on average, per head, at the training length; window and sparse get
   block, and of each earlier block the last `summary` tokens.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -59,6 +60,15 @@ def count_keys(pattern: Pattern, length: int) -> float:
     if pattern.name == "sparse":
         return min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
     return count_work(pattern.segment_lengths, pattern.dilation_rates, length)
+
+
+def count_computed_keys(pattern: Pattern, length: int) -> float:
+    """Keys that a query's products are computed for here: window and sparse mask much of what their blocks hold."""
+    if pattern.name == "window":
+        return 2 * pattern.size
+    if pattern.name == "sparse":
+        return pattern.size + min(pattern.summary, pattern.size) * math.ceil(length / pattern.size)
+    return count_keys(pattern, length)
 
 
 def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
