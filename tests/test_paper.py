@@ -170,7 +170,7 @@ def test_path_is_counted_in_layers():
 
 def test_equal_seeds_give_equal_weights_and_work_is_matched():
     branches = ((64, 256), (1, 2))
-    made = [patterns.make_pattern(name, branches, 512) for name in patterns.PATTERNS]
+    made = [patterns.make_pattern(name, branches, 512) for name in patterns.RIVALS]
     models = [patterns.make_model(pattern, 0, **SIZES) for pattern in made]
     for model in models[1:]:
         for x, y in zip(model.parameters(), models[0].parameters(), strict=True):

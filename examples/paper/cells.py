@@ -19,6 +19,7 @@ from corpus import TextArguments, join_documents, load_text, load_tokenizer, tok
 from evaluate_perplexity import evaluate_contexts
 from optimizer import MuonAndAdamW
 from patterns import Pattern, count_keys, make_model, make_pattern
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -101,11 +102,19 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
     return {"tokens": len(losses) * length, "seconds": spent, "losses": losses, "peak_bytes": peak}
 
 
-def save_weights(model: torch.nn.Module, file: Path) -> None:
-    """Write a file that is never seen half-written."""
+def save_weights(model: torch.nn.Module, file: Path, cell: dict) -> None:
+    """Write a file that is never seen half-written; it says of which text its model is."""
     part = file.with_suffix(".part")
-    save_model(model, part)
+    save_model(model, part, metadata={"digest": cell.get("digest", "")})
     part.replace(file)
+
+
+def weights_fit(file: Path, cell: dict) -> bool:
+    """Is the first stage of this cell there, trained on its text?"""
+    if not file.exists():
+        return False
+    with safe_open(file, "pt") as weights:
+        return (weights.metadata() or {}).get("digest", "") == cell.get("digest", "")
 
 
 @torch.inference_mode()
@@ -131,14 +140,13 @@ def run_base_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
             model, cut(text.documents["evaluation"], cell["length"], 0)[: settings["base_held_out"]]
         )
     if cell.get("weights"):
-        save_weights(model, folder / cell["weights"])
+        save_weights(model, folder / cell["weights"], cell)
     return result | {"loss": float(np.mean(losses))}
 
 
 def make_text_model(cell: dict, settings: dict, tokenizer) -> tuple[torch.nn.Module, Pattern]:
     """The cell's pattern in a new model."""
-    branches = settings["wide_branches" if cell["pattern"] == "longnet-wide" else "branches"]
-    pattern = make_pattern(cell["pattern"], branches, cell["length"])
+    pattern = make_pattern(cell["pattern"], settings["branches"], cell["length"])
     return make_model(pattern, cell["seed"], **settings["sizes"] | {"vocab_size": len(tokenizer)}), pattern
 
 

@@ -239,7 +239,8 @@ def summarize(results: dict[str, dict]) -> str:
         provenance(results),
         f"Model: {sizes}. LongNet's branches {branches}; window and sparse show a query as many keys at the trained "
         "length (at others they do not), on masked blocks that compute about twice as many "
-        "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet loses: README, Numbers.",
+        "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet "
+        "loses: README, Numbers.",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
         "## The same at the training time that LongNet took, first seed", table(results, "time"),
         "## The paper's own numbers", PAPER,

@@ -4,7 +4,7 @@ All run in the same model, `LongNetForCausalLM`; a pattern says which keys a que
 a query sees on average, per head, at the training length; window and sparse get LongNet's.
 
 - dense: every earlier token, one branch of rate 1.
-- longnet: dilated branches; "longnet-wide": those with a longer first segment.
+- longnet: dilated branches.
 - window: the last `size` tokens.
 - sparse: the fixed pattern of Child et al. 2019 (arXiv 1904.10509, section 4.3): all earlier tokens of the query's
   block, and of each earlier block the last `summary` tokens.
@@ -23,7 +23,6 @@ from modeling_longnet.branches import count_work
 
 LONGEST = 1 << 20  # a branch that cuts no text here
 RIVALS = ("dense", "longnet", "window", "sparse")
-PATTERNS = (*RIVALS, "longnet-wide")
 
 
 class Pattern(NamedTuple):
@@ -40,7 +39,7 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
     """A pattern with the work that these branches do in a text of `length` tokens; dense does what it must."""
     if name == "dense":
         return Pattern(name, (LONGEST,), (1,))
-    if name in ("longnet", "longnet-wide"):
+    if name == "longnet":
         return Pattern(name, *branches)
     work = count_work(*branches, length)
     if (
@@ -50,7 +49,7 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
     if name == "sparse":  # half of the work in the own block, half in the summaries of the blocks before it
         size = max(1, round(work))
         return Pattern(name, (LONGEST,), (1,), size, summary=max(1, round(work / max(1, length / size - 1))))
-    raise ValueError(f"pattern {name!r}: allowed are {', '.join(map(repr, PATTERNS))}.")
+    raise ValueError(f"pattern {name!r}: allowed are {', '.join(map(repr, RIVALS))}.")
 
 
 def count_keys(pattern: Pattern, length: int) -> float:

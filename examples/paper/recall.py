@@ -80,7 +80,7 @@ def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     labels = np.where(told, tokens, -100)
     result = train(model, tokens, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
     if "weights" in cell:
-        save_weights(model, folder / cell["weights"])
+        save_weights(model, folder / cell["weights"], cell)
     held_out = make_texts(settings["recall_texts"], cell["length"], cell["least"], 10**6)
     edges = [*(cell["least"] * 2**i for i in range(int(np.log2(cell["length"] / cell["least"])))), cell["length"]]
     return result | {"work": pattern._asdict(), "recall": score(model, *held_out, edges)}

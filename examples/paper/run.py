@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other exampl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks
 
 import torch
-from cells import Text, load_documents, run_base_cell, run_text_cell
+from cells import Text, load_documents, run_base_cell, run_text_cell, weights_fit
 from evaluate_perplexity import write_whole
 from patterns import RIVALS
 from recall import run_recall_cell
@@ -39,7 +39,6 @@ FULL = {
     "jobs": 2,
     "bfloat16": True,
     "branches": [[512, 2048, 8192, 32768], [1, 2, 4, 8]],
-    "wide_branches": [[2048, 8192, 32768], [1, 4, 8]],
     "sizes": {
         "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 8, "position_embedding": "rope", "tie_word_embeddings": True,
@@ -73,7 +72,6 @@ QUICK = FULL | {
     "jobs": 1,
     "bfloat16": False,
     "branches": [[32, 64, 128], [1, 2, 4]],
-    "wide_branches": [[64, 128], [1, 4]],
     "sizes": FULL["sizes"] | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     "base_length": 16,
     "base_tokens": 1 << 8,
@@ -103,6 +101,12 @@ RECALL_VARIANTS = {
     "128,2048 by 1,16": {"branches": [[128, 2048], [1, 16]]},
 }
 
+# What of the settings is in no cell: of others, results are other results.
+SHAPING = {
+    "recall": ("recall_sizes", "recall_texts"),
+    "text": ("sizes", "branches", "targets", "blocks", "held_out", "base_held_out"),
+}
+
 
 def common(settings: dict, **fields) -> dict:
     """Fields that cells share; warmup as in Transformers: steps, or below 1 a share of the training."""
@@ -112,7 +116,7 @@ def common(settings: dict, **fields) -> dict:
 
 def base_of(pattern: str) -> str:
     """The pattern of a first stage: there window and sparse are dense attention."""
-    return pattern if pattern.startswith("longnet") else "dense"
+    return "longnet" if pattern == "longnet" else "dense"
 
 
 def base_sweep_cells(settings: dict) -> dict[str, dict]:
@@ -126,19 +130,19 @@ def base_sweep_cells(settings: dict) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def base_cells(patterns: tuple[str, ...], settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The first stage at its best learning rate."""
     return {
         f"base-{pattern}-{seed}": common(
             settings, kind="base", pattern=pattern, length=settings["base_length"], seed=seed,
-            rate=best_rate(f"sweep-base-{pattern.removesuffix('-wide')}", settings["base_rates"], folder),
+            rate=best_rate(f"sweep-base-{pattern}", settings["base_rates"], folder),
             tokens=settings["base_tokens"], weights=f"base-{pattern}-{seed}.safetensors",
         )
-        for pattern in dict.fromkeys(map(base_of, patterns))
+        for pattern in dict.fromkeys(map(base_of, RIVALS))
     }  # fmt: skip
 
 
-def sweep_cells(patterns: tuple[str, ...], settings: dict) -> dict[str, dict]:
+def sweep_cells(settings: dict) -> dict[str, dict]:
     """The second stage, shorter, at every learning rate and the shortest length, for every pattern."""
     return {
         f"sweep-{pattern}-{rate:g}": common(
@@ -146,7 +150,7 @@ def sweep_cells(patterns: tuple[str, ...], settings: dict) -> dict[str, dict]:
             tokens=settings["sweep_tokens"], contexts=settings["contexts"][:2],
             base=f"base-{base_of(pattern)}-0.safetensors",
         )
-        for rate, pattern in product(settings["rates"], patterns)
+        for rate, pattern in product(settings["rates"], RIVALS)
     }  # fmt: skip
 
 
@@ -167,7 +171,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def table_cells(patterns: tuple[str, ...], settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """Table 2: every pattern and length, each with the same tokens."""
     return {
         f"tokens-{pattern}-{length}-{seed}": common(
@@ -175,14 +179,14 @@ def table_cells(patterns: tuple[str, ...], settings: dict, folder: Path, seed: i
             rate=best_rate(f"sweep-{pattern}", settings["rates"], folder), tokens=settings["tokens"],
             contexts=settings["contexts"], base=f"base-{base_of(pattern)}-{seed}.safetensors",
         )
-        for length, pattern in product(settings["lengths"], patterns)
+        for length, pattern in product(settings["lengths"], RIVALS)
     }  # fmt: skip
 
 
 def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The same for the time that LongNet took in the second stage."""
     cells = {}
-    for name, cell in table_cells(RIVALS, settings, folder, seed).items():
+    for name, cell in table_cells(settings, folder, seed).items():
         if cell["pattern"] != "longnet":
             seconds = read(folder / f"tokens-longnet-{cell['length']}-{seed}.json")["seconds"]
             del cell["tokens"]
@@ -223,17 +227,22 @@ def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: Text | N
     return result["seconds"]
 
 
-def is_done(name: str, cell: dict, folder: Path) -> bool:
-    """Are there results of this very cell? Of other settings they are run again."""
-    path = folder / f"{name}.json"
-    return path.exists() and json.loads(path.read_text())["cell"] == json.loads(json.dumps(cell))
+def is_done(name: str, cell: dict, settings: dict, folder: Path) -> bool:
+    """Are there results of this very cell, model and measure? Of others they are run again."""
+    if not (folder / f"{name}.json").exists():
+        return False
+    result = json.loads((folder / f"{name}.json").read_text())
+    shaping = SHAPING["recall" if cell["kind"] == "recall" else "text"]
+    same = all(result["settings"].get(key) == json.loads(json.dumps(settings[key])) for key in shaping)
+    return same and result["cell"] == json.loads(json.dumps(cell))
 
 
 def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text | None, until: float) -> bool:
     """Run the cells that have no results yet, `jobs` at once, until the time is up; tell whether all are there."""
-    missing = {name: cell for name, cell in cells.items() if not is_done(name, cell, folder)}
+    missing = {name: cell for name, cell in cells.items() if not is_done(name, cell, settings, folder)}
     # Weights are not in the repository: a fresh clone trains those again that a missing cell begins with.
-    bases = {Path(cell["base"]).stem for cell in missing.values() if not (folder / cell.get("base", "")).exists()}
+    needed = [cell for cell in missing.values() if "base" in cell]
+    bases = {Path(cell["base"]).stem for cell in needed if not weights_fit(folder / cell["base"], cell)}
     missing = {name: read(folder / f"{name}.json")["cell"] for name in sorted(bases)} or missing
     if not missing:
         return True
@@ -261,7 +270,7 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["table", "recall", "time", "wide", "all"], default="all")
+    parser.add_argument("--part", choices=["table", "recall", "time", "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="toy size: shows that everything runs")
     parser.add_argument("--results", type=Path, help="folder of the JSON files; default results/full or /quick")
     parser.add_argument("--jobs", type=int, help="cells at once, one thread each; default 2")
@@ -277,17 +286,17 @@ def main() -> None:
         text = load_documents(settings)
         settings["digest"] = text.digest  # a cell of other text is another cell
     first = settings["seeds"][0]
-    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": [], "wide": []}
+    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": []}
     for seed in settings["seeds"]:
-        for part, patterns in (("table", RIVALS), ("wide", ("longnet-wide",))):
-            parts[part] += [partial(base_cells, patterns, settings, folder, seed)]
-            parts[part] += [partial(sweep_cells, patterns, settings)] if seed == first else []
-            parts[part] += [partial(table_cells, patterns, settings, folder, seed)]
+        parts["table"] += [partial(base_cells, settings, folder, seed)]
+        parts["table"] += [partial(sweep_cells, settings)] if seed == first else []
+        parts["table"] += [partial(table_cells, settings, folder, seed)]
         parts["recall"] += [partial(recall_base_cells, settings, seed), partial(recall_cells, settings, seed)]
     parts["time"] += [partial(time_cells, settings, folder, first)]
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
         if not run_missing(make_cells(), settings, folder, text, until):  # what it needs the parts before it have left
             return
+    print(f"Every cell is there: {folder}; tables and plots by examples/paper/figures.py.")
 
 
 if __name__ == "__main__":
