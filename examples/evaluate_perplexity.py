@@ -314,6 +314,14 @@ def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> No
     write_figure(figure, file)
 
 
+def write_comparison(results: dict[str, dict], folder: Path, settings: dict, *, trained: int) -> None:
+    """Writes several models' results with the settings and the machine, and their plot; arguments as above."""
+    scores = {name: for_json(result) for name, result in results.items()}
+    report = json.dumps(describe_machine() | {"settings": settings, "results": scores}, indent=2, allow_nan=False)
+    write_whole(folder / "perplexity.json", report.encode() + b"\n")
+    plot_comparison(results, folder / "perplexity.png", trained=trained)
+
+
 def write_figure(figure: Figure, file: Path) -> None:
     """Writes a PNG, whole or not at all."""
     png = io.BytesIO()

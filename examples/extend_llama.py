@@ -9,20 +9,12 @@ attention would have reached. All are scored on the same held-out tokens under g
 
 import argparse
 import copy
-import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
-from evaluate_perplexity import (
-    describe_machine,
-    evaluate_contexts,
-    for_json,
-    format_comparison,
-    plot_comparison,
-    write_whole,
-)
+from evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison
 from optimizer import MuonAndAdamW
 from transformers import (
     LlamaConfig,
@@ -114,10 +106,7 @@ def main() -> None:
     stages["dilated, fine-tuned"].save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-    scores = {name: for_json(result) for name, result in results.items()}
-    report = json.dumps(describe_machine() | {"settings": settings, "results": scores}, indent=2, allow_nan=False)
-    write_whole(arguments.output / "perplexity.json", report.encode() + b"\n")
-    plot_comparison(results, arguments.output / "perplexity.png", trained=arguments.length)
+    write_comparison(results, arguments.output, settings, trained=arguments.length)
     branches = ", ".join(
         f"({w}, {r})" for w, r in zip(arguments.segment_lengths, arguments.dilation_rates, strict=True)
     )

@@ -15,7 +15,6 @@ The folder `output` then holds
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,7 @@ import transformers
 from corpus import TextArguments, join_documents, load_text, tokenize
 from datasets import DatasetDict
 from demo import bfloat16_pays
-from evaluate_perplexity import (
-    describe_machine,
-    evaluate_contexts,
-    for_json,
-    format_comparison,
-    plot_comparison,
-    write_whole,
-)
+from evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison, write_whole
 from finetune import ModelArguments, make_trainer, run
 from transformers import (
     AutoModelForCausalLM,
@@ -101,13 +93,14 @@ def cut_prompts(
     prompts = {}
     for name in longest:
         ids = documents[name][: max(arguments.contexts)]
-        ends = [i for i in range(1, len(ids) - arguments.sample_tokens) if "\n" in tokenizer.decode(ids[i - 1])]
-        if not ends:
+        places = range(len(ids) - arguments.sample_tokens - 1, 0, -1)  # the last that ends a line
+        end = next((i for i in places if "\n" in tokenizer.decode(ids[i - 1])), None)
+        if end is None:
             raise ValueError(
                 f"Document {name!r} has {len(ids)} tokens and no line ends before its last {arguments.sample_tokens}, "
                 "so there is nothing to continue. Give longer text, or smaller --samples or --sample-tokens."
             )
-        prompts[name] = ids[: ends[-1]], tokenizer.decode(ids[ends[-1] : ends[-1] + arguments.sample_tokens])
+        prompts[name] = ids[:end], tokenizer.decode(ids[end : end + arguments.sample_tokens])
     return prompts
 
 
@@ -129,6 +122,9 @@ def main() -> None:
     documents = join_documents(tokenize(text["evaluation"], tokenizer))
     prompts = cut_prompts(documents, tokenizer, arguments)
     bfloat16 = bfloat16_pays()
+    settings = vars(arguments) | {"bfloat16": bfloat16, "text": arguments.text or "transformers/models"}
+    del settings["output"]
+    ends = {name: tokenizer.decode(prompt[-SHOWN_TOKENS:]) for name, (prompt, _) in prompts.items()}
     results, written = {}, {name: {"the document": end} for name, (_, end) in prompts.items()}
     for length in (None, *arguments.sequence_lengths):
         if length is None:
@@ -143,22 +139,11 @@ def main() -> None:
             )  # fmt: skip
         for document, (prompt, _) in prompts.items():
             written[document][label] = go_on(model, tokenizer, prompt, arguments.sample_tokens)
-        ends = {name: tokenizer.decode(prompt[-SHOWN_TOKENS:]) for name, (prompt, _) in prompts.items()}
-        settings = vars(arguments) | {"bfloat16": bfloat16, "text": arguments.text or "transformers/models"}
-        write(arguments.output, settings, results, ends, written)
+        write_comparison(results, arguments.output, settings, trained=arguments.trained)  # all that is known so far
+        write_whole(arguments.output / "samples.md", format_samples(ends, written).encode())
     print(f"Perplexity +- standard error of {results['before']['tokens']:,} held-out tokens")
     print(format_comparison(results))
     print(f"Written: {arguments.output}")
-
-
-def write(output: Path, settings: dict, results: dict[str, dict], ends: dict[str, str], written: dict) -> None:
-    """All that is known so far."""
-    settings = {name: value for name, value in settings.items() if name != "output"}
-    scores = {name: for_json(result) for name, result in results.items()}
-    report = json.dumps(describe_machine() | {"settings": settings, "results": scores}, indent=2, allow_nan=False)
-    write_whole(output / "perplexity.json", report.encode() + b"\n")
-    plot_comparison(results, output / "perplexity.png", trained=settings["trained"])
-    write_whole(output / "samples.md", format_samples(ends, written).encode())
 
 
 def format_samples(ends: dict[str, str], written: dict[str, dict[str, str]]) -> str:

@@ -95,6 +95,8 @@ def test_a_fresh_clone_trains_the_weights_again_that_a_cell_begins_with(tmp_path
     assert json.loads((tmp_path / "recall-dense-0.json").read_text())["losses"] == before["losses"]
     (tmp_path / "recall_base-0.json").unlink()
     (tmp_path / "recall_base-0.safetensors").unlink()
+    assert run.is_done("recall-dense-0", others["recall-dense-0"], settings, tmp_path)
+    assert not run.is_done("recall-dense-0", others["recall-dense-0"], settings | {"recall_texts": 3}, tmp_path)
     changed = {name: cell | {"rate": 5e-3} for name, cell in others.items()}  # other settings are not taken for done
     with pytest.raises(SystemExit, match="recall_base-0"):
         run.run_missing(changed, settings, tmp_path, None, float("inf"))

@@ -90,12 +90,18 @@ def _shares(recall: dict) -> list[float]:
     return [right / max(1, asked) for right, asked in zip(recall["right"], recall["asked"], strict=True)]
 
 
-def recall_table(results: dict[str, dict]) -> str:
-    """Recall by distance, one line for each pattern."""
+def recall_groups(results: dict[str, dict]) -> dict[str, list[dict]]:
+    """The seeds' results of each pattern and variant."""
     groups = defaultdict(list)
     for name, result in results.items():
         if name.startswith("recall-"):
             groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result)
+    return groups
+
+
+def recall_table(results: dict[str, dict]) -> str:
+    """Recall by distance, one line for each pattern."""
+    groups = recall_groups(results)
     if not groups:
         return "The recall task has not been run."
     edges = next(iter(groups.values()))[0]["recall"]["edges"]
@@ -163,13 +169,10 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
     """Recall against distance, the mean of the seeds."""
-    groups = defaultdict(list)
-    for name, result in results.items():
-        if name.startswith("recall-"):
-            groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result["recall"])
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    for name, recalls in groups.items():
+    for name, cells in recall_groups(results).items():
+        recalls = [cell["recall"] for cell in cells]
         edges = recalls[0]["edges"]
         middles = np.sqrt(np.array(edges[:-1]) * edges[1:])
         axis.plot(middles, np.mean([_shares(recall) for recall in recalls], 0), "o-", label=name)
