@@ -68,12 +68,14 @@ def test_the_pipeline_at_toy_size(tmp_path):
     ).stdout
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert {name.split("-")[0] for name in results} == {
-        "sweep", "base", "tokens", "time", "recall_base", "recall"
+        "sweep", "base", "tokens", "time", "recall_base", "sweep_recall", "recall", "far"
     }  # fmt: skip
     for name in ("tokens-dense-64-0", "tokens-longnet-128-0"):
         assert f"{results[name]['scores']['perplexity'][-1]:.2f}" in shown
     found = {rate: results[f"sweep-sparse-{rate:g}"]["scores"]["perplexity"][-1] for rate in (1e-3, 2e-3)}
     assert results["tokens-sparse-64-0"]["cell"]["rate"] == min(found, key=found.get)
+    missed = {rate: cells.sweep_score(results[f"sweep_recall-window-{rate:g}"]) for rate in (1e-3, 2e-3)}
+    assert results["far-window-0"]["cell"]["rate"] == min(missed, key=missed.get)
     assert np.isfinite(results["base-dense-0"]["loss"])
     assert "nan" not in shown
     assert {"patterns.png", "text.png", "recall.png", "summary.md"} <= {path.name for path in tmp_path.iterdir()}
@@ -82,8 +84,9 @@ def test_the_pipeline_at_toy_size(tmp_path):
 def test_a_fresh_clone_trains_the_weights_again_that_a_cell_begins_with(tmp_path):
     """Results without weights, as in the repository, and one cell missing."""
     settings = run.QUICK | {"name": "test", "jobs": 2}  # in processes of their own
-    base, others = run.recall_base_cells(settings, 0), run.recall_cells(settings, 0)
+    base = run.recall_base_cells(settings, 0)
     assert run.run_missing(base, settings, tmp_path, None, float("inf")) is True
+    others = {f"recall-{name}-0": run.recall_cell(settings, "recall", name, 0, 1e-3) for name in ("dense", "window")}
     assert run.run_missing(others, settings, tmp_path, None, float("inf")) is True
     before = json.loads((tmp_path / "recall-dense-0.json").read_text())
     (tmp_path / "recall_base-0.safetensors").unlink()
@@ -141,6 +144,12 @@ def test_planted_passages_come_again_at_their_distance():
         assert (text[places + 1] == text[places + 1 - distance[places]]).all()
         known = text[text < recall.KEYS]  # each token of a passage stands in the text twice, so only its own follows
         assert (np.unique(known, return_counts=True)[1] == 2).all()
+
+
+def test_a_passkey_is_the_only_passage():
+    tokens, distances = recall.make_texts(5, 400, 16, seed=0, passages=1)
+    assert ((distances > 0).sum(1) == recall.PASSAGE - 1).all()
+    assert ((tokens < recall.KEYS).sum(1) == 2 * recall.PASSAGE).all()
 
 
 def test_recall_is_counted_by_distance():

@@ -130,6 +130,14 @@ def loss_by_position(model, sequences: np.ndarray) -> list[float]:
     return (sums / len(sequences)).tolist()
 
 
+def sweep_score(result: dict) -> float:
+    """What a learning rate is chosen by, the less the better: perplexity (of a first stage, or under the longest
+    context scored), or the share of a recall task that is missed."""
+    if "recall" in result:
+        return 1 - sum(result["recall"]["right"]) / sum(result["recall"]["asked"])
+    return math.exp(result["loss"]) if "loss" in result else result["scores"]["perplexity"][-1]
+
+
 def run_base_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
     """The first stage: train on short sequences, keep the weights and score held-out sequences of that length."""
     model, _ = make_text_model(cell, settings, text.tokenizer)

@@ -1,8 +1,9 @@
 """What dilation loses: recall of a passage at a known distance, trained from nothing.
 
 A text is filler in which passages are planted, each twice; where one comes again the model must go on with it, token
-after token. This is associative recall with many queries (Arora et al. 2023, arXiv 2312.04927), the passkey test where
-one passage is all there is. A passage's tokens stand nowhere else in its text, filler tokens are random.
+after token. This is associative recall with many queries (Arora et al. 2023, arXiv 2312.04927). The same models are
+asked for a passkey too, for which they were not trained: one passage is all there is, in filler from end to end. A
+passage's tokens stand nowhere else in its text, filler tokens are random.
 
 Training has two stages: texts of 128 tokens with dense attention, shared by all patterns, until recall as such is
 learned; then every pattern's own attention on long texts, where what it cannot see it must pass on or lose.
@@ -23,12 +24,15 @@ PASSAGE = 8
 SHARE = 0.7  # of a text that passages take, as far as there are tokens for them
 
 
-def make_texts(count: int, length: int, least: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def make_texts(
+    count: int, length: int, least: int, seed: int, passages: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Texts with planted passages.
 
     Args:
         count, length: texts and their tokens.
         least: the smallest distance between the two places of a passage, in tokens; they are log-uniform from there.
+        passages: of a text; as many as there are tokens for, unless given.
 
     Returns:
         (count, length) tokens, and for each of them, where the next one is to be told, the distance of the passage's
@@ -37,7 +41,7 @@ def make_texts(count: int, length: int, least: int, seed: int) -> tuple[np.ndarr
     rng = np.random.default_rng(seed)
     tokens = rng.integers(KEYS, VOCABULARY, (count, length), dtype=np.int64)
     distances = np.zeros((count, length), dtype=np.int64)
-    passages = min(KEYS, int(SHARE * length / 2)) // PASSAGE
+    passages = passages or min(KEYS, int(SHARE * length / 2)) // PASSAGE
     for text, distance in zip(tokens, distances, strict=True):
         is_free = np.ones(length, dtype=bool)
         for passage in rng.permutation(KEYS)[: passages * PASSAGE].reshape(-1, PASSAGE):
@@ -81,6 +85,9 @@ def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     result = train(model, tokens, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
     if "weights" in cell:
         save_weights(model, folder / cell["weights"], cell)
-    held_out = make_texts(settings["recall_texts"], cell["length"], cell["least"], 10**6)
     edges = [*(cell["least"] * 2**i for i in range(int(np.log2(cell["length"] / cell["least"])))), cell["length"]]
-    return result | {"work": pattern._asdict(), "recall": score(model, *held_out, edges)}
+    seed = cell.get("held_out_seed", 10**6)
+    for task, passages in (("recall", None), ("passkey", 1)):
+        held_out = make_texts(settings[f"{task}_texts"], cell["length"], cell["least"], seed, passages)
+        result[task] = score(model, *held_out, edges)
+    return result | {"work": pattern._asdict()}

@@ -10,7 +10,6 @@ Each cell is trained in a process of its own and leaves one JSON file in `--resu
 
 import argparse
 import json
-import math
 import multiprocessing
 import shlex
 import sys
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other exampl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks
 
 import torch
-from cells import Text, load_documents, run_base_cell, run_text_cell, weights_fit
+from cells import Text, load_documents, run_base_cell, run_text_cell, sweep_score, weights_fit
 from evaluate_perplexity import write_whole
 from patterns import RIVALS
 from recall import run_recall_cell
@@ -52,7 +51,7 @@ FULL = {
     "seeds": [0, 1],
     "tokens": 3 << 17,
     "sweep_tokens": 1 << 17,
-    "base_rates": [1e-3, 2e-3, 4e-3],
+    "base_rates": [1e-3, 2e-3, 4e-3, 8e-3],
     "rates": [2.5e-4, 5e-4, 1e-3, 2e-3],
     "targets": 2048,
     "blocks": 6,
@@ -63,8 +62,24 @@ FULL = {
         "position_embedding": "rope", "tie_word_embeddings": True,
     },
     "recall_base": {"length": 128, "batch": 16, "tokens": 3 << 20, "rate": 2e-3, "least": 16},
-    "recall": {"length": 2048, "tokens": 1 << 19, "rate": 1e-3, "least": 32},
+    "recall": {"length": 2048, "tokens": 1 << 20, "least": 32},
+    "recall_rates": [5e-4, 1e-3, 2e-3, 4e-3],
+    "recall_sweep_tokens": 1 << 19,
+    # Other offsets; other work (a longer or lonely first branch; more rate than heads); about equal work with one
+    # longer first branch, which is also what LongNetConfig.for_context(2048, effort=192, ...) gives for 4 heads.
+    "recall_variants": {
+        "blocked": {"head_offsets": "blocked"},
+        "128,2048 by 1,4": {"branches": [[128, 2048], [1, 4]]},
+        "512,2048 by 1,4": {"branches": [[512, 2048], [1, 4]]},
+        "128,2048 by 1,16": {"branches": [[128, 2048], [1, 16]]},
+        "256,2048 by 1,4": {"branches": [[256, 2048], [1, 4]]},
+        "352,2048 by 1,8": {"branches": [[352, 2048], [1, 8]]},
+        "64,256,1024,2048 by 1,2,4,4": {"branches": [[64, 256, 1024, 2048], [1, 2, 4, 4]]},
+    },
+    "far": {"length": 8192, "tokens": 1 << 21, "least": 32},
+    "far_branches": [[128, 512, 2048, 8192], [1, 2, 4, 4]],
     "recall_texts": 32,
+    "passkey_texts": 96,
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -91,19 +106,18 @@ QUICK = FULL | {
     "recall_sizes": FULL["recall_sizes"] | {"hidden_size": 32, "intermediate_size": 64},
     "recall_base": FULL["recall_base"] | {"length": 32, "batch": 2, "tokens": 1 << 8, "least": 8},
     "recall": FULL["recall"] | {"length": 128, "tokens": 1 << 9, "least": 16},
+    "recall_rates": [1e-3, 2e-3],
+    "recall_sweep_tokens": 1 << 8,
+    "recall_variants": {"blocked": {"head_offsets": "blocked"}, "16,64 by 1,4": {"branches": [[16, 64], [1, 4]]}},
+    "far": FULL["far"] | {"length": 256, "tokens": 1 << 9, "least": 16},
+    "far_branches": [[32, 64, 256], [1, 4, 4]],
     "recall_texts": 2,
-}
-# Other offsets and branches for the recall task: one long branch only; a longer first one; more rate than heads.
-RECALL_VARIANTS = {
-    "blocked": {"head_offsets": "blocked"},
-    "128,2048 by 1,4": {"branches": [[128, 2048], [1, 4]]},
-    "512,2048 by 1,4": {"branches": [[512, 2048], [1, 4]]},
-    "128,2048 by 1,16": {"branches": [[128, 2048], [1, 16]]},
+    "passkey_texts": 2,
 }
 
 # What of the settings is in no cell: of others, results are other results.
 SHAPING = {
-    "recall": ("recall_sizes", "recall_texts"),
+    "recall": ("recall_sizes", "recall_texts", "passkey_texts"),
     "text": ("sizes", "branches", "targets", "blocks", "held_out", "base_held_out"),
 }
 
@@ -155,19 +169,14 @@ def sweep_cells(settings: dict) -> dict[str, dict]:
 
 
 def best_rate(prefix: str, rates: list[float], folder: Path) -> float:
-    """The rate with the least perplexity in a sweep; of the base, or under the longest context scored."""
-
-    def perplexity(rate: float) -> float:
-        result = read(folder / f"{prefix}-{rate:g}.json")
-        return math.exp(result["loss"]) if "loss" in result else result["scores"]["perplexity"][-1]
-
-    return min(rates, key=perplexity)
+    """The rate with the least `sweep_score`."""
+    return min(rates, key=lambda rate: sweep_score(read(folder / f"{prefix}-{rate:g}.json")))
 
 
 def read(path: Path) -> dict:
     """The results of a cell that others need."""
     if not path.exists():
-        raise SystemExit(f"{path} is missing: run --part table first, without --part it comes first by itself.")
+        raise SystemExit(f"{path} is missing: run the part before it first; without --part it comes by itself.")
     return json.loads(path.read_text())
 
 
@@ -201,14 +210,41 @@ def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
     return {name: common(settings, kind="recall", seed=seed, **settings["recall_base"]) | cell}
 
 
-def recall_cells(settings: dict, seed: int) -> dict[str, dict]:
+def recall_sweep_cells(settings: dict) -> dict[str, dict]:
+    """Recall in long texts, shorter trained, at every learning rate for every pattern; scored on texts of its own."""
+    sweep = {"tokens": settings["recall_sweep_tokens"], "held_out_seed": 2 * 10**6}
+    return {
+        f"sweep_recall-{pattern}-{rate:g}": recall_cell(settings, "recall", pattern, 0, rate) | sweep
+        for rate, pattern in product(settings["recall_rates"], RIVALS)
+    }
+
+
+def recall_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """Recall of every pattern in long texts, then of other branches and offsets of LongNet's."""
-    cells = {f"recall-{pattern}-{seed}": {"pattern": pattern} for pattern in RIVALS}
-    if settings["name"] == "full":
-        cells |= {f"recall-longnet {name}-{seed}": {"pattern": "longnet"} | x for name, x in RECALL_VARIANTS.items()}
-    base = common(settings, kind="recall", seed=seed, **settings["recall"], base=f"recall_base-{seed}.safetensors")
-    base |= {"branches": settings["recall_branches"], "head_offsets": "interleaved"}
-    return {name: base | cell for name, cell in cells.items()}
+    made = partial(best_recall_cell, settings, folder, seed, "recall")
+    cells = {f"recall-{pattern}-{seed}": made(pattern) for pattern in RIVALS}
+    variants = settings["recall_variants"].items()
+    return cells | {f"recall-longnet {name}-{seed}": made("longnet") | variant for name, variant in variants}
+
+
+def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """The same in longer texts."""
+    return {f"far-{pattern}-{seed}": best_recall_cell(settings, folder, seed, "far", pattern) for pattern in RIVALS}
+
+
+def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern: str) -> dict:
+    """A cell of the task at the pattern's best learning rate in short training."""
+    rate = best_rate(f"sweep_recall-{pattern}", settings["recall_rates"], folder)
+    return recall_cell(settings, task, pattern, seed, rate)
+
+
+def recall_cell(settings: dict, task: str, pattern: str, seed: int, rate: float) -> dict:
+    """A cell of the task `recall` or `far`."""
+    return common(
+        settings, kind="recall", pattern=pattern, seed=seed, rate=rate, **settings[task],
+        branches=settings["recall_branches" if task == "recall" else "far_branches"], head_offsets="interleaved",
+        base=f"recall_base-{seed}.safetensors",
+    )  # fmt: skip
 
 
 def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: Text | None) -> float:
@@ -291,8 +327,11 @@ def main() -> None:
         parts["table"] += [partial(base_cells, settings, folder, seed)]
         parts["table"] += [partial(sweep_cells, settings)] if seed == first else []
         parts["table"] += [partial(table_cells, settings, folder, seed)]
-        parts["recall"] += [partial(recall_base_cells, settings, seed), partial(recall_cells, settings, seed)]
-    parts["time"] += [partial(time_cells, settings, folder, first)]
+        parts["time"] += [partial(time_cells, settings, folder, seed)]
+        parts["recall"] += [partial(recall_base_cells, settings, seed)]
+        parts["recall"] += [partial(recall_sweep_cells, settings)] if seed == first else []
+        parts["recall"] += [partial(recall_cells, settings, folder, seed)]
+    parts["recall"] += [partial(far_cells, settings, folder, first)]
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
         if not run_missing(make_cells(), settings, folder, text, until):  # what it needs the parts before it have left
             return
