@@ -2,7 +2,8 @@
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
 puts the newest headline of each NAME and command between NAME's two markers in the README or in `benchmarks/README.md`.
-It also draws the README's picture of the branches.
+What the examples wrote, kept in `docs/`, becomes tables in the same way. It also draws the README's picture of the
+branches.
 """
 
 import argparse
@@ -17,6 +18,42 @@ from modeling_longnet import dilated_attention
 
 from .measure import ROOT
 from .run import BENCHMARKS, RESULTS, describe
+
+# What examples/ wrote: files of `--docs` by the name of their markers.
+EXAMPLES = {
+    "demo": ["demo.json"],
+    "extend_llama": ["extend_llama.json"],
+    "long_documents": ["long_documents.json"],
+    "segments": ["same_segments.json", "longer_segments.json"],
+}
+
+
+def tabulate_example(paths: list[Path]) -> str:
+    """Perplexity by context of the models in one comparison, or of each file's one model, and where it comes from."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    models = {}
+    for report in reports:
+        models |= report.get("results") or {_branches(report): report}
+    contexts = next(iter(models.values()))["contexts"]
+    lines = ["| context | " + " | ".join(f"{context:,}" for context in contexts) + " |"]
+    lines.append("| --- |" + " ---: |" * len(contexts))
+    for name, scores in models.items():
+        cells = zip(scores["perplexity"], scores["perplexity_error"], strict=True)
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f} +- {error:.1f}" for value, error in cells) + " |")
+    scores, report = next(iter(models.values())), reports[-1]
+    source = (
+        f"Perplexity of the same {scores['tokens']:,} held-out targets ({scores['blocks']} blocks in "
+        f"{scores['documents']} documents), +- one standard error; one seed. {report['date']}, {report['machine']}, "
+        f"PyTorch {report['torch']}, Transformers {report['transformers']}."
+    )
+    return source + "\n\n" + "\n".join(lines)
+
+
+def _branches(report: dict) -> str:
+    """The branches that a model was read with."""
+    if not report.get("segment_lengths"):
+        return "its own branches"
+    return ", ".join(f"({w}, {r})" for w, r in zip(report["segment_lengths"], report["dilation_rates"], strict=True))
 
 
 def rebuild(path: Path) -> dict:
@@ -80,6 +117,14 @@ def draw_branches(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def find_page(texts: dict[Path, str], name: str) -> Path:
+    """The one page that holds the name's markers."""
+    pages = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
+    if len(pages) != 1:
+        raise ValueError(f"{name}: {len(pages)} of the pages {[*map(str, texts)]} hold its markers; one must.")
+    return pages[0]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -97,11 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
         if command not in runs or runs[command][0]["date"] <= result["date"]:
             runs[command] = (result, path)
     texts = {page: page.read_text() for page in args.pages}
+    for name, files in EXAMPLES.items():
+        if all((args.docs / file).exists() for file in files):
+            page = find_page(texts, name)
+            texts[page] = fill_markers(texts[page], name, tabulate_example([args.docs / file for file in files]))
     for name, runs in newest.items():
-        pages = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
-        if len(pages) != 1:
-            raise ValueError(f"{name}: {len(pages)} of the pages {[*map(str, texts)]} hold its markers; one must.")
-        page = pages[0]
+        page = find_page(texts, name)
         parts = []
         for result, path in runs.values():
             where, parent = path.with_suffix(".md").resolve(), page.resolve().parent

@@ -13,6 +13,8 @@ import io
 import json
 import math
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -338,8 +340,9 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def describe_machine() -> dict[str, str]:
-    """What a result file says of the machine, the versions and the day."""
+    """What a result file says of the command, the machine, the versions and the day."""
     return {
+        "command": shlex.join(["python", *sys.argv]),
         "machine": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -168,6 +168,27 @@ def test_peers_run_a_folder_of_torchscale(tmp_path):
         figures.main(arguments)
 
 
+def test_what_examples_wrote_reaches_its_page(tmp_path):
+    """One file of several models, and two files of one model each, read with branches of its own and others."""
+    scores = {"contexts": [32, 64], "perplexity": [9.06, 7.0], "perplexity_error": [0.5, 0.25]}
+    scores |= {"tokens": 4096, "blocks": 2, "documents": 1}
+    machine = {"machine": "m", "torch": "2", "transformers": "5", "date": "2026-01-02"}
+    two = machine | {"results": {"dense": scores, "dilated": scores | {"perplexity": [8.04, 6.0]}}}
+    (tmp_path / "extend_llama.json").write_text(json.dumps(two))
+    (tmp_path / "same_segments.json").write_text(json.dumps(machine | scores))
+    longer = machine | scores | {"segment_lengths": [2, 4], "dilation_rates": [1, 2]}
+    (tmp_path / "longer_segments.json").write_text(json.dumps(longer))
+    page = tmp_path / "README.md"
+    names = ("extend_llama", "segments")
+    page.write_text("".join(f"<!-- results:{name} -->\n<!-- end:{name} -->\n" for name in names))
+    figures.main(["--results", str(tmp_path / "none"), "--pages", str(page), "--docs", str(tmp_path)])
+    text = page.read_text()
+    assert "| dilated | 8.0 +- 0.5 | 6.0 +- 0.2 |" in text
+    assert "| its own branches | 9.1 +- 0.5 | 7.0 +- 0.2 |" in text
+    assert "| (2, 1), (4, 2) | 9.1 +- 0.5 | 7.0 +- 0.2 |" in text
+    assert text.count("4,096 held-out targets") == text.count("2026-01-02") == 2
+
+
 @pytest.mark.parametrize("power", [1, 2])
 def test_growth_is_the_fitted_exponent(power):
     rows = [{"length": n, "flops": 7 * n**power} for n in (1, 10, 100, 1000)]

@@ -18,9 +18,10 @@ import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from patterns import Pattern, count_computed_keys, count_keys  # noqa: E402
+from cells import sweep_score  # noqa: E402
+from patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern  # noqa: E402
 
 from benchmarks.figures import fill_markers  # noqa: E402
 from benchmarks.run import describe  # noqa: E402
@@ -28,12 +29,18 @@ from modeling_longnet.branches import make_branches  # noqa: E402
 from modeling_longnet.reference import count_branches  # noqa: E402
 
 FULL = ROOT / "examples" / "paper" / "results" / "full"
-# Perplexity on The Stack of its models of 125M parameters; ours are small and not to be compared with them.
+# Perplexity on The Stack of its models of 125M parameters, beyond the trained length with blockwise causal attention;
+# ours are small and not to be compared with them.
 PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 32K |
 | --- | ---: | ---: | ---: |
 | Transformer, trained on 2K | 4.24 | 5.07 | 11.29 |
+| Sparse Transformer, trained on 8K | 4.39 | 3.35 | 8.79 |
+| LongNet, trained on 8K | 4.23 | 3.24 | 3.36 |
+| Sparse Transformer, trained on 16K | 4.85 | 3.73 | 19.77 |
+| LongNet, trained on 16K | 4.27 | 3.26 | 3.31 |
 | Sparse Transformer, trained on 32K | 5.15 | 4.00 | 3.64 |
 | LongNet, trained on 32K | 4.37 | 3.33 | 3.01 |"""
+COLORS = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3"}
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -48,15 +55,22 @@ def _mean(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+def text_groups(results: dict[str, dict], budget: str) -> dict[tuple[int, str], list[dict]]:
+    """The seeds' results of each trained length and pattern, of cells with equal `tokens` or equal `time`."""
+    cells = [result for name, result in results.items() if name.startswith(budget + "-")]
+    if budget == "time":  # which is the time that LongNet takes for equal tokens
+        seeds = {cell["cell"]["seed"] for cell in cells}
+        cells += [r for name, r in results.items() if name.startswith("tokens-longnet-") and r["cell"]["seed"] in seeds]
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[cell["cell"]["length"], cell["cell"]["pattern"]].append(cell)
+    return dict(sorted(groups.items()))
+
+
 def table(results: dict[str, dict], budget: str) -> str:
     """Table 2: one line for each training length and pattern, one column for each context."""
-    groups = defaultdict(list)
-    for name, result in results.items():
-        # Equal time is LongNet's, of the first seed; its own row is that of equal tokens.
-        same = budget == "time" and name.startswith("tokens-longnet-") and result["cell"]["seed"] == 0
-        if name.startswith(budget + "-") or same:
-            groups[result["cell"]["length"], result["cell"]["pattern"]].append(result)
-    if not any(name.startswith(budget + "-") for name in results):
+    groups = text_groups(results, budget)
+    if not groups:
         return f"No cell of equal {budget} has been run."
     contexts = next(iter(groups.values()))[0]["scores"]["contexts"]
     header = [
@@ -71,7 +85,7 @@ def table(results: dict[str, dict], budget: str) -> str:
     ]
     header += [*(f"{c:,}" for c in contexts), "+- at the trained length"]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
-    for (length, pattern), cells in sorted(groups.items()):
+    for (length, pattern), cells in groups.items():
         scores = [cell["scores"] for cell in cells]
         columns = zip(*(s["perplexity"] for s in scores), strict=True)
         keys, computed = (count(Pattern(**cells[0]["work"]), length) for count in (count_keys, count_computed_keys))
@@ -85,26 +99,48 @@ def table(results: dict[str, dict], budget: str) -> str:
     return "\n".join(lines)
 
 
+def ratio_table(results: dict[str, dict], budget: str) -> str:
+    """LongNet's perplexity over each other pattern's at the trained length, seed by seed."""
+    groups = text_groups(results, budget)
+    others = [pattern for pattern in RIVALS if pattern != "longnet"]
+    lines = ["| trained on | " + " | ".join(f"LongNet / {name}" for name in others) + " |"]
+    lines += ["| ---: |" + " ---: |" * len(others)]
+    for length in sorted({length for length, _ in groups}):
+        ours, *theirs = ({r["cell"]["seed"]: _at_trained(r) for r in groups[length, p]} for p in ("longnet", *others))
+        row = []
+        for scores in theirs:
+            ratios = [ours[seed] / score for seed, score in sorted(scores.items()) if seed in ours]
+            row.append(f"{np.exp(np.mean(np.log(ratios))):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+        lines.append(f"| {length:,} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _at_trained(result: dict) -> float:
+    """Perplexity under the context that the model was trained on."""
+    scores = result["scores"]
+    return scores["perplexity"][scores["contexts"].index(result["cell"]["length"])]
+
+
 def _shares(recall: dict) -> list[float]:
     """Of the tokens asked for, how many were told, in each bucket of distances."""
     return [right / max(1, asked) for right, asked in zip(recall["right"], recall["asked"], strict=True)]
 
 
-def recall_groups(results: dict[str, dict]) -> dict[str, list[dict]]:
-    """The seeds' results of each pattern and variant."""
+def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
+    """The seeds' results of each pattern and variant, in texts of 2,048 tokens (`recall`) or longer ones (`far`)."""
     groups = defaultdict(list)
     for name, result in results.items():
-        if name.startswith("recall-"):
-            groups[name.removeprefix("recall-").rsplit("-", 1)[0]].append(result)
+        if name.startswith(part + "-"):
+            groups[name.removeprefix(part + "-").rsplit("-", 1)[0]].append(result)
     return groups
 
 
-def recall_table(results: dict[str, dict]) -> str:
-    """Recall by distance, one line for each pattern."""
-    groups = recall_groups(results)
+def recall_table(results: dict[str, dict], part: str, task: str) -> str:
+    """Share recalled by distance, one line for each pattern; the task is `recall` or `passkey`."""
+    groups = recall_groups(results, part)
     if not groups:
-        return "The recall task has not been run."
-    edges = next(iter(groups.values()))[0]["recall"]["edges"]
+        return "This task has not been run."
+    edges = next(iter(groups.values()))[0][task]["edges"]
     lines = [
         "| pattern | keys a query | tokens a processor second | seeds | "
         + " | ".join(f"{a:,} to {b:,}" for a, b in pairwise(edges))
@@ -112,74 +148,101 @@ def recall_table(results: dict[str, dict]) -> str:
     ]
     lines.append("| --- |" + " ---: |" * (len(edges) + 2))
     for name, cells in groups.items():
-        shares = [_shares(cell["recall"]) for cell in cells]
+        shares = [_shares(cell[task]) for cell in cells]
         keys = count_keys(Pattern(**cells[0]["work"]), cells[0]["cell"]["length"])
         row = [name, f"{keys:,.0f}", f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}", str(len(cells))]
         lines.append("| " + " | ".join(row + [_mean(list(s)) for s in zip(*shares, strict=True)]) + " |")
     return "\n".join(lines)
 
 
-def sweep_table(results: dict[str, dict]) -> str:
-    """The perplexity of every learning rate tried."""
+def sweep_table(results: dict[str, dict], prefix: str) -> str:
+    """The score of every learning rate tried; the least was taken."""
     rows = defaultdict(dict)
     for name, result in results.items():
-        if name.startswith("sweep-"):
-            is_base = result["cell"]["kind"] == "base"
-            tried = f"{result['cell']['pattern']}, {'first' if is_base else 'second'} stage"
-            rows[tried][result["cell"]["rate"]] = (
-                np.exp(result["loss"]) if is_base else result["scores"]["perplexity"][-1]
-            )
+        if name.startswith(prefix + "-"):
+            stage = {"base": ", first stage", "text": ", second stage", "recall": ""}[result["cell"]["kind"]]
+            rows[result["cell"]["pattern"] + stage][result["cell"]["rate"]] = sweep_score(result)
     rates = sorted({rate for row in rows.values() for rate in row})
     lines = ["| pattern | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " ---: |" * len(rates)]
     lines += [
-        f"| {p} | " + " | ".join(f"{row[r]:.1f}" if r in row else "" for r in rates) + " |" for p, row in rows.items()
+        f"| {p} | " + " | ".join(f"{row[r]:.4g}" if r in row else "" for r in rates) + " |" for p, row in rows.items()
     ]
     return "\n".join(lines)
 
 
+def count_all_flops(result: dict) -> float:
+    """FLOPs of both stages of a cell's training."""
+    settings, length, work = result["settings"], result["cell"]["length"], Pattern(**result["work"])
+    sizes = settings["sizes"]
+    first = make_pattern(  # of which window and sparse see all
+        "longnet" if work.name == "longnet" else "dense", settings["branches"], settings["base_length"]
+    )
+    a_key = 12 * sizes["hidden_size"] * sizes["num_hidden_layers"]
+    saved = a_key * (count_keys(work, length) - count_keys(first, settings["base_length"]))
+    return result["tokens"] * result["flops_a_token"] + settings["base_tokens"] * (result["flops_a_token"] - saved)
+
+
+def _draw(axis, x, values: list[list[float]], **look) -> None:
+    """A line through the means of the seeds' values, bars from the least to the most."""
+    values = np.array(values)
+    mean = values.mean(0)
+    spread = [mean - values.min(0), values.max(0) - mean]
+    axis.errorbar(x, mean, yerr=spread, capsize=2, elinewidth=0.8, **look)
+
+
 def plot_text(results: dict[str, dict], path: Path) -> None:
-    """Fig. 6 and 7: loss against training FLOPs, against context, and by position; each line the mean of the seeds."""
-    groups = defaultdict(list)
-    for name, result in results.items():
-        if name.startswith("tokens-"):
-            groups[result["cell"]["length"], result["cell"]["pattern"]].append(result)
+    """Fig. 6 and 7: loss against training FLOPs, against context, and by position; means of the seeds, their range."""
+    groups = text_groups(results, "tokens")
     figure = Figure(figsize=(15, 5), layout="constrained")
     flops, context, position = figure.subplots(1, 3)
-    colors = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3"}
-    styles = dict(zip(sorted({length for length, _ in groups}), (":", "--", "-"), strict=False))
-    for (length, pattern), cells in sorted(groups.items()):
-        look = {"color": colors[pattern], "linestyle": styles.get(length, "-")}
-        losses = np.mean([cell["losses"] for cell in cells], 0)
-        width = max(1, len(losses) // 12)
-        smooth = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
-        work = (np.arange(len(smooth)) + 1) * width * length * cells[0]["flops_a_token"]
-        flops.plot(work, smooth, **look, label=f"{pattern}, {length:,}")
-        scores = np.mean([np.log(cell["scores"]["perplexity"]) for cell in cells], 0)
-        context.plot(cells[0]["scores"]["contexts"], scores, **look, marker=".")
-        by_position = np.mean([cell["loss_by_position"] for cell in cells], 0)
-        position.plot((np.arange(len(by_position)) + 0.5) / len(by_position), by_position, **look)
-    flops.set(xscale="log", xlabel="FLOPs of the second stage", ylabel="training loss, nats a token")
+    lengths = sorted({length for length, _ in groups})
+    styles = dict(zip(lengths, (":", "--", "-"), strict=False))
+    for pattern in RIVALS:
+        trained = [groups[length, pattern] for length in lengths]
+        work = [np.mean([count_all_flops(cell) for cell in cells]) for cells in trained]
+        losses = [[np.log(_at_trained(cell)) for cell in cells] for cells in trained]
+        for place, seeds in zip(work, losses, strict=True):
+            _draw(flops, [place], [[loss] for loss in seeds], color=COLORS[pattern])
+        flops.plot(work, [np.mean(seeds) for seeds in losses], "o-", color=COLORS[pattern])
+        if pattern == "dense":
+            for length, place, seeds in zip(lengths, work, losses, strict=True):
+                flops.annotate(f"{length:,}", (place, np.mean(seeds)), xytext=(4, -10), textcoords="offset points")
+    for (length, pattern), cells in groups.items():
+        look = {"color": COLORS[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
+        scores = [np.log(cell["scores"]["perplexity"]) for cell in cells]
+        _draw(context, cells[0]["scores"]["contexts"], scores, marker=".", **look)
+        by_position = [cell["loss_by_position"] for cell in cells]
+        _draw(position, (np.arange(len(by_position[0])) + 0.5) / len(by_position[0]), by_position, **look)
+    flops.set(xscale="log", xlabel="FLOPs of both stages of training")
+    flops.set(ylabel="held-out loss at the trained length, nats a token")
     context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same held-out targets, nats a token")
     position.set(xlabel="position in the held-out sequence, share of its length", ylabel="loss, nats a token")
     context.set_xscale("log", base=2)
-    figure.legend(*flops.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
-    figure.suptitle("pattern, and tokens of the sequences it was trained on")
+    figure.legend(*context.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    figure.suptitle("pattern, and tokens of the sequences it was trained on; bars: least and most of the seeds")
     figure.savefig(path, dpi=130)
 
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
-    """Recall against distance, the mean of the seeds."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, cells in recall_groups(results).items():
-        recalls = [cell["recall"] for cell in cells]
-        edges = recalls[0]["edges"]
-        middles = np.sqrt(np.array(edges[:-1]) * edges[1:])
-        axis.plot(middles, np.mean([_shares(recall) for recall in recalls], 0), "o-", label=name)
-    axis.set(ylim=(-0.02, 1.02), xlabel="distance of passage and question (tokens)", ylabel="recall")
-    axis.set_xscale("log", base=2)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    """Recall and passkey against distance, in both lengths of text: means of the seeds and their range."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    panels = [("recall", "recall"), ("recall", "passkey"), ("far", "recall")]
+    for axis, (part, task) in zip(axes, panels, strict=True):
+        groups = recall_groups(results, part)
+        for number, (name, cells) in enumerate(groups.items()):
+            edges = cells[0][task]["edges"]
+            look = {"color": COLORS[name], "linewidth": 2.2} if name in COLORS else {"color": f"C{4 + number % 6}"}
+            style = "-" if name in COLORS else "--"
+            middles = np.sqrt(np.array(edges[:-1]) * edges[1:])
+            _draw(axis, middles, [_shares(c[task]) for c in cells], marker=".", linestyle=style, label=name, **look)
+        length = next((cells[0]["cell"]["length"] for cells in groups.values()), 0)
+        what = {"recall": "many passages", "passkey": "one passage"}[task]
+        axis.set(title=f"{what}, texts of {length:,} tokens", xlabel="distance of passage and question (tokens)")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylim=(-0.02, 1.02), ylabel="share of tokens recalled")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
 
 
@@ -245,10 +308,16 @@ def summarize(results: dict[str, dict]) -> str:
         "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet "
         "loses: README, Numbers.",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
-        "## The same at the training time that LongNet took, first seed", table(results, "time"),
+        "LongNet's perplexity over the others' at the trained length: mean and each seed's",
+        ratio_table(results, "tokens"),
+        "## The same at the training time that LongNet took", table(results, "time"), ratio_table(results, "time"),
         "## The paper's own numbers", PAPER,
-        "## Recall by distance in tokens", recall_table(results),
-        "## Learning rates tried: perplexity", sweep_table(results),
+        "## Recall by distance in tokens, many passages", recall_table(results, "recall", "recall"),
+        "## One passage: a passkey", recall_table(results, "recall", "passkey"),
+        "## Many passages in longer texts", recall_table(results, "far", "recall"),
+        "## One passage in longer texts", recall_table(results, "far", "passkey"),
+        "## Learning rates tried: perplexity", sweep_table(results, "sweep"),
+        "## Learning rates tried: share of the recall task that is missed", sweep_table(results, "sweep_recall"),
     ]) + "\n"  # fmt: skip
 
 
@@ -281,8 +350,11 @@ def headline(results: dict[str, dict]) -> str:
     return "\n\n".join([
         provenance(results), stages(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
-        "Recall of a passage by its distance in tokens:", recall_table(results),
-        "The sweeps, equal training time, the paper's own numbers: "
+        "LongNet's perplexity over the others' at the trained length, mean and each seed's; with equal tokens:",
+        ratio_table(results, "tokens"), "And with equal time:", ratio_table(results, "time"),
+        "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
+        "The same in longer texts:", recall_table(results, "far", "recall"),
+        "The sweeps, all of equal time, passkeys, the paper's own numbers: "
         "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
     ])  # fmt: skip
 

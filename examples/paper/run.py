@@ -14,6 +14,7 @@ import multiprocessing
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 from itertools import chain, product
@@ -48,7 +49,7 @@ FULL = {
     "base_held_out": 128,
     "lengths": [2048, 8192, 16384],
     "contexts": [512, 2048, 8192, 16384, 32768],
-    "seeds": [0, 1],
+    "seeds": {"table": [0, 1, 2], "time": [0, 1], "recall": [0, 1], "far": [0]},
     "tokens": 3 << 17,
     "sweep_tokens": 1 << 17,
     "base_rates": [1e-3, 2e-3, 4e-3, 8e-3],
@@ -94,7 +95,7 @@ QUICK = FULL | {
     "base_held_out": 2,
     "lengths": [64, 128],
     "contexts": [32, 64, 128, 256],
-    "seeds": [0],
+    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0]},
     "tokens": 1 << 9,
     "sweep_tokens": 1 << 8,
     "base_rates": [2e-3, 4e-3],
@@ -304,6 +305,23 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
     return run_missing(cells, settings, folder, text, until) if bases else True
 
 
+def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict[str, dict]]]]:
+    """What makes the cells of each part: one after the other, because learning rates and times come from results."""
+    seeds = settings["seeds"]
+    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": []}
+    for number, seed in enumerate(seeds["table"]):
+        parts["table"] += [partial(base_cells, settings, folder, seed)]
+        parts["table"] += [partial(sweep_cells, settings)] if number == 0 else []
+        parts["table"] += [partial(table_cells, settings, folder, seed)]
+    for number, seed in enumerate(seeds["recall"]):
+        parts["recall"] += [partial(recall_base_cells, settings, seed)]
+        parts["recall"] += [partial(recall_sweep_cells, settings)] if number == 0 else []
+        parts["recall"] += [partial(recall_cells, settings, folder, seed)]
+    parts["recall"] += [partial(far_cells, settings, folder, seed) for seed in seeds["far"]]
+    parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["table", "recall", "time", "all"], default="all")
@@ -321,17 +339,7 @@ def main() -> None:
     if arguments.part != "recall":
         text = load_documents(settings)
         settings["digest"] = text.digest  # a cell of other text is another cell
-    first = settings["seeds"][0]
-    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": []}
-    for seed in settings["seeds"]:
-        parts["table"] += [partial(base_cells, settings, folder, seed)]
-        parts["table"] += [partial(sweep_cells, settings)] if seed == first else []
-        parts["table"] += [partial(table_cells, settings, folder, seed)]
-        parts["time"] += [partial(time_cells, settings, folder, seed)]
-        parts["recall"] += [partial(recall_base_cells, settings, seed)]
-        parts["recall"] += [partial(recall_sweep_cells, settings)] if seed == first else []
-        parts["recall"] += [partial(recall_cells, settings, folder, seed)]
-    parts["recall"] += [partial(far_cells, settings, folder, first)]
+    parts = list_parts(settings, folder)
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
         if not run_missing(make_cells(), settings, folder, text, until):  # what it needs the parts before it have left
             return
