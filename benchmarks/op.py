@@ -4,6 +4,8 @@
 - `sdpa`: PyTorch's `scaled_dot_product_attention`, causal, over the whole sequence.
 - `floor`: PyTorch's own kernel of the device alone, on as many rows laid out contiguously. It reads no
   strided row and merges nothing, so what `ours` takes beyond it is all our own.
+- `result`: the tensors that any implementation returns, written once. Their pages are fresh, and the system clears
+  them first; the floor's results fit in memory that is used again, so this is no part of it.
 
 Letters: L tokens, H heads, D head dimension; batch 1.
 """
@@ -96,7 +98,7 @@ def prepare(who: str, case: Case, pattern: str | None) -> Call:
     """The inputs of a contestant and the call to be measured; a small call has warmed up before."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    make = {"ours": ours, "sdpa": _sdpa, "floor": _floor}[who]
+    make = {"ours": ours, "sdpa": _sdpa, "floor": _floor, "result": _result}[who]
     make(case._replace(length=min(case.length, 256)), pattern)()
     return make(case, pattern)
 
@@ -154,6 +156,13 @@ def _floor(case: Case, pattern: str) -> Call:
     return call
 
 
+def _result(case: Case, pattern: None) -> Call:
+    shape = (4 if case.backward else 1, case.length, case.heads, case.head_dim)
+    return lambda: [
+        torch.ones(shape[1:], dtype=getattr(torch, case.dtype), device=case.device) for _ in range(shape[0])
+    ]
+
+
 def _call_sizes(count: int, unit: int) -> list[int]:
     """Cut `count` attentions of `unit` bytes each into calls of at most FLOOR_BYTES_PER_CALL."""
     most = max(1, FLOOR_BYTES_PER_CALL // max(1, unit))
@@ -192,7 +201,7 @@ def _dense_estimate(case: Case) -> float:
 
 
 def _measure_case(case: Case, args: argparse.Namespace) -> list[dict]:
-    contestants = [(who, pattern) for pattern in args.patterns for who in ("ours", "floor")]
+    contestants = [(who, pattern) for pattern in args.patterns for who in ("ours", "floor")] + [("result", None)]
     rows = []
     estimate = _dense_estimate(case)
     if estimate <= args.dense_limit:
@@ -206,8 +215,8 @@ def _measure_case(case: Case, args: argparse.Namespace) -> list[dict]:
     for who, pattern in contestants:
         row = {**case._asdict(), "who": who, "pattern": pattern}
         row["seconds"] = samples[f"{who} {pattern}"]
-        row["flops"] = count_flops(case, pattern)
-        if args.memory and who != "floor":
+        row["flops"] = 0 if who == "result" else count_flops(case, pattern)
+        if args.memory and who in ("ours", "sdpa"):
             row["peak_bytes"] = peak_bytes(prepare, who, case, pattern)
         rows.append(row)
     return rows
@@ -250,7 +259,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 HEADER = (
-    "tokens", "ours ms", "SDPA / ours", "at equal FLOP/s", "ours / floor", "ours GFLOP/s",
+    "tokens", "ours ms", "SDPA / ours", "at equal FLOP/s", "ours / floor", "/ floor and result", "ours GFLOP/s",
     "peak MiB", "/ result", "SDPA MiB", "error", "/ dense reference's",
 )  # fmt: skip
 
@@ -261,11 +270,12 @@ def format_ratio(value: Spread) -> str:
 
 def _find(rows: list[dict], like: dict, who: str, pattern: str | None) -> dict:
     keys = ("length", "dtype", "mode")
-    return next(
+    found = (
         row
         for row in rows
         if all(row[key] == like[key] for key in keys) and (row["who"], row["pattern"]) == (who, pattern)
     )
+    return next(found, {})
 
 
 def summarize(result: dict) -> list[dict]:
@@ -285,6 +295,7 @@ def summarize(result: dict) -> list[dict]:
                 "speedup": _ratios(dense, row),
                 "ideal_speedup": count_flops(case, None) / row["flops"],
                 "overhead": _ratios(row, floor),
+                "overhead_with_result": _ratios(row, floor, _find(result["rows"], row, "result", None)),
                 "gflops": row["flops"] / spread(row["seconds"]).median / 1e9,
                 "peak_bytes": row.get("peak_bytes"),
                 "result_bytes": result_bytes(case),
@@ -296,10 +307,12 @@ def summarize(result: dict) -> list[dict]:
     return summary
 
 
-def _ratios(slow: dict, fast: dict) -> Spread | None:
-    if "seconds" not in slow:
+def _ratios(over: dict, *under: dict) -> Spread | None:
+    """Of one contestant's time over the sum of others', round by round; None where one was not timed."""
+    if not all("seconds" in row for row in (over, *under)):
         return None
-    return spread([a / b for a, b in zip(slow["seconds"], fast["seconds"], strict=True)])
+    rounds = zip(over["seconds"], *(row["seconds"] for row in under), strict=True)
+    return spread([a / sum(b) for a, *b in rounds])
 
 
 def _error_of(result: dict, row: dict) -> dict[str, float]:
@@ -320,6 +333,7 @@ def _cells(s: dict) -> list[str]:
         format_ratio(s["speedup"]) if s["speedup"] else "skipped",
         f"{s['ideal_speedup']:.2f}",
         format_ratio(s["overhead"]),
+        format_ratio(s["overhead_with_result"]) if s["overhead_with_result"] else "",
         f"{s['gflops']:.0f}",
         _mib(peak),
         "" if peak is None else f"{peak / s['result_bytes']:.1f}",
@@ -368,8 +382,8 @@ def headline(result: dict) -> str:
     lines = []
     for s in (s for s in compared if s["length"] == longest[s["dtype"], s["mode"]]):
         cells = _cells(s)
-        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:5], *cells[6:]])
-    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:5], *HEADER[6:]), lines)
+        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:6], *cells[7:]])
+    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:6], *HEADER[7:]), lines)
 
 
 def plot(result: dict, path: str) -> None:
