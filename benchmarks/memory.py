@@ -6,11 +6,12 @@ Counted are the tensors that autograd keeps (by its own hooks, in models of one 
                  + block (with checkpointing: the one that is computed again) + I + 2 E (gradients at work)
 
 in elements of the dtype; N blocks of width E and inner width I, `block` what one keeps. Weights, their gradients and
-the optimizer's state do not grow with the text and are left out. Measured is the same step's peak with the weights'
+the optimizer's state do not grow with the text and are left out. Measured is the same step's peak less the weights'
 gradients, over the tokens.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="tokens")
+    parser.add_argument("--config", type=Path, help="JSON of another model than the small one, as in configuration/")
     parser.add_argument("--plain-most", type=int, default=32_768, help="longest without gradient checkpointing")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
 
@@ -58,26 +60,37 @@ def count_bytes(config: LongNetConfig, dtype: str) -> dict[bool, float]:
     return {True: blocks * config.hidden_size * element + block + at_work, False: blocks * block + at_work}
 
 
-def prepare(length: int, dtype: str, checkpointing: bool, threads: int, device: str) -> Call:
+def load_config(path: Path | None) -> LongNetConfig:
+    """That of a file, or the small model's."""
+    return LongNetConfig.from_pretrained(path) if path else longnet_model(SIZES).config
+
+
+def prepare(path: Path | None, length: int, dtype: str, checkpointing: bool, threads: int, device: str) -> Call:
     """One training step."""
     torch.set_num_threads(threads)
-    model = longnet_model(SIZES).to(device, getattr(torch, dtype)).train()
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(load_config(path)).to(device, getattr(torch, dtype)).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     return training_step(model, length)
 
 
 def run(args: argparse.Namespace) -> dict:
-    rows = []
+    rows, config = [], load_config(args.config)
+    with torch.device("meta"):
+        weights = LongNetForCausalLM(config).num_parameters()
     for dtype in args.dtypes:
-        for checkpointing, counted in count_bytes(longnet_model(SIZES).config, dtype).items():
+        for checkpointing, counted in count_bytes(config, dtype).items():
             for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
                 print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
-                peak = peak_bytes(prepare, length, dtype, checkpointing, args.threads, args.device)
+                peak = peak_bytes(prepare, args.config, length, dtype, checkpointing, args.threads, args.device)
                 rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
-                rows[-1]["peak_bytes"] = peak
+                gradients = weights * getattr(torch, dtype).itemsize
+                rows[-1] |= {"peak_bytes": None if peak is None else peak - gradients, "gradient_bytes": gradients}
     counted = {str(on): n for on, n in count_bytes(LongNetConfig.from_pretrained(PAPER), "bfloat16").items()}
-    return {"sizes": SIZES, "pattern": PATTERN, "rows": rows, "paper_bytes_a_token": counted}
+    sizes = {name: getattr(config, name) for name in SIZES}
+    pattern = {name: getattr(config, name) for name in PATTERN}
+    return {"sizes": sizes, "pattern": pattern, "rows": rows, "paper_bytes_a_token": counted}
 
 
 def tables(result: dict) -> str:
