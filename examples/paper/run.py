@@ -49,7 +49,7 @@ FULL = {
     "base_held_out": 128,
     "lengths": [2048, 8192, 16384],
     "contexts": [512, 2048, 8192, 16384, 32768],
-    "seeds": {"table": [0, 1, 2], "time": [0, 1], "recall": [0, 1], "far": [0]},
+    "seeds": {"table": [0, 1, 2], "time": [0, 1], "recall": [0, 1], "far": [0], "deep": [0]},
     "tokens": 3 << 17,
     "sweep_tokens": 1 << 17,
     "base_rates": [1e-3, 2e-3, 4e-3, 8e-3],
@@ -79,6 +79,7 @@ FULL = {
     },
     "far": {"length": 8192, "tokens": 1 << 21, "least": 32},
     "far_branches": [[128, 512, 2048, 8192], [1, 2, 4, 4]],
+    "deep": {"length": 2048, "tokens": 1 << 20, "least": 32, "layers": 4},
     "recall_texts": 32,
     "passkey_texts": 96,
 }  # fmt: skip
@@ -95,7 +96,7 @@ QUICK = FULL | {
     "base_held_out": 2,
     "lengths": [64, 128],
     "contexts": [32, 64, 128, 256],
-    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0]},
+    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0], "deep": [0]},
     "tokens": 1 << 9,
     "sweep_tokens": 1 << 8,
     "base_rates": [2e-3, 4e-3],
@@ -112,6 +113,7 @@ QUICK = FULL | {
     "recall_variants": {"blocked": {"head_offsets": "blocked"}, "16,64 by 1,4": {"branches": [[16, 64], [1, 4]]}},
     "far": FULL["far"] | {"length": 256, "tokens": 1 << 9, "least": 16},
     "far_branches": [[32, 64, 256], [1, 4, 4]],
+    "deep": FULL["deep"] | {"length": 128, "tokens": 1 << 9, "least": 16, "layers": 3},
     "recall_texts": 2,
     "passkey_texts": 2,
 }
@@ -204,10 +206,11 @@ def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return cells
 
 
-def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """Recall as such, in short texts and with dense attention."""
-    name = f"recall_base-{seed}"
+def recall_base_cells(settings: dict, seed: int, prefix: str = "recall") -> dict[str, dict]:
+    """Recall as such, in short texts and with dense attention; `deep` with more layers."""
+    name = f"{prefix}_base-{seed}"
     cell = {"pattern": "dense", "branches": None, "head_offsets": "interleaved", "weights": f"{name}.safetensors"}
+    cell |= {"layers": settings["deep"]["layers"]} if prefix == "deep" else {}
     return {name: common(settings, kind="recall", seed=seed, **settings["recall_base"]) | cell}
 
 
@@ -233,6 +236,12 @@ def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return {f"far-{pattern}-{seed}": best_recall_cell(settings, folder, seed, "far", pattern) for pattern in RIVALS}
 
 
+def deep_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """The same with more layers, which may pass on more. Dense attention needs none of them."""
+    made = partial(best_recall_cell, settings, folder, seed, "deep")
+    return {f"deep-{pattern}-{seed}": made(pattern) for pattern in RIVALS if pattern != "dense"}
+
+
 def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern: str) -> dict:
     """A cell of the task at the pattern's best learning rate in short training."""
     rate = best_rate(f"sweep_recall-{pattern}", settings["recall_rates"], folder)
@@ -240,11 +249,11 @@ def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern
 
 
 def recall_cell(settings: dict, task: str, pattern: str, seed: int, rate: float) -> dict:
-    """A cell of the task `recall` or `far`."""
+    """A cell of the task `recall`, `far` or `deep`."""
     return common(
         settings, kind="recall", pattern=pattern, seed=seed, rate=rate, **settings[task],
-        branches=settings["recall_branches" if task == "recall" else "far_branches"], head_offsets="interleaved",
-        base=f"recall_base-{seed}.safetensors",
+        branches=settings["far_branches" if task == "far" else "recall_branches"], head_offsets="interleaved",
+        base=f"{'deep' if task == 'deep' else 'recall'}_base-{seed}.safetensors",
     )  # fmt: skip
 
 
@@ -318,6 +327,9 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["recall"] += [partial(recall_sweep_cells, settings)] if number == 0 else []
         parts["recall"] += [partial(recall_cells, settings, folder, seed)]
     parts["recall"] += [partial(far_cells, settings, folder, seed) for seed in seeds["far"]]
+    for seed in seeds["deep"]:
+        parts["recall"] += [partial(recall_base_cells, settings, seed, "deep")]
+        parts["recall"] += [partial(deep_cells, settings, folder, seed)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
 
