@@ -30,7 +30,7 @@ PATTERNS = (
     "2048/1 8192/4 32768/16",
     "2048/1 4096/2 8192/4 16384/6 32768/12",
 )
-LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
+LENGTHS = (2048, 8192, 32768)
 MODES = ("forward", "forward+backward")
 # Dense attention's time for one long call is estimated from a call of at most so many tokens.
 ESTIMATE_LENGTH = 4096
@@ -231,8 +231,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
-    parser.add_argument("--seconds", type=float, default=20, help="no new round after so long")
-    parser.add_argument("--dense-limit", type=float, default=60, help="longest dense call, seconds")
+    parser.add_argument("--seconds", type=float, default=4, help="no new round after so long")
+    parser.add_argument("--dense-limit", type=float, default=40, help="longest dense call, seconds")
     parser.add_argument("--error-length", type=int, default=2048, help="tokens of the error's run")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
 

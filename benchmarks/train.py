@@ -16,9 +16,9 @@ MODELS = {"longnet": longnet_model, "dense": dense_model}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32_768, 131_072])
-    parser.add_argument("--dense-most", type=int, default=32_768, help="longest sequence for the dense model")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timing a length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32_768])
+    parser.add_argument("--dense-most", type=int, default=8192, help="longest sequence for the dense model")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing a length")
     parser.add_argument("--rounds", type=int, default=3, help="at least")
 
 
