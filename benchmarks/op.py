@@ -4,6 +4,7 @@
 - `sdpa`: PyTorch's `scaled_dot_product_attention`, causal, over the whole sequence.
 - `floor`: PyTorch's own kernel of the device alone, on as many rows laid out contiguously. It reads no
   strided row and merges nothing, so what `ours` takes beyond it is all our own.
+- `rows`: the floor's kernel on the rows where they lie, strided, in the calls that `ours` makes; nothing is merged.
 - `result`: the tensors that any implementation returns, written once. Their pages are fresh, and the system clears
   them first; the floor's results fit in memory that is used again, so this is no part of it.
 
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS
+from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.dilated_attention import Plan, each_piece, kernel_calls, rows_view
 
 from .measure import DTYPES, Call, Spread, peak_bytes, seconds_of, spread, time_alternately
 
@@ -98,7 +101,7 @@ def prepare(who: str, case: Case, pattern: str | None) -> Call:
     """The inputs of a contestant and the call to be measured; a small call has warmed up before."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    make = {"ours": ours, "sdpa": _sdpa, "floor": _floor, "result": _result}[who]
+    make = {"ours": ours, "sdpa": _sdpa, "floor": _floor, "rows": _rows, "result": _result}[who]
     make(case._replace(length=min(case.length, 256)), pattern)()
     return make(case, pattern)
 
@@ -156,6 +159,26 @@ def _floor(case: Case, pattern: str) -> Call:
     return call
 
 
+def _rows(case: Case, pattern: str) -> Call:
+    branches = make_branches(*parse_pattern(pattern), case.heads, "interleaved")
+    scale, kernel = case.head_dim**-0.5, BACKENDS["torch"]
+    plan = Plan((Chunk(0, 1, 0, case.length, 0, case.length),), branches, True, scale, "torch", False)
+    tensors = [case.tensor(1, case.length, case.heads, case.head_dim) for _ in range(5 if case.backward else 3)]
+    tensors += [case.tensor(1, case.length, case.heads).float()] if case.backward else []
+    pieces = [[rows_view(x, c, b, rows) for x in tensors] for c, _, b, rows in each_piece(plan, 1)]
+    inputs = [views for piece in pieces for views in kernel_calls(*piece)]
+
+    @torch.no_grad()
+    def call():
+        for q, k, v, *others in inputs:
+            kernel.forward(q, k, v, True, scale)
+            if others:
+                grad_out, out, lse = others
+                kernel.backward(grad_out, q, k, v, out, lse, True, scale)
+
+    return call
+
+
 def _result(case: Case, pattern: None) -> Call:
     shape = (4 if case.backward else 1, case.length, case.heads, case.head_dim)
     return lambda: [
@@ -201,7 +224,9 @@ def _dense_estimate(case: Case) -> float:
 
 
 def _measure_case(case: Case, args: argparse.Namespace) -> list[dict]:
-    contestants = [(who, pattern) for pattern in args.patterns for who in ("ours", "floor")] + [("result", None)]
+    contestants = [(who, pattern) for pattern in args.patterns for who in ("ours", "floor", "rows")] + [
+        ("result", None)
+    ]
     rows = []
     estimate = _dense_estimate(case)
     if estimate <= args.dense_limit:
@@ -259,8 +284,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 HEADER = (
-    "tokens", "ours ms", "SDPA / ours", "at equal FLOP/s", "ours / floor", "/ floor and result", "ours GFLOP/s",
-    "peak MiB", "/ result", "SDPA MiB", "error", "/ dense reference's",
+    "tokens", "ours ms", "SDPA / ours", "at equal FLOP/s", "ours / floor", "rows / floor", "result / floor",
+    "ours GFLOP/s", "peak MiB", "/ result", "SDPA MiB", "error", "/ dense reference's",
 )  # fmt: skip
 
 
@@ -295,7 +320,8 @@ def summarize(result: dict) -> list[dict]:
                 "speedup": _ratios(dense, row),
                 "ideal_speedup": count_flops(case, None) / row["flops"],
                 "overhead": _ratios(row, floor),
-                "overhead_with_result": _ratios(row, floor, _find(result["rows"], row, "result", None)),
+                "rows": _ratios(_find(result["rows"], row, "rows", row["pattern"]), floor),
+                "result": _ratios(_find(result["rows"], row, "result", None), floor),
                 "gflops": row["flops"] / spread(row["seconds"]).median / 1e9,
                 "peak_bytes": row.get("peak_bytes"),
                 "result_bytes": result_bytes(case),
@@ -307,12 +333,11 @@ def summarize(result: dict) -> list[dict]:
     return summary
 
 
-def _ratios(over: dict, *under: dict) -> Spread | None:
-    """Of one contestant's time over the sum of others', round by round; None where one was not timed."""
-    if not all("seconds" in row for row in (over, *under)):
+def _ratios(over: dict, under: dict) -> Spread | None:
+    """Of two contestants' times, round by round; None where one was not timed."""
+    if "seconds" not in over or "seconds" not in under:
         return None
-    rounds = zip(over["seconds"], *(row["seconds"] for row in under), strict=True)
-    return spread([a / sum(b) for a, *b in rounds])
+    return spread([a / b for a, b in zip(over["seconds"], under["seconds"], strict=True)])
 
 
 def _error_of(result: dict, row: dict) -> dict[str, float]:
@@ -333,7 +358,7 @@ def _cells(s: dict) -> list[str]:
         format_ratio(s["speedup"]) if s["speedup"] else "skipped",
         f"{s['ideal_speedup']:.2f}",
         format_ratio(s["overhead"]),
-        format_ratio(s["overhead_with_result"]) if s["overhead_with_result"] else "",
+        *(f"{s[part].median:.2f}" if s[part] else "" for part in ("rows", "result")),
         f"{s['gflops']:.0f}",
         _mib(peak),
         "" if peak is None else f"{peak / s['result_bytes']:.1f}",
@@ -382,8 +407,8 @@ def headline(result: dict) -> str:
     lines = []
     for s in (s for s in compared if s["length"] == longest[s["dtype"], s["mode"]]):
         cells = _cells(s)
-        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:6], *cells[7:]])
-    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:6], *HEADER[7:]), lines)
+        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:7], *cells[8:]])
+    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:7], *HEADER[8:]), lines)
 
 
 def plot(result: dict, path: str) -> None:

@@ -66,7 +66,7 @@ def _outside_view(x: Tensor, chunk: Chunk, rows: Rows, count: int) -> Tensor:
     return x[chunk.row_begin : chunk.row_end, heads, :count]
 
 
-def _calls(*views: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def kernel_calls(*views: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Show (B, n, h, rows, ...) views as (batch, h, rows, ...), in as few kernel calls as strides allow."""
     batch, segments = views[0].shape[:2]
     if segments == 1:
@@ -95,7 +95,7 @@ def _slabs(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(x[begin : begin + most] for x in views)
 
 
-def _each_piece(plan: Plan, heads_per_group: int) -> Iterator[tuple[Chunk, int, Branch, Rows]]:
+def each_piece(plan: Plan, heads_per_group: int) -> Iterator[tuple[Chunk, int, Branch, Rows]]:
     for chunk in plan.chunks:
         for index, branch in enumerate(plan.branches):
             for rows in chunk_rows(chunk, branch, heads_per_group > 1):
@@ -157,7 +157,7 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
     out = _accumulator(query, plan)
     precise = torch.promote_types(query.dtype, torch.float32)
     lse = torch.full(out.shape[:3], -torch.inf, dtype=precise, device=out.device)
-    for piece in _each_piece(plan, repeat):
+    for piece in each_piece(plan, repeat):
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value)]
@@ -166,7 +166,7 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
             new_out, new_lse = run(*(x.flatten(0, 1) for x in (views[0], *shared)), plan.is_causal, plan.scale)
             out, lse = _as_tokens(new_out, query), _as_tokens(new_lse, query)
             continue
-        for q, o, s, k, v in _calls(*views, *shared):
+        for q, o, s, k, v in kernel_calls(*views, *shared):
             new_out, new_lse = run(q, k, v, plan.is_causal, plan.scale)
             if index == 0 and branch.r == 1:
                 o.copy_(new_out)
@@ -183,7 +183,7 @@ def _each_outside(
     plan: Plan, outside: Outside, after: bool, heads_per_group: int
 ) -> Iterator[tuple[Chunk, Branch, Rows, Tensor, Tensor]]:
     """Pieces whose segment goes on outside the chunk, with the (B, h, count, D) keys and values there."""
-    for chunk, index, branch, rows in _each_piece(plan, heads_per_group):
+    for chunk, index, branch, rows in each_piece(plan, heads_per_group):
         count = rows.after if after else rows.before
         if count:
             yield (
@@ -214,7 +214,7 @@ def backward_chunks(
     """Gradients of `forward_chunks`, given the merged out (in the query's dtype) and lse; in the dtype of the sum."""
     run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // key.shape[2]
     grads = [_accumulator(x, plan) for x in (query, key, value)]
-    for piece in _each_piece(plan, repeat):
+    for piece in each_piece(plan, repeat):
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value, *grads[1:])]
@@ -223,7 +223,7 @@ def backward_chunks(
             parts = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
             grads = [_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True)]
             continue
-        for q, g, o, s, dq, k, v, dk, dv in _calls(*views, *shared):
+        for q, g, o, s, dq, k, v, dk, dv in kernel_calls(*views, *shared):
             new = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
             for total, part in zip((dq, dk, dv), new, strict=True):
                 if index == 0 and branch.r == 1:
