@@ -284,8 +284,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 HEADER = (
-    "tokens", "ours ms", "SDPA / ours", "at equal FLOP/s", "ours / floor", "rows / floor", "result / floor",
-    "ours GFLOP/s", "peak MiB", "/ result", "SDPA MiB", "error", "/ dense reference's",
+    "tokens", "ours ms", "SDPA / ours", "SDPA / floor", "at equal FLOP/s", "ours / floor", "rows / floor",
+    "result / floor", "ours GFLOP/s", "peak MiB", "/ result", "SDPA MiB", "error", "/ dense reference's",
 )  # fmt: skip
 
 
@@ -318,6 +318,7 @@ def summarize(result: dict) -> list[dict]:
                 "floor_seconds": spread(floor["seconds"]).median,
                 "dense_seconds": spread(dense["seconds"]).median if "seconds" in dense else None,
                 "speedup": _ratios(dense, row),
+                "floor_speedup": _ratios(dense, floor),
                 "ideal_speedup": count_flops(case, None) / row["flops"],
                 "overhead": _ratios(row, floor),
                 "rows": _ratios(_find(result["rows"], row, "rows", row["pattern"]), floor),
@@ -356,6 +357,7 @@ def _cells(s: dict) -> list[str]:
         f"{s['length']:,}",
         f"{s['seconds'] * 1e3:.1f}",
         format_ratio(s["speedup"]) if s["speedup"] else "skipped",
+        f"{s['floor_speedup'].median:.2f}" if s["floor_speedup"] else "",
         f"{s['ideal_speedup']:.2f}",
         format_ratio(s["overhead"]),
         *(f"{s[part].median:.2f}" if s[part] else "" for part in ("rows", "result")),
@@ -407,8 +409,8 @@ def headline(result: dict) -> str:
     lines = []
     for s in (s for s in compared if s["length"] == longest[s["dtype"], s["mode"]]):
         cells = _cells(s)
-        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:7], *cells[8:]])
-    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:7], *HEADER[8:]), lines)
+        lines.append([s["pattern"], s["dtype"], s["mode"], *cells[:8], *cells[9:]])
+    return _markdown(("branches w/r", "dtype", "mode", *HEADER[:8], *HEADER[9:]), lines)
 
 
 def plot(result: dict, path: str) -> None:
