@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+# The CPU kernel computes blocks of 512 keys whole, so causal attention on up to 512 rows costs as much as attention to
+# all of them. Queries from this one on are a call of their own, under a mask: the others then need no keys behind it.
+_CUT = 256
+_CUT_ROWS = range(384, 513)  # where a second call costs less than it saves (benchmarks/README.md)
 
 
 def unavailable(query: Tensor) -> str | None:
@@ -25,6 +29,8 @@ def unavailable(query: Tensor) -> str | None:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
+    if cuts_rows(query, is_causal):
+        return _cut_forward(query, key, value, scale)
     if query.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
     return _cuda_forward(query, key, value, is_causal, scale)
@@ -41,11 +47,47 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. `out` and `lse` may be those of a softmax over more keys than these (merged)."""
+    if cuts_rows(query, is_causal):
+        return _cut_backward(grad_out, query, key, value, out, lse, scale)
     if query.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )
     return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
+
+
+def cuts_rows(query: Tensor, is_causal: bool) -> bool:
+    """Is this attention cheaper in two calls? Their results are then put together, in memory of their size."""
+    return is_causal and query.device.type == "cpu" and query.shape[-2] in _CUT_ROWS
+
+
+def _cut_mask(query: Tensor) -> Tensor:
+    """What the queries from `_CUT` on do not see: (rows - _CUT, rows), 0 and -inf."""
+    rows = query.shape[-2]
+    return torch.full((rows - _CUT, rows), -torch.inf, dtype=query.dtype).triu_(_CUT + 1)
+
+
+def _cut_forward(query, key, value, scale):
+    run = _aten._scaled_dot_product_flash_attention_for_cpu
+    first = run(*(x[..., :_CUT, :] for x in (query, key, value)), 0.0, True, scale=scale)
+    second = run(query[..., _CUT:, :], key, value, attn_mask=_cut_mask(query), scale=scale)
+    return _join(first[0], second[0]), torch.cat([first[1], second[1]], 2)
+
+
+def _cut_backward(grad_out, query, key, value, out, lse, scale):
+    run, mask = _aten._scaled_dot_product_flash_attention_for_cpu_backward, _cut_mask(query)
+    g, q, o = (x[..., _CUT:, :] for x in (grad_out, query, out))
+    dq, dk, dv = run(g, q, key, value, o, lse[..., _CUT:], 0.0, False, attn_mask=mask, scale=scale)
+    g, q, k, v, o = (x[..., :_CUT, :] for x in (grad_out, query, key, value, out))
+    first, *others = run(g, q, k, v, o, lse[..., :_CUT], 0.0, True, scale=scale)
+    for total, part in zip((dk, dv), others, strict=True):
+        total[..., :_CUT, :] += part
+    return _join(first, dq), dk, dv
+
+
+def _join(first: Tensor, second: Tensor) -> Tensor:
+    """Rows behind rows, (B, H, L, D), in memory as the kernel lays them out: (B, L, H, D)."""
+    return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], 1).transpose(1, 2)
 
 
 def _uses_flash(query: Tensor) -> bool:

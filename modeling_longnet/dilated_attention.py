@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attend import BACKENDS, choose_backend, merge_
+from .attend_torch import cuts_rows
 from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
 from .reference import count_branches, dense_attention
 
@@ -123,7 +124,9 @@ def _accumulator(x: Tensor, plan: Plan) -> Tensor:
     return make(x.shape, dtype=_sum_dtype(x, plan), device=x.device)
 
 
-def _shows_all(piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor) -> bool:
+def _shows_all(
+    piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor, view: Tensor, is_causal: bool
+) -> bool:
     """Is this piece every head and token, in the order of memory, so that one call gives a whole result?"""
     chunk, _, branch, rows = piece
     batch, length, heads = key.shape[:3]
@@ -133,6 +136,7 @@ def _shows_all(piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tenso
         and branch.r == 1
         and rows.segments * rows.rows == length
         and all(x.stride(0) == length * x.stride(1) or batch == 1 for x in (query, key))
+        and not cuts_rows(view, is_causal)
         and query.dtype in (torch.float32, torch.float64)  # bfloat16 loses by it, see benchmarks/README.md
         and (query.device.type == "cpu" or batch * rows.segments <= _CUDA_BATCH_PER_CALL)
     )
@@ -161,7 +165,7 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value)]
-        if index == 0 and not rows.padding and _shows_all(piece, query, key):
+        if index == 0 and not rows.padding and _shows_all(piece, query, key, views[0], plan.is_causal):
             # The first result becomes the accumulator: no copy, and no second set of fresh pages.
             new_out, new_lse = run(*(x.flatten(0, 1) for x in (views[0], *shared)), plan.is_causal, plan.scale)
             out, lse = _as_tokens(new_out, query), _as_tokens(new_lse, query)
@@ -218,7 +222,7 @@ def backward_chunks(
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value, *grads[1:])]
-        if index == 0 and _shows_all(piece, query, key):
+        if index == 0 and _shows_all(piece, query, key, views[0], plan.is_causal):
             q, g, o, s, k, v = (x.flatten(0, 1) for x in (*views[:4], *shared[:2]))
             parts = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
             grads = [_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True)]

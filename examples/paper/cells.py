@@ -63,28 +63,25 @@ def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
 
 
 def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.ndarray | None = None) -> dict:
-    """Steps of `batch` sequences (1), until `tokens` or `seconds` are used up; the learning rate falls to 0 with them.
+    """Steps of `batch` sequences (1), until `tokens` are used up; the learning rate falls to 0 with them.
 
     Seconds are the process's own on its processor: waiting for another process does not count, though its use of shared
     caches and memory does (about 15 % between equal cells).
     """
     optimizer = MuonAndAdamW(model, learning_rate=cell["rate"], muon_learning_rate=10 * cell["rate"])
     first = [group["lr"] for group in optimizer.param_groups]
-    tokens, batch, spent, losses = cell.get("tokens"), cell.get("batch", 1), 0.0, []
+    tokens, batch, spent, losses = cell["tokens"], cell.get("batch", 1), 0.0, []
     length = batch * sequences.shape[1]  # tokens of a step
     restart_highest_resident_bytes()
     before = resident_bytes()
     model.train()
     with tqdm(desc=name, unit="token", unit_scale=True, total=tokens) as progress:
-        for step in range(10**9):
-            done = step * length / tokens if tokens else spent / cell["seconds"]
-            if done >= 1:
-                break
+        for step in range(math.ceil(tokens / length)):
             began = time.process_time()
-            share = (step + 1) * length / tokens if tokens else done + spent / max(1, step) / cell["seconds"]
+            share = (step + 1) * length / tokens
             warm = min(1.0, (step + 1 if cell["warmup"] >= 1 else share) / cell["warmup"])
             for group, rate in zip(optimizer.param_groups, first, strict=True):
-                group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * done))
+                group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step * length / tokens))
             rows = np.arange(step * batch, (step + 1) * batch) % len(sequences)
             ids, wanted = (
                 torch.from_numpy(x[rows].astype(np.int64)) for x in (sequences, sequences if labels is None else labels)

@@ -64,7 +64,7 @@ FULL = {
     },
     "recall_base": {"length": 128, "batch": 16, "tokens": 3 << 20, "rate": 2e-3, "least": 16},
     "recall": {"length": 2048, "tokens": 1 << 20, "least": 32},
-    "recall_rates": [5e-4, 1e-3, 2e-3, 4e-3],
+    "recall_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "recall_sweep_tokens": 1 << 19,
     # Other offsets; other work (a longer or lonely first branch; more rate than heads); about equal work with one
     # longer first branch, which is also what LongNetConfig.for_context(2048, effort=192, ...) gives for 4 heads.
@@ -196,22 +196,33 @@ def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 
 
 def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The same for the time that LongNet took in the second stage."""
+    """The same for the time that LongNet took in the second stage: as many steps as each pattern makes in it at the
+    speed that it had with equal tokens. Not scored under the longest context, where dense attention takes minutes."""
     cells = {}
     for name, cell in table_cells(settings, folder, seed).items():
         if cell["pattern"] != "longnet":
-            seconds = read(folder / f"tokens-longnet-{cell['length']}-{seed}.json")["seconds"]
-            del cell["tokens"]
-            cells[name.replace("tokens", "time", 1)] = cell | {"seconds": seconds}
+            names = (f"tokens-{pattern}-{cell['length']}-{seed}.json" for pattern in (cell["pattern"], "longnet"))
+            own, longnet = (read(folder / file) for file in names)
+            steps = max(1, round(longnet["seconds"] / own["seconds"] * own["tokens"] / cell["length"]))
+            changed = {"tokens": steps * cell["length"], "contexts": cell["contexts"][:-1]}
+            cells[name.replace("tokens", "time", 1)] = cell | changed
     return cells
 
 
-def recall_base_cells(settings: dict, seed: int, prefix: str = "recall") -> dict[str, dict]:
-    """Recall as such, in short texts and with dense attention; `deep` with more layers."""
-    name = f"{prefix}_base-{seed}"
-    cell = {"pattern": "dense", "branches": None, "head_offsets": "interleaved", "weights": f"{name}.safetensors"}
-    cell |= {"layers": settings["deep"]["layers"]} if prefix == "deep" else {}
-    return {name: common(settings, kind="recall", seed=seed, **settings["recall_base"]) | cell}
+def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """Recall as such, in short texts and with dense attention; beside it with LongNet's, which counts keys twice."""
+    base = common(settings, kind="recall", seed=seed, **settings["recall_base"]) | {"head_offsets": "interleaved"}
+    cells = {
+        f"recall_base-{seed}": base | {"pattern": "dense", "branches": None},
+        f"recall_base_longnet-{seed}": base | {"pattern": "longnet", "branches": settings["recall_branches"]},
+    }
+    return {name: cell | {"weights": f"{name}.safetensors"} for name, cell in cells.items()}
+
+
+def deep_base_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """The first of these with more layers."""
+    name, (cell, _) = f"deep_base-{seed}", recall_base_cells(settings, seed).values()
+    return {name: cell | {"layers": settings["deep"]["layers"], "weights": f"{name}.safetensors"}}
 
 
 def recall_sweep_cells(settings: dict) -> dict[str, dict]:
@@ -227,8 +238,8 @@ def recall_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """Recall of every pattern in long texts, then of other branches and offsets of LongNet's."""
     made = partial(best_recall_cell, settings, folder, seed, "recall")
     cells = {f"recall-{pattern}-{seed}": made(pattern) for pattern in RIVALS}
-    variants = settings["recall_variants"].items()
-    return cells | {f"recall-longnet {name}-{seed}": made("longnet") | variant for name, variant in variants}
+    variants = settings["recall_variants"] | {"own first stage": {"base": f"recall_base_longnet-{seed}.safetensors"}}
+    return cells | {f"recall-longnet {name}-{seed}": made("longnet") | x for name, x in variants.items()}
 
 
 def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
@@ -296,7 +307,7 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
     if settings["name"] == "quick":  # a process of its own takes longer than the cell
         for arguments in waiting:
             print(f"{arguments[0]}: done, {run_cell(*arguments):.0f} s of training")
-        return True
+        return run_missing(cells, settings, folder, text, until) if bases else True
     # One thread and one fresh process a cell, `jobs` side by side: small models gain little from more threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings["jobs"], mp_context=context, max_tasks_per_child=1) as pool:
@@ -328,7 +339,7 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["recall"] += [partial(recall_cells, settings, folder, seed)]
     parts["recall"] += [partial(far_cells, settings, folder, seed) for seed in seeds["far"]]
     for seed in seeds["deep"]:
-        parts["recall"] += [partial(recall_base_cells, settings, seed, "deep")]
+        parts["recall"] += [partial(deep_base_cells, settings, seed)]
         parts["recall"] += [partial(deep_cells, settings, folder, seed)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
