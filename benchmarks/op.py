@@ -24,7 +24,7 @@ from tqdm import tqdm
 from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS
 from modeling_longnet.branches import Chunk, make_branches
-from modeling_longnet.dilated_attention import Plan, each_piece, kernel_calls, rows_view
+from modeling_longnet.dilated_attention import Plan, each_piece, kernel_calls, rows_view, shows_all
 
 from .measure import DTYPES, Call, Spread, peak_bytes, seconds_of, spread, time_alternately
 
@@ -165,8 +165,12 @@ def _rows(case: Case, pattern: str) -> Call:
     plan = Plan((Chunk(0, 1, 0, case.length, 0, case.length),), branches, True, scale, "torch", False)
     tensors = [case.tensor(1, case.length, case.heads, case.head_dim) for _ in range(5 if case.backward else 3)]
     tensors += [case.tensor(1, case.length, case.heads).float()] if case.backward else []
-    pieces = [[rows_view(x, c, b, rows) for x in tensors] for c, _, b, rows in each_piece(plan, 1)]
-    inputs = [views for piece in pieces for views in kernel_calls(*piece)]
+    inputs = []
+    for piece in each_piece(plan, 1):
+        chunk, index, branch, rows = piece
+        views = [rows_view(x, chunk, branch, rows) for x in tensors]
+        whole = index == 0 and shows_all(piece, *tensors[:2], views[0], True)
+        inputs += [[x.flatten(0, 1) for x in views]] if whole else kernel_calls(*views)
 
     @torch.no_grad()
     def call():

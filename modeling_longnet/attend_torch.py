@@ -12,6 +12,9 @@ _aten = torch.ops.aten
 # all of them. Queries from this one on are a call of their own, under a mask: the others then need no keys behind it.
 _CUT = 256
 _CUT_ROWS = range(384, 513)  # where a second call costs less than it saves (benchmarks/README.md)
+# In half precision the CPU's forward kernel rearranges keys and values first, faster where rows lie next to each other,
+# copies included (benchmarks/README.md). Larger calls are left as they are: copies would cost memory.
+_GATHERED_BYTES = 4 << 20
 
 
 def unavailable(query: Tensor) -> str | None:
@@ -29,9 +32,11 @@ def unavailable(query: Tensor) -> str | None:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
-    if cuts_rows(query, is_causal):
-        return _cut_forward(query, key, value, scale)
     if query.device.type == "cpu":
+        if query.element_size() <= 2 and query.numel() * query.element_size() <= _GATHERED_BYTES:
+            query, key, value = (x.contiguous() for x in (query, key, value))
+        if cuts_rows(query, is_causal):
+            return _cut_forward(query, key, value, scale)
         return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
     return _cuda_forward(query, key, value, is_causal, scale)
 
@@ -47,9 +52,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. `out` and `lse` may be those of a softmax over more keys than these (merged)."""
-    if cuts_rows(query, is_causal):
-        return _cut_backward(grad_out, query, key, value, out, lse, scale)
     if query.device.type == "cpu":
+        if cuts_rows(query, is_causal):
+            return _cut_backward(grad_out, query, key, value, out, lse, scale)
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )

@@ -124,7 +124,7 @@ def _accumulator(x: Tensor, plan: Plan) -> Tensor:
     return make(x.shape, dtype=_sum_dtype(x, plan), device=x.device)
 
 
-def _shows_all(
+def shows_all(
     piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor, view: Tensor, is_causal: bool
 ) -> bool:
     """Is this piece every head and token, in the order of memory, so that one call gives a whole result?"""
@@ -165,7 +165,7 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value)]
-        if index == 0 and not rows.padding and _shows_all(piece, query, key, views[0], plan.is_causal):
+        if index == 0 and not rows.padding and shows_all(piece, query, key, views[0], plan.is_causal):
             # The first result becomes the accumulator: no copy, and no second set of fresh pages.
             new_out, new_lse = run(*(x.flatten(0, 1) for x in (views[0], *shared)), plan.is_causal, plan.scale)
             out, lse = _as_tokens(new_out, query), _as_tokens(new_lse, query)
@@ -222,7 +222,7 @@ def backward_chunks(
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value, *grads[1:])]
-        if index == 0 and _shows_all(piece, query, key, views[0], plan.is_causal):
+        if index == 0 and shows_all(piece, query, key, views[0], plan.is_causal):
             q, g, o, s, k, v = (x.flatten(0, 1) for x in (*views[:4], *shared[:2]))
             parts = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
             grads = [_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True)]

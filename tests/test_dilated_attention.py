@@ -133,6 +133,8 @@ def test_equals_the_dense_reference(case, layout, scale):
     pytest.param(Case(2, 31, 3, 3, 5, (6, 10), (1, 2), True, "interleaved"), id="segments that do not nest"),
     pytest.param(Case(2, 31, 3, 3, 5, (31, 40), (1, 1), True, "interleaved"), id="the same keys twice"),
     pytest.param(Case(2, 700, 3, 3, 64, (256, 512), (1, 2), True, "interleaved"), id="several kernel blocks"),
+    pytest.param(Case(2, 900, 4, 2, 8, (383, 500, 1000), (1, 1, 2), True, "interleaved"), id="calls cut in two"),
+    pytest.param(Case(1, 1030, 2, 2, 8, (512, 1026), (1, 2), True, "interleaved"), id="the longest that is cut"),
     pytest.param(Case(3, 90, 32, 8, 48, (2, 30), (1, 5), True, "interleaved"), id="many short segments"),
 ])  # fmt: skip
 def test_edges_equal_the_dense_reference(case, is_causal):
