@@ -39,12 +39,17 @@ def tabulate_example(paths: list[Path]) -> str:
     lines.append("| --- |" + " ---: |" * len(contexts))
     for name, scores in models.items():
         cells = zip(scores["perplexity"], scores["perplexity_error"], strict=True)
-        lines.append(f"| {name} | " + " | ".join(f"{value:.1f} +- {error:.1f}" for value, error in cells) + " |")
+        shown = (f"{value:.1f}" + ("" if error is None else f" +- {error:.1f}") for value, error in cells)
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    for path, report in zip(paths, reports, strict=True):
+        if missing := {"date", "machine", "torch", "transformers"} - report.keys():
+            raise ValueError(f"{path} does not say its {', '.join(sorted(missing))}: run the example again.")
     scores, report = next(iter(models.values())), reports[-1]
+    command = f"`{report['command']}`, " if "command" in report else ""
     source = (
         f"Perplexity of the same {scores['tokens']:,} held-out targets ({scores['blocks']} blocks in "
-        f"{scores['documents']} documents), +- one standard error; one seed. {report['date']}, {report['machine']}, "
-        f"PyTorch {report['torch']}, Transformers {report['transformers']}."
+        f"{scores['documents']} documents), +- one standard error; one seed. {command}{report['date']}, "
+        f"{report['machine']}, PyTorch {report['torch']}, Transformers {report['transformers']}."
     )
     return source + "\n\n" + "\n".join(lines)
 

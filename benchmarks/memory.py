@@ -6,8 +6,8 @@ Counted are the tensors that autograd keeps (by its own hooks, in models of one 
                  + block (with checkpointing: the one that is computed again) + I + 2 E (gradients at work)
 
 in elements of the dtype; N blocks of width E and inner width I, `block` what one keeps. Weights, their gradients and
-the optimizer's state do not grow with the text and are left out. Measured is the same step's peak less the weights'
-gradients, over the tokens.
+the optimizer's state do not grow with the text and are left out: in what is measured, the peak of such a step over its
+tokens, the weights' gradients lie there before it begins.
 """
 
 import argparse
@@ -72,21 +72,18 @@ def prepare(path: Path | None, length: int, dtype: str, checkpointing: bool, thr
     model = LongNetForCausalLM(load_config(path)).to(device, getattr(torch, dtype)).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    return training_step(model, length)
+    return training_step(model, length, keep_gradients=True)
 
 
 def run(args: argparse.Namespace) -> dict:
     rows, config = [], load_config(args.config)
-    with torch.device("meta"):
-        weights = LongNetForCausalLM(config).num_parameters()
     for dtype in args.dtypes:
         for checkpointing, counted in count_bytes(config, dtype).items():
             for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
                 print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
                 peak = peak_bytes(prepare, args.config, length, dtype, checkpointing, args.threads, args.device)
                 rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
-                gradients = weights * getattr(torch, dtype).itemsize
-                rows[-1] |= {"peak_bytes": None if peak is None else peak - gradients, "gradient_bytes": gradients}
+                rows[-1]["peak_bytes"] = peak
     counted = {str(on): n for on, n in count_bytes(LongNetConfig.from_pretrained(PAPER), "bfloat16").items()}
     sizes = {name: getattr(config, name) for name in SIZES}
     pattern = {name: getattr(config, name) for name in PATTERN}

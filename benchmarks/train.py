@@ -8,11 +8,33 @@ import argparse
 
 import torch
 from matplotlib.figure import Figure
+from torch.profiler import ProfilerActivity, profile
 
 from .decode import PATTERN, SIZES, dense_model, longnet_model
-from .measure import Call, peak_bytes, spread, time_alternately
+from .measure import Call, peak_bytes, seconds_of, spread, time_alternately
 
 MODELS = {"longnet": longnet_model, "dense": dense_model}
+# What a step's time goes to: kinds of PyTorch's operators, by parts of their names; the first that fits.
+KINDS = {
+    "attention's kernels": ("flash_attention", "efficient_attention"),
+    "matrix products": ("mm", "linear"),
+    "norms": ("layer_norm",),
+    "activation": ("gelu",),
+    "loss": ("softmax", "nll_loss"),
+    "copies, sums, merges": (
+        "copy_",
+        "cat",
+        "add",
+        "mul",
+        "sub",
+        "lerp",
+        "sum",
+        "fill",
+        "zero",
+        "logaddexp",
+        "sigmoid",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +50,13 @@ def prepare(who: str, length: int, threads: int, device: str = "cpu") -> Call:
     return training_step(MODELS[who](SIZES).train().to(device), length)
 
 
-def training_step(model, length: int) -> Call:
-    """Forward and backward of the loss of one random text, gradients freed after it."""
+def training_step(model, length: int, keep_gradients: bool = False) -> Call:
+    """Forward and backward of the loss of one random text, gradients freed after it, or kept in their memory."""
     ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
 
     def step():
         model(ids, labels=ids, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=not keep_gradients)
 
     return step
 
@@ -48,7 +70,31 @@ def run(args: argparse.Namespace) -> dict:
         seconds = time_alternately(calls, seconds=args.seconds, least=args.rounds)
         peaks = {name: peak_bytes(prepare, name, length, args.threads, args.device) for name in who}
         rows.append({"length": length, "seconds": seconds, "peak_bytes": peaks})
+        del calls
+        rows[-1]["profile"] = profile_step(length, args.threads, args.device)
+        if length > args.dense_most:
+            rows[-1]["skipped"] = f"not asked for: --dense-most {args.dense_most}"
     return {"sizes": SIZES, "pattern": PATTERN, "rows": rows}
+
+
+def profile_step(length: int, threads: int, device: str) -> dict[str, object]:
+    """Seconds of a LongNet step by kind of operator; FLOP/s of its matrix products and of one such product alone."""
+    step = prepare("longnet", length, threads, device)
+    step()
+    cuda = [ProfilerActivity.CUDA] if device == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiled:
+        step()
+    seconds = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for event in profiled.key_averages():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "rest")
+        seconds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    model = longnet_model(SIZES)
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
+    hidden = torch.randn(min(length, 4096), SIZES["hidden_size"], device=device)
+    wide = torch.randn(SIZES["hidden_size"], 4 * SIZES["hidden_size"], device=device)
+    product = min(seconds_of(lambda: hidden @ wide) for _ in range(10))
+    flops = 6 * weights * length / seconds["matrix products"]
+    return {"seconds": seconds, "flops": flops, "product_flops": 2 * hidden.shape[0] * wide.numel() / product}
 
 
 def _cells(row: dict) -> list[str]:
@@ -73,7 +119,29 @@ def tables(result: dict) -> str:
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in result["rows"]]
     sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
     branches = zip(*result["pattern"].values(), strict=True)
-    return "\n".join(lines) + f"\n\nModels: {sizes}; branches {', '.join(f'{w}/{r}' for w, r in branches)}."
+    notes = f"Models: {sizes}; branches {', '.join(f'{w}/{r}' for w, r in branches)}."
+    heads, most = result["sizes"]["num_attention_heads"], max(result["pattern"]["dilation_rates"])
+    if most > heads:
+        notes += f" With {heads} heads and rates up to {most} most far tokens are kept by no head: fast, not thorough."
+    skipped = (row for row in result["rows"] if "skipped" in row)
+    notes += "".join(f" No dense model at {row['length']:,} tokens: {row['skipped']}." for row in skipped)
+    return "\n\n".join(["\n".join(lines), notes, *_profile_table(result["rows"])])
+
+
+def _profile_table(rows: list[dict]) -> list[str]:
+    """Shares of LongNet's step by kind of operator."""
+    rows = [row for row in rows if "profile" in row]
+    if not rows:
+        return []
+    kinds = list(rows[0]["profile"]["seconds"])
+    lines = ["| tokens | " + " | ".join(kinds) + " | GFLOP/s of the matrix products | of one alone |"]
+    lines.append("| ---: |" + " ---: |" * (len(kinds) + 2))
+    for row in rows:
+        found = row["profile"]
+        shares = [f"{found['seconds'][kind] / sum(found['seconds'].values()):.0%}" for kind in kinds]
+        speeds = [f"{found[name] / 1e9:.0f}" for name in ("flops", "product_flops")]
+        lines.append(f"| {row['length']:,} | {' | '.join(shares + speeds)} |")
+    return ["Where the time of LongNet's step goes:", "\n".join(lines)]
 
 
 headline = tables

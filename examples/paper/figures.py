@@ -72,7 +72,7 @@ def table(results: dict[str, dict], budget: str) -> str:
     groups = text_groups(results, budget)
     if not groups:
         return f"No cell of equal {budget} has been run."
-    contexts = next(iter(groups.values()))[0]["scores"]["contexts"]
+    contexts = min((cell["scores"]["contexts"] for cells in groups.values() for cell in cells), key=len)
     header = [
         "trained on",
         "pattern",
@@ -87,7 +87,7 @@ def table(results: dict[str, dict], budget: str) -> str:
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
     for (length, pattern), cells in groups.items():
         scores = [cell["scores"] for cell in cells]
-        columns = zip(*(s["perplexity"] for s in scores), strict=True)
+        columns = zip(*(s["perplexity"][: len(contexts)] for s in scores), strict=True)
         keys, computed = (count(Pattern(**cells[0]["work"]), length) for count in (count_keys, count_computed_keys))
         steps = np.mean([c["tokens"] / length for c in cells])
         row = [f"{length:,}", pattern, f"{keys:,.0f}", f"{computed:,.0f}", str(len(cells)), f"{steps:,.0f}"]
@@ -106,11 +106,14 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
     lines = ["| trained on | " + " | ".join(f"LongNet / {name}" for name in others) + " |"]
     lines += ["| ---: |" + " ---: |" * len(others)]
     for length in sorted({length for length, _ in groups}):
-        ours, *theirs = ({r["cell"]["seed"]: _at_trained(r) for r in groups[length, p]} for p in ("longnet", *others))
+        ours, *theirs = (
+            {r["cell"]["seed"]: _at_trained(r) for r in groups.get((length, name), [])} for name in ("longnet", *others)
+        )
         row = []
         for scores in theirs:
             ratios = [ours[seed] / score for seed, score in sorted(scores.items()) if seed in ours]
-            row.append(f"{np.exp(np.mean(np.log(ratios))):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+            mean = f"{np.exp(np.mean(np.log(ratios))):.2f} " if ratios else ""
+            row.append(mean + f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
         lines.append(f"| {length:,} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -198,14 +201,14 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
     lengths = sorted({length for length, _ in groups})
     styles = dict(zip(lengths, (":", "--", "-"), strict=False))
     for pattern in RIVALS:
-        trained = [groups[length, pattern] for length in lengths]
-        work = [np.mean([count_all_flops(cell) for cell in cells]) for cells in trained]
-        losses = [[np.log(_at_trained(cell)) for cell in cells] for cells in trained]
+        trained = {length: groups[length, pattern] for length in lengths if (length, pattern) in groups}
+        work = [np.mean([count_all_flops(cell) for cell in cells]) for cells in trained.values()]
+        losses = [[np.log(_at_trained(cell)) for cell in cells] for cells in trained.values()]
         for place, seeds in zip(work, losses, strict=True):
             _draw(flops, [place], [[loss] for loss in seeds], color=COLORS[pattern])
         flops.plot(work, [np.mean(seeds) for seeds in losses], "o-", color=COLORS[pattern])
         if pattern == "dense":
-            for length, place, seeds in zip(lengths, work, losses, strict=True):
+            for length, place, seeds in zip(trained, work, losses, strict=True):
                 flops.annotate(f"{length:,}", (place, np.mean(seeds)), xytext=(4, -10), textcoords="offset points")
     for (length, pattern), cells in groups.items():
         look = {"color": COLORS[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
@@ -231,12 +234,15 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
     panels += [("deep", "recall", "more layers, ")]
     for axis, (part, task, note) in zip(axes, panels, strict=True):
         groups = recall_groups(results, part)
-        for number, (name, cells) in enumerate(groups.items()):
+        variants = [name for name in groups if name not in COLORS]
+        for name, cells in groups.items():
             edges = cells[0][task]["edges"]
-            look = {"color": COLORS[name], "linewidth": 2.2} if name in COLORS else {"color": f"C{4 + number % 6}"}
-            style = "-" if name in COLORS else "--"
+            look = {"color": COLORS.get(name), "linewidth": 2.2, "linestyle": "-", "marker": "."}
+            if name in variants:
+                number = variants.index(name)
+                look = {"color": f"C{4 + number % 6}", "linestyle": "--", "marker": "sv^x+D*"[number % 7]}
             middles = np.sqrt(np.array(edges[:-1]) * edges[1:])
-            _draw(axis, middles, [_shares(c[task]) for c in cells], marker=".", linestyle=style, label=name, **look)
+            _draw(axis, middles, [_shares(c[task]) for c in cells], label=name, **look)
         length = next((cells[0]["cell"]["length"] for cells in groups.values()), 0)
         what = {"recall": "many passages", "passkey": "one passage"}[task]
         axis.set(title=f"{note}{what}, texts of {length:,} tokens", xlabel="distance of passage and question (tokens)")
