@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Passed on to the command behind a target: make test ARGS='-k attention'
 ARGS ?=
 # Which benchmarks `make bench` runs.
-BENCH ?= op train decode
+BENCH ?= op train
 
 VENV := .venv$(if $(TRANSFORMERS),-transformers-$(subst *,x,$(TRANSFORMERS)))
 RUN := $(VENV)/bin/python -m
