@@ -362,9 +362,7 @@ def headline(results: dict[str, dict]) -> str:
         "LongNet's perplexity over the others' at the trained length, mean and each seed's; with equal tokens:",
         ratio_table(results, "tokens"), "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
-        "The same in longer texts:", recall_table(results, "far", "recall"),
-        "The same with four layers instead of two:", recall_table(results, "deep", "recall"),
-        "The sweeps, all of equal time, passkeys, the paper's own numbers: "
+        "The sweeps, all of equal time, passkeys, longer texts, more layers, the paper's own numbers: "
         "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
     ])  # fmt: skip
 
