@@ -130,7 +130,7 @@ def _shares(recall: dict) -> list[float]:
 
 
 def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
-    """The seeds' results of each pattern and variant: of `recall`, of longer texts (`far`) or more layers (`deep`)."""
+    """The seeds' results of each pattern and variant: `recall`, longer texts (`far`), more layers or tokens (`more`)."""
     groups = defaultdict(list)
     for name, result in results.items():
         if name.startswith(part + "-"):
@@ -231,7 +231,7 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
     figure = Figure(figsize=(18, 4.5), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     panels = [("recall", "recall", ""), ("recall", "passkey", ""), ("far", "recall", "")]
-    panels += [("deep", "recall", "more layers, ")]
+    panels += [("more", "recall", "more layers or training, ")]
     for axis, (part, task, note) in zip(axes, panels, strict=True):
         groups = recall_groups(results, part)
         variants = [name for name in groups if name not in COLORS]
@@ -323,8 +323,8 @@ def summarize(results: dict[str, dict]) -> str:
         "## One passage: a passkey", recall_table(results, "recall", "passkey"),
         "## Many passages in longer texts", recall_table(results, "far", "recall"),
         "## One passage in longer texts", recall_table(results, "far", "passkey"),
-        "## Many passages, more layers", recall_table(results, "deep", "recall"),
-        "## One passage, more layers", recall_table(results, "deep", "passkey"),
+        "## Many passages, more layers or more training", recall_table(results, "more", "recall"),
+        "## One passage, more layers or more training", recall_table(results, "more", "passkey"),
         "## Learning rates tried: perplexity", sweep_table(results, "sweep"),
         "## Learning rates tried: share of the recall task that is missed", sweep_table(results, "sweep_recall"),
     ]) + "\n"  # fmt: skip

@@ -49,7 +49,7 @@ FULL = {
     "base_held_out": 128,
     "lengths": [2048, 8192, 16384],
     "contexts": [512, 2048, 8192, 16384, 32768],
-    "seeds": {"table": [0, 1], "time": [0, 1], "recall": [0, 1], "far": [0], "deep": [0]},
+    "seeds": {"table": [0, 1], "time": [0, 1], "recall": [0, 1], "far": [0], "more": [0]},
     "tokens": 3 << 17,
     "sweep_tokens": 1 << 17,
     "base_rates": [1e-3, 2e-3, 4e-3, 8e-3],
@@ -79,7 +79,8 @@ FULL = {
     },
     "far": {"length": 8192, "tokens": 1 << 21, "least": 32},
     "far_branches": [[128, 512, 2048, 8192], [1, 2, 4, 4]],
-    "deep": {"length": 2048, "tokens": 1 << 20, "least": 32, "layers": 4},
+    "more": {"length": 2048, "tokens": 1 << 20, "least": 32, "layers": 4},
+    "more_tokens": 1 << 22,
     "recall_texts": 32,
     "passkey_texts": 96,
 }  # fmt: skip
@@ -96,7 +97,7 @@ QUICK = FULL | {
     "base_held_out": 2,
     "lengths": [64, 128],
     "contexts": [32, 64, 128, 256],
-    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0], "deep": [0]},
+    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0], "more": [0]},
     "tokens": 1 << 9,
     "sweep_tokens": 1 << 8,
     "base_rates": [2e-3, 4e-3],
@@ -113,7 +114,8 @@ QUICK = FULL | {
     "recall_variants": {"blocked": {"head_offsets": "blocked"}, "16,64 by 1,4": {"branches": [[16, 64], [1, 4]]}},
     "far": FULL["far"] | {"length": 256, "tokens": 1 << 9, "least": 16},
     "far_branches": [[32, 64, 256], [1, 4, 4]],
-    "deep": FULL["deep"] | {"length": 128, "tokens": 1 << 9, "least": 16, "layers": 3},
+    "more": FULL["more"] | {"length": 128, "tokens": 1 << 9, "least": 16, "layers": 3},
+    "more_tokens": 1 << 10,
     "recall_texts": 2,
     "passkey_texts": 2,
 }
@@ -219,10 +221,10 @@ def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
     return {name: cell | {"weights": f"{name}.safetensors"} for name, cell in cells.items()}
 
 
-def deep_base_cells(settings: dict, seed: int) -> dict[str, dict]:
+def more_base_cells(settings: dict, seed: int) -> dict[str, dict]:
     """The first of these with more layers."""
-    name, (cell, _) = f"deep_base-{seed}", recall_base_cells(settings, seed).values()
-    return {name: cell | {"layers": settings["deep"]["layers"], "weights": f"{name}.safetensors"}}
+    name, (cell, _) = f"more_base-{seed}", recall_base_cells(settings, seed).values()
+    return {name: cell | {"layers": settings["more"]["layers"], "weights": f"{name}.safetensors"}}
 
 
 def recall_sweep_cells(settings: dict) -> dict[str, dict]:
@@ -247,10 +249,13 @@ def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return {f"far-{pattern}-{seed}": best_recall_cell(settings, folder, seed, "far", pattern) for pattern in RIVALS}
 
 
-def deep_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The same with more layers, which may pass on more. Dense attention needs none of them."""
-    made = partial(best_recall_cell, settings, folder, seed, "deep")
-    return {f"deep-{pattern}-{seed}": made(pattern) for pattern in RIVALS if pattern != "dense"}
+def more_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """The same with more layers, which may pass on more (dense attention needs none), and LongNet trained longer."""
+    made = partial(best_recall_cell, settings, folder, seed, "more")
+    layers, longer = settings["more"]["layers"], settings["more_tokens"]
+    cells = {f"more-{pattern}, {layers} layers-{seed}": made(pattern) for pattern in RIVALS if pattern != "dense"}
+    trained = best_recall_cell(settings, folder, seed, "recall", "longnet") | {"tokens": longer}
+    return cells | {f"more-longnet, {longer:,} tokens-{seed}": trained}
 
 
 def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern: str) -> dict:
@@ -260,11 +265,11 @@ def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern
 
 
 def recall_cell(settings: dict, task: str, pattern: str, seed: int, rate: float) -> dict:
-    """A cell of the task `recall`, `far` or `deep`."""
+    """A cell of the task `recall`, `far` or `more`."""
     return common(
         settings, kind="recall", pattern=pattern, seed=seed, rate=rate, **settings[task],
         branches=settings["far_branches" if task == "far" else "recall_branches"], head_offsets="interleaved",
-        base=f"{'deep' if task == 'deep' else 'recall'}_base-{seed}.safetensors",
+        base=f"{'more' if task == 'more' else 'recall'}_base-{seed}.safetensors",
     )  # fmt: skip
 
 
@@ -338,9 +343,9 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["recall"] += [partial(recall_sweep_cells, settings)] if number == 0 else []
         parts["recall"] += [partial(recall_cells, settings, folder, seed)]
     parts["recall"] += [partial(far_cells, settings, folder, seed) for seed in seeds["far"]]
-    for seed in seeds["deep"]:
-        parts["recall"] += [partial(deep_base_cells, settings, seed)]
-        parts["recall"] += [partial(deep_cells, settings, folder, seed)]
+    for seed in seeds["more"]:
+        parts["recall"] += [partial(more_base_cells, settings, seed)]
+        parts["recall"] += [partial(more_cells, settings, folder, seed)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
 
