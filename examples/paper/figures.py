@@ -130,7 +130,7 @@ def _shares(recall: dict) -> list[float]:
 
 
 def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
-    """The seeds' results of each pattern and variant: `recall`, longer texts (`far`), more layers or tokens (`more`)."""
+    """The seeds' results of each one: `recall`, longer texts (`far`), more layers or tokens (`more`)."""
     groups = defaultdict(list)
     for name, result in results.items():
         if name.startswith(part + "-"):
