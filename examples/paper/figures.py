@@ -130,7 +130,7 @@ def _shares(recall: dict) -> list[float]:
 
 
 def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
-    """The seeds' results of each one: `recall`, longer texts (`far`), more layers or tokens (`more`)."""
+    """The seeds' results of each one: `recall`, or of longer texts (`far`)."""
     groups = defaultdict(list)
     for name, result in results.items():
         if name.startswith(part + "-"):
@@ -228,11 +228,10 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
     """Recall and passkey against distance, in both lengths of text: means of the seeds and their range."""
-    figure = Figure(figsize=(18, 4.5), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True)
-    panels = [("recall", "recall", ""), ("recall", "passkey", ""), ("far", "recall", "")]
-    panels += [("more", "recall", "more layers or training, ")]
-    for axis, (part, task, note) in zip(axes, panels, strict=True):
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    panels = [("recall", "recall"), ("recall", "passkey"), ("far", "recall")]
+    for axis, (part, task) in zip(axes, panels, strict=True):
         groups = recall_groups(results, part)
         variants = [name for name in groups if name not in COLORS]
         for name, cells in groups.items():
@@ -245,7 +244,7 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
             _draw(axis, middles, [_shares(c[task]) for c in cells], label=name, **look)
         length = next((cells[0]["cell"]["length"] for cells in groups.values()), 0)
         what = {"recall": "many passages", "passkey": "one passage"}[task]
-        axis.set(title=f"{note}{what}, texts of {length:,} tokens", xlabel="distance of passage and question (tokens)")
+        axis.set(title=f"{what}, texts of {length:,} tokens", xlabel="distance of passage and question (tokens)")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0].set(ylim=(-0.02, 1.02), ylabel="share of tokens recalled")
@@ -323,8 +322,6 @@ def summarize(results: dict[str, dict]) -> str:
         "## One passage: a passkey", recall_table(results, "recall", "passkey"),
         "## Many passages in longer texts", recall_table(results, "far", "recall"),
         "## One passage in longer texts", recall_table(results, "far", "passkey"),
-        "## Many passages, more layers or more training", recall_table(results, "more", "recall"),
-        "## One passage, more layers or more training", recall_table(results, "more", "passkey"),
         "## Learning rates tried: perplexity", sweep_table(results, "sweep"),
         "## Learning rates tried: share of the recall task that is missed", sweep_table(results, "sweep_recall"),
     ]) + "\n"  # fmt: skip
@@ -362,7 +359,7 @@ def headline(results: dict[str, dict]) -> str:
         "LongNet's perplexity over the others' at the trained length, mean and each seed's; with equal tokens:",
         ratio_table(results, "tokens"), "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
-        "The sweeps, all of equal time, passkeys, longer texts, more layers, the paper's own numbers: "
+        "The sweeps, all of equal time, passkeys, longer texts, the paper's own numbers: "
         "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
     ])  # fmt: skip
 

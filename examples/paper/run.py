@@ -49,7 +49,7 @@ FULL = {
     "base_held_out": 128,
     "lengths": [2048, 8192, 16384],
     "contexts": [512, 2048, 8192, 16384, 32768],
-    "seeds": {"table": [0, 1], "time": [0, 1], "recall": [0, 1], "far": [0], "more": [0]},
+    "seeds": {"table": [0, 1], "time": [0, 1], "recall": [0, 1], "far": [0]},
     "tokens": 3 << 17,
     "sweep_tokens": 1 << 17,
     "base_rates": [1e-3, 2e-3, 4e-3, 8e-3],
@@ -66,9 +66,10 @@ FULL = {
     "recall": {"length": 2048, "tokens": 1 << 20, "least": 32},
     "recall_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "recall_sweep_tokens": 1 << 19,
-    # Other offsets; other work (a longer or lonely first branch; more rate than heads); about equal work with one
+    # Four times the training; other offsets; other work (a longer or lonely first branch; more rate than heads); about equal work with one
     # longer first branch, which is also what LongNetConfig.for_context(2048, effort=192, ...) gives for 4 heads.
     "recall_variants": {
+        "trained 4 times as long": {"tokens": 1 << 22},
         "blocked": {"head_offsets": "blocked"},
         "128,2048 by 1,4": {"branches": [[128, 2048], [1, 4]]},
         "512,2048 by 1,4": {"branches": [[512, 2048], [1, 4]]},
@@ -79,8 +80,6 @@ FULL = {
     },
     "far": {"length": 8192, "tokens": 1 << 21, "least": 32},
     "far_branches": [[128, 512, 2048, 8192], [1, 2, 4, 4]],
-    "more": {"length": 2048, "tokens": 1 << 20, "least": 32, "layers": 4},
-    "more_tokens": 1 << 22,
     "recall_texts": 32,
     "passkey_texts": 96,
 }  # fmt: skip
@@ -97,7 +96,7 @@ QUICK = FULL | {
     "base_held_out": 2,
     "lengths": [64, 128],
     "contexts": [32, 64, 128, 256],
-    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0], "more": [0]},
+    "seeds": {"table": [0], "time": [0], "recall": [0], "far": [0]},
     "tokens": 1 << 9,
     "sweep_tokens": 1 << 8,
     "base_rates": [2e-3, 4e-3],
@@ -114,8 +113,6 @@ QUICK = FULL | {
     "recall_variants": {"blocked": {"head_offsets": "blocked"}, "16,64 by 1,4": {"branches": [[16, 64], [1, 4]]}},
     "far": FULL["far"] | {"length": 256, "tokens": 1 << 9, "least": 16},
     "far_branches": [[32, 64, 256], [1, 4, 4]],
-    "more": FULL["more"] | {"length": 128, "tokens": 1 << 9, "least": 16, "layers": 3},
-    "more_tokens": 1 << 10,
     "recall_texts": 2,
     "passkey_texts": 2,
 }
@@ -221,12 +218,6 @@ def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
     return {name: cell | {"weights": f"{name}.safetensors"} for name, cell in cells.items()}
 
 
-def more_base_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """The first of these with more layers."""
-    name, (cell, _) = f"more_base-{seed}", recall_base_cells(settings, seed).values()
-    return {name: cell | {"layers": settings["more"]["layers"], "weights": f"{name}.safetensors"}}
-
-
 def recall_sweep_cells(settings: dict) -> dict[str, dict]:
     """Recall in long texts, shorter trained, at every learning rate for every pattern; scored on texts of its own."""
     sweep = {"tokens": settings["recall_sweep_tokens"], "held_out_seed": 2 * 10**6}
@@ -249,15 +240,6 @@ def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return {f"far-{pattern}-{seed}": best_recall_cell(settings, folder, seed, "far", pattern) for pattern in RIVALS}
 
 
-def more_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The same with more layers, which may pass on more (dense attention needs none), and LongNet trained longer."""
-    made = partial(best_recall_cell, settings, folder, seed, "more")
-    layers, longer = settings["more"]["layers"], settings["more_tokens"]
-    cells = {f"more-{pattern}, {layers} layers-{seed}": made(pattern) for pattern in RIVALS if pattern != "dense"}
-    trained = best_recall_cell(settings, folder, seed, "recall", "longnet") | {"tokens": longer}
-    return cells | {f"more-longnet, {longer:,} tokens-{seed}": trained}
-
-
 def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern: str) -> dict:
     """A cell of the task at the pattern's best learning rate in short training."""
     rate = best_rate(f"sweep_recall-{pattern}", settings["recall_rates"], folder)
@@ -265,11 +247,11 @@ def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern
 
 
 def recall_cell(settings: dict, task: str, pattern: str, seed: int, rate: float) -> dict:
-    """A cell of the task `recall`, `far` or `more`."""
+    """A cell of the task `recall` or `far`."""
     return common(
         settings, kind="recall", pattern=pattern, seed=seed, rate=rate, **settings[task],
         branches=settings["far_branches" if task == "far" else "recall_branches"], head_offsets="interleaved",
-        base=f"{'more' if task == 'more' else 'recall'}_base-{seed}.safetensors",
+        base=f"recall_base-{seed}.safetensors",
     )  # fmt: skip
 
 
@@ -343,9 +325,6 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["recall"] += [partial(recall_sweep_cells, settings)] if number == 0 else []
         parts["recall"] += [partial(recall_cells, settings, folder, seed)]
     parts["recall"] += [partial(far_cells, settings, folder, seed) for seed in seeds["far"]]
-    for seed in seeds["more"]:
-        parts["recall"] += [partial(more_base_cells, settings, seed)]
-        parts["recall"] += [partial(more_cells, settings, folder, seed)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
 
