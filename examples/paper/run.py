@@ -66,8 +66,9 @@ FULL = {
     "recall": {"length": 2048, "tokens": 1 << 20, "least": 32},
     "recall_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "recall_sweep_tokens": 1 << 19,
-    # Four times the training; other offsets; other work (a longer or lonely first branch; more rate than heads); about equal work with one
-    # longer first branch, which is also what LongNetConfig.for_context(2048, effort=192, ...) gives for 4 heads.
+    # More training; other offsets; other work (one far branch, a longer first one, more rate than heads); about equal
+    # work with a longer first segment ((256, 1) and (2048, 4) is what LongNetConfig.for_context(2048, effort=192) gives
+    # for 4 heads) or with more branches.
     "recall_variants": {
         "trained 4 times as long": {"tokens": 1 << 22},
         "blocked": {"head_offsets": "blocked"},
