@@ -37,10 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="100000000 takes minutes, see README")
 
 
+def longnet_config(sizes: dict) -> LongNetConfig:
+    return LongNetConfig(**sizes, **PATTERN, intermediate_size=4 * sizes["hidden_size"], position_embedding="rope")
+
+
 def longnet_model(sizes: dict) -> LongNetForCausalLM:
     torch.manual_seed(0)
-    config = LongNetConfig(**sizes, **PATTERN, intermediate_size=4 * sizes["hidden_size"], position_embedding="rope")
-    return LongNetForCausalLM(config).eval()
+    return LongNetForCausalLM(longnet_config(sizes)).eval()
 
 
 def dense_model(sizes: dict) -> LlamaForCausalLM:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
-from .decode import PATTERN, SIZES, longnet_model
+from .decode import PATTERN, SIZES, longnet_config
 from .measure import DTYPES, ROOT, Call, peak_bytes
 from .train import training_step
 
@@ -62,7 +62,7 @@ def count_bytes(config: LongNetConfig, dtype: str) -> dict[bool, float]:
 
 def load_config(path: Path | None) -> LongNetConfig:
     """That of a file, or the small model's."""
-    return LongNetConfig.from_pretrained(path) if path else longnet_model(SIZES).config
+    return LongNetConfig.from_pretrained(path) if path else longnet_config(SIZES)
 
 
 def prepare(path: Path | None, length: int, dtype: str, checkpointing: bool, threads: int, device: str) -> Call:

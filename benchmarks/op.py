@@ -177,7 +177,7 @@ def _rows(case: Case, pattern: str) -> Call:
     for piece in each_piece(plan, 1):
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows) for x in tensors]
-        whole = index == 0 and shows_all(piece, *tensors[:2], views[0], True)
+        whole = index == 0 and shows_all(piece, *tensors[:2], True)
         inputs += [[x.flatten(0, 1) for x in views]] if whole else kernel_calls(*views)
 
     @torch.no_grad()

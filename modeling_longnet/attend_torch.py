@@ -35,7 +35,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
     if query.device.type == "cpu":
         if query.element_size() <= 2 and query.numel() * query.element_size() <= _GATHERED_BYTES:
             query, key, value = (x.contiguous() for x in (query, key, value))
-        if cuts_rows(query, is_causal):
+        if is_causal and cuts_rows(query.shape[-2], query.device):
             return _cut_forward(query, key, value, scale)
         return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
     return _cuda_forward(query, key, value, is_causal, scale)
@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. `out` and `lse` may be those of a softmax over more keys than these (merged)."""
     if query.device.type == "cpu":
-        if cuts_rows(query, is_causal):
+        if is_causal and cuts_rows(query.shape[-2], query.device):
             return _cut_backward(grad_out, query, key, value, out, lse, scale)
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
@@ -61,9 +61,9 @@ def backward(
     return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
 
 
-def cuts_rows(query: Tensor, is_causal: bool) -> bool:
-    """Is this attention cheaper in two calls? Their results are then put together, in memory of their size."""
-    return is_causal and query.device.type == "cpu" and query.shape[-2] in _CUT_ROWS
+def cuts_rows(rows: int, device: torch.device) -> bool:
+    """Is causal attention on so many rows cheaper in two calls? Their results take memory to be put together."""
+    return device.type == "cpu" and rows in _CUT_ROWS
 
 
 def _cut_mask(query: Tensor) -> Tensor:

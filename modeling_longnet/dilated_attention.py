@@ -97,6 +97,7 @@ def _slabs(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def each_piece(plan: Plan, heads_per_group: int) -> Iterator[tuple[Chunk, int, Branch, Rows]]:
+    """Every chunk's pieces, branch by branch (with its number): what one strided view can show."""
     for chunk in plan.chunks:
         for index, branch in enumerate(plan.branches):
             for rows in chunk_rows(chunk, branch, heads_per_group > 1):
@@ -124,9 +125,7 @@ def _accumulator(x: Tensor, plan: Plan) -> Tensor:
     return make(x.shape, dtype=_sum_dtype(x, plan), device=x.device)
 
 
-def shows_all(
-    piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor, view: Tensor, is_causal: bool
-) -> bool:
+def shows_all(piece: tuple[Chunk, int, Branch, Rows], query: Tensor, key: Tensor, is_causal: bool) -> bool:
     """Is this piece every head and token, in the order of memory, so that one call gives a whole result?"""
     chunk, _, branch, rows = piece
     batch, length, heads = key.shape[:3]
@@ -136,7 +135,7 @@ def shows_all(
         and branch.r == 1
         and rows.segments * rows.rows == length
         and all(x.stride(0) == length * x.stride(1) or batch == 1 for x in (query, key))
-        and not cuts_rows(view, is_causal)
+        and not (is_causal and cuts_rows(rows.rows, query.device))
         and query.dtype in (torch.float32, torch.float64)  # bfloat16 loses by it, see benchmarks/README.md
         and (query.device.type == "cpu" or batch * rows.segments <= _CUDA_BATCH_PER_CALL)
     )
@@ -165,7 +164,7 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value)]
-        if index == 0 and not rows.padding and shows_all(piece, query, key, views[0], plan.is_causal):
+        if index == 0 and not rows.padding and shows_all(piece, query, key, plan.is_causal):
             # The first result becomes the accumulator: no copy, and no second set of fresh pages.
             new_out, new_lse = run(*(x.flatten(0, 1) for x in (views[0], *shared)), plan.is_causal, plan.scale)
             out, lse = _as_tokens(new_out, query), _as_tokens(new_lse, query)
@@ -222,7 +221,7 @@ def backward_chunks(
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value, *grads[1:])]
-        if index == 0 and shows_all(piece, query, key, views[0], plan.is_causal):
+        if index == 0 and shows_all(piece, query, key, plan.is_causal):
             q, g, o, s, k, v = (x.flatten(0, 1) for x in (*views[:4], *shared[:2]))
             parts = run(g, q, k, v, o, s, plan.is_causal, plan.scale)
             grads = [_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True)]

@@ -179,7 +179,7 @@ def best_rate(prefix: str, rates: list[float], folder: Path) -> float:
 def read(path: Path) -> dict:
     """The results of a cell that others need."""
     if not path.exists():
-        raise SystemExit(f"{path} is missing: run the part before it first; without --part it comes by itself.")
+        raise SystemExit(f"{path} is missing: run --part table first, without --part it comes first by itself.")
     return json.loads(path.read_text())
 
 
