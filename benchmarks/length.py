@@ -83,6 +83,13 @@ def _measure(who: str, case: op.Case, pattern: str) -> dict:
     return {"who": who, **case._asdict(), "flops": flops, "seconds": [seconds]}
 
 
+def _estimate(who: str, case: op.Case, before: dict | None) -> float:
+    """Seconds that a call will take: from half the length, dense attention's from a short call; 0 if nothing tells."""
+    if before:
+        return before["seconds"][0] * (4 if who == "sdpa" else 2)
+    return op.dense_estimate(case) if who == "sdpa" else 0.0
+
+
 def run(args: argparse.Namespace) -> dict:
     """Measure every length, each contestant in turn; memory once, in processes of their own."""
     rows: dict[tuple, dict] = {}
@@ -98,8 +105,7 @@ def run(args: argparse.Namespace) -> dict:
                 if who == "window" and case.backward:
                     dropped[who, mode] = "PyTorch has no backward of FlexAttention on a CPU"
                     continue
-                before = rows.get((who, mode, length // 2))
-                if before and (estimate := before["seconds"][0] * (4 if who == "sdpa" else 2)) > args.limit:
+                if (estimate := _estimate(who, case, rows.get((who, mode, length // 2)))) > args.limit:
                     dropped[who, mode] = f"a call of {length:,} tokens would take about {estimate:.0f} s"
                     continue
                 measured = _measure(who, case, args.pattern)

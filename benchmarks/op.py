@@ -228,7 +228,7 @@ def measure_error(case: Case, pattern: str, backend: str = "auto") -> dict[str, 
     return {"ours": errors(backend), "dense reference": errors("eager")}
 
 
-def _dense_estimate(case: Case) -> float:
+def dense_estimate(case: Case) -> float:
     """Seconds that one dense call will take: a short one, times the growth of its work."""
     short = case._replace(length=min(case.length, ESTIMATE_LENGTH))
     growth = count_flops(case, None) / count_flops(short, None)
@@ -240,7 +240,7 @@ def _measure_case(case: Case, args: argparse.Namespace) -> list[dict]:
         ("result", None)
     ]
     rows = []
-    estimate = _dense_estimate(case)
+    estimate = dense_estimate(case)
     if estimate <= args.dense_limit:
         contestants.insert(0, ("sdpa", None))
     else:
