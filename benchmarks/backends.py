@@ -1,11 +1,13 @@
 """Every backend that runs on this device over the floor, by shape and dtype: time, and error beside it.
 
-The floor is PyTorch's own kernel on as many rows laid out contiguously (see `op`). The error is that against the
+The floor is PyTorch's fastest kernel on as many rows laid out contiguously (see `op`). The error is that against the
 dense reference in float64, at `--error-length` tokens, of out and of the worst gradient; beside it the dense
 reference's own in that dtype. On a CPU each thing that the backend does beside calling the kernel is switched off once.
 """
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from unittest import mock
 
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from modeling_longnet import attend_torch
-from modeling_longnet.attend import BACKENDS
+from modeling_longnet.attend import BACKEND_NAMES, unavailable
 
 from . import op
 from .measure import DTYPES, Spread, spread, time_alternately
@@ -42,8 +44,12 @@ def run(args: argparse.Namespace) -> dict:
         for dtype in args.dtypes
         for mode in op.MODES
     ]
+    if args.device == "cuda":
+        with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_compile, cases, [args.pattern] * len(cases)))  # side by side: that takes seconds each
     for case in tqdm(cases, desc="backends", unit="case"):
-        reasons = {name: backend.unavailable(case.tensor(1, 1, 1, case.head_dim)) for name, backend in BACKENDS.items()}
+        sample = case.tensor(1, 1, 1, case.head_dim)
+        reasons = {name: unavailable(name, sample) for name in BACKEND_NAMES if name not in ("auto", "eager")}
         if case.device == "cpu":
             reasons |= dict.fromkeys(WITHOUT)
         usable = [name for name, reason in reasons.items() if reason is None]
@@ -59,6 +65,10 @@ def run(args: argparse.Namespace) -> dict:
                 row |= {"seconds": samples[name], "floor_seconds": samples["floor"], "error": error}
             rows.append(row)
     return {"pattern": args.pattern, "error_length": args.error_length, "rows": rows}
+
+
+def _compile(case: op.Case, pattern: str) -> None:
+    op.ours(case, pattern)()
 
 
 def _as(name: str, call):

@@ -1,24 +1,33 @@
 #!/usr/bin/env bash
-# Every timing and accuracy check that wants a GPU, in one call of under 8 minutes, from the repository's root:
+# Every check, timing and accuracy that wants a GPU, in one call of under 8 minutes, from the repository's root:
 #     bash benchmarks/gpu.sh [FOLDER FOR THE JSON FILES]
 # Each part goes on where another failed; the exit status says whether one did. `make figures` draws the results.
 set -uo pipefail
 folder=${1:-benchmarks/results}
 python=${PYTHON:-python}
+machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 failed=0
 
-measure() { # seconds allowed, name, options
-    local limit=$1 name=$2
+measure() { # seconds allowed, file, name, options
+    local limit=$1 file=$2
     shift 2
-    echo "== $name $*"
-    timeout "$limit" "$python" -m benchmarks.run "$name" --device cuda \
-        --output "$folder/$name-gpu-$(date -u +%Y-%m-%dT%H%M).json" "$@" || failed=1
+    echo "== $*"
+    timeout "$limit" "$python" -m benchmarks.run "$@" --device cuda \
+        --output "$folder/$file-$machine-$(date -u +%Y-%m-%dT%H%M).json" || failed=1
 }
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
-measure 120 backends --seconds 1 --dtypes bfloat16 float16 float32
-measure 120 op --lengths 8192 32768 131072 --dtypes bfloat16 --seconds 3 --dense-limit 2
-measure 120 length --dtype bfloat16 --rounds 1 --limit 5 --lengths $((1<<11)) $((1<<13)) $((1<<15)) $((1<<17)) \
-    $((1<<19)) $((1<<20)) $((1<<21)) $((1<<22))
-measure 100 train --lengths 2048 8192 32768 131072 --seconds 3
+timeout 90 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py || failed=1
+measure 110 backends backends --length 32768 --seconds 0.3 --shapes 8x64 12x64 8x128 --dtypes bfloat16 float16 float32 \
+    --pattern '2048/1 4096/2 8192/4 16384/6 32768/12' --error-length 1500
+measure 60 op op --lengths 8192 32768 131072 --dtypes bfloat16 --seconds 0.3 --dense-limit 2
+measure 40 op-wide op --heads 16 --head-dim 128 --lengths 32768 --dtypes bfloat16 --seconds 0.3 --dense-limit 2 \
+    --patterns '2048/1 4096/2 8192/4 16384/6 32768/12'
+measure 80 length length --heads 12 --dtype bfloat16 --rounds 3 --limit 2 --lengths \
+    $((1<<11)) $((1<<13)) $((1<<15)) $((1<<16)) $((1<<17)) $((1<<18)) $((1<<19)) $((1<<20)) $((1<<21)) $((1<<22))
+measure 90 train train --config configuration/longnet-125m.json --dtype bfloat16 --seconds 0.5 \
+    --lengths 2048 8192 32768 131072 1048576 --dense-most 131072 --checkpoint-from 1048576
+measure 40 memory memory --config configuration/longnet-125m.json --dtypes bfloat16 --lengths 131072 1048576 \
+    --plain-most 131072
+measure 70 stream stream --tokens 1000000000 --chunk-size 1048576
 exit $failed

@@ -1,7 +1,7 @@
 """How time, memory and operations grow with the text: the paper's Fig. 5 and Table 1 on one device.
 
-`ours` against dense attention and against a causal sliding window of equal work (FlexAttention, compiled; forward
-only, as PyTorch has no backward of it on a CPU). A rival is dropped at the length where one call would take longer
+`ours` against dense attention and against a causal sliding window of equal work (FlexAttention, compiled; on a CPU
+forward only, as PyTorch has no backward of it there). A rival is dropped at the length where one call would take longer
 than `--limit` seconds. The growth is the exponent b of a fit cost = a * tokens ** b over the lengths from the longest
 segment on for ours and the window, over all measured ones for dense attention.
 """
@@ -22,6 +22,7 @@ from .measure import DTYPES, Call, peak_bytes, seconds_of, spread
 PATTERN = "2048/1 4096/2 8192/4 16384/6 32768/12"  # the paper's
 LENGTHS = [1 << n for n in range(11, 21)]
 WINDOW_BLOCK = 128  # FlexAttention's
+WINDOW_MASK_BYTES = 1 << 29  # a table of all pairs of blocks, of which few are used
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +73,7 @@ def prepare(who: str, case: op.Case, pattern: str) -> Call:
         seq_lengths=(case.length, case.length),
     )
     compiled = torch.compile(flex_attention)
-    return torch.no_grad()(lambda: compiled(*inputs, block_mask=mask))
+    return op.differentiated(case, lambda q, k, v: compiled(q, k, v, block_mask=mask), inputs)
 
 
 def _measure(who: str, case: op.Case, pattern: str) -> dict:
@@ -81,6 +82,16 @@ def _measure(who: str, case: op.Case, pattern: str) -> dict:
     seconds = seconds_of(call)
     flops = count_flops(who, case, pattern)
     return {"who": who, **case._asdict(), "flops": flops, "seconds": [seconds]}
+
+
+def _no_window(case: op.Case) -> str | None:
+    """Why FlexAttention cannot serve as the window, None if it can."""
+    if case.backward and case.device == "cpu":
+        return "PyTorch has no backward of FlexAttention on a CPU"
+    blocks = math.ceil(case.length / WINDOW_BLOCK)
+    if blocks**2 * 4 > WINDOW_MASK_BYTES:
+        return f"FlexAttention's table of blocks would take {blocks**2 * 4 / 2**30:.0f} GiB, and more while it is made"
+    return None
 
 
 def _estimate(who: str, case: op.Case, before: dict | None) -> float:
@@ -102,8 +113,8 @@ def run(args: argparse.Namespace) -> dict:
                 key = (who, mode, length)
                 if (who, mode) in dropped and key not in rows:
                     continue
-                if who == "window" and case.backward:
-                    dropped[who, mode] = "PyTorch has no backward of FlexAttention on a CPU"
+                if who == "window" and (reason := _no_window(case)):
+                    dropped[who, mode] = reason
                     continue
                 if (estimate := _estimate(who, case, rows.get((who, mode, length // 2)))) > args.limit:
                     dropped[who, mode] = f"a call of {length:,} tokens would take about {estimate:.0f} s"

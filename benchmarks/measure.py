@@ -22,6 +22,7 @@ import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROOT = Path(__file__).resolve().parent.parent
+GPU_LEAD = 4_000_000  # cycles, about 2 ms
 Call = Callable[[], object]
 
 
@@ -39,20 +40,34 @@ def spread(samples: list[float]) -> Spread:
 
 
 def seconds_of(call: Call) -> float:
-    """Wall-clock seconds of one call, its result freed outside the measured time."""
-    _synchronize()
+    """Seconds of one call, its result freed outside the measured time: wall-clock, or where this process uses a GPU the
+    GPU's own from begin to end, as in a loop whose next calls are queued before the last are done."""
+    if torch.cuda.is_initialized():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(GPU_LEAD)  # the call is queued meanwhile
+        begin.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return begin.elapsed_time(end) / 1e3
     begin = time.perf_counter()
     result = call()
-    _synchronize()
     end = time.perf_counter()
     del result
     return end - begin
 
 
-def _synchronize() -> None:
-    """Wait for a GPU that this process uses: its calls return before they are done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def queueing_seconds(call: Call) -> float:
+    """Wall-clock seconds until a call on a GPU returns, its work queued and not yet done."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = call()
+    end = time.perf_counter()
+    torch.cuda.synchronize()
+    del result
+    return end - begin
 
 
 def time_alternately(
@@ -132,6 +147,8 @@ def peak_bytes(prepare: Callable[..., Call], *arguments: object) -> int | None:
     Returns:
         Bytes. None on systems without Linux's resettable high-water mark.
     """
+    if torch.cuda.is_initialized():
+        return _peak_here(prepare, arguments)  # the GPU's allocator counts bytes: no fresh process is needed
     if not Path("/proc/self/clear_refs").exists():
         return None
     # The server imports once and forks for each measurement: a fresh process in milliseconds.
@@ -166,9 +183,12 @@ def describe_run() -> dict[str, object]:
     """Command, commit, date, versions and machine of this run, to be stored with its samples."""
     # What runs write does not make the measured code a changed one.
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!examples/paper/results")
+    words = sys.argv[1:]
+    if "--output" in words:  # where it was written is no part of what was run
+        del words[words.index("--output") : words.index("--output") + 2]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *words]),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changed),
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
@@ -187,8 +207,8 @@ def describe_run() -> dict[str, object]:
 
 
 def machine_slug(run: dict) -> str:
-    """The machine of `describe_run` as part of a file name, such as "amd-epyc-2-cores"."""
-    words = f"{run['machine']['cpu']} {run['machine']['cores']} cores".lower()
+    """The machine of `describe_run` as part of a file name, such as "amd-epyc-2-cores"; its GPU where it has one."""
+    words = (run["gpu"] or f"{run['machine']['cpu']} {run['machine']['cores']} cores").lower()
     return "-".join("".join(c if c.isalnum() else " " for c in words).split())
 
 

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
-from .decode import PATTERN, SIZES, longnet_config
-from .measure import DTYPES, ROOT, Call, peak_bytes
-from .train import training_step
+from .decode import PATTERN, SIZES
+from .measure import DTYPES, ROOT, peak_bytes
+from .train import Step, load_config, prepare
 
 PAPER = ROOT / "configuration" / "longnet-125m.json"
 COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
@@ -60,28 +60,14 @@ def count_bytes(config: LongNetConfig, dtype: str) -> dict[bool, float]:
     return {True: blocks * config.hidden_size * element + block + at_work, False: blocks * block + at_work}
 
 
-def load_config(path: Path | None) -> LongNetConfig:
-    """That of a file, or the small model's."""
-    return LongNetConfig.from_pretrained(path) if path else longnet_config(SIZES)
-
-
-def prepare(path: Path | None, length: int, dtype: str, checkpointing: bool, threads: int, device: str) -> Call:
-    """One training step."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = LongNetForCausalLM(load_config(path)).to(device, getattr(torch, dtype)).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    return training_step(model, length, keep_gradients=True)
-
-
 def run(args: argparse.Namespace) -> dict:
     rows, config = [], load_config(args.config)
     for dtype in args.dtypes:
         for checkpointing, counted in count_bytes(config, dtype).items():
             for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
                 print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
-                peak = peak_bytes(prepare, args.config, length, dtype, checkpointing, args.threads, args.device)
+                step = Step("longnet", length, args.config, dtype, checkpointing, args.threads, args.device)
+                peak = peak_bytes(prepare, step, True)
                 rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
                 rows[-1]["peak_bytes"] = peak
     counted = {str(on): n for on, n in count_bytes(LongNetConfig.from_pretrained(PAPER), "bfloat16").items()}

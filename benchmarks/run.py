@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, communication, decode, length, memory, op, peers, slide, train
+from . import backends, communication, decode, length, memory, op, peers, slide, stream, train
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory": memory,
     "slide": slide,
     "communication": communication,
+    "stream": stream,
 }
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -35,7 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         chosen.add_argument("--threads", type=int, default=os.cpu_count())
-        chosen.add_argument("--device", default="cpu", help="cpu or cuda (op, length, backends, peers, train, memory)")
+        chosen.add_argument(
+            "--device", default="cpu", help="cpu or cuda (op, length, backends, peers, train, memory, stream)"
+        )
         chosen.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/...")
         module.add_arguments(chosen)
     return parser.parse_args(arguments)

@@ -1,23 +1,29 @@
 """Training: tokens per second and peak memory of a whole model against a dense one of the same size.
 
-One step is forward and backward of the language model loss, batch 1, float32. The dense model is Transformers' Llama
-with SDPA, its loss as Transformers computes it, from the logits of the whole sequence.
+One step is forward and backward of the language model loss, batch 1. The dense model is Transformers' Llama with SDPA,
+its loss as Transformers computes it, from the logits of the whole sequence.
 """
 
 import argparse
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from .decode import PATTERN, SIZES, dense_model, longnet_model
-from .measure import Call, peak_bytes, seconds_of, spread, time_alternately
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
-MODELS = {"longnet": longnet_model, "dense": dense_model}
+from .decode import PATTERN, SIZES, dense_model, longnet_config
+from .measure import DTYPES, Call, peak_bytes, seconds_of, spread, time_alternately
+
+MODELS = ("longnet", "dense")
 # What a step's time goes to: kinds of PyTorch's operators, by parts of their names; the first that fits.
 KINDS = {
-    "attention's kernels": ("flash_attention", "efficient_attention"),
-    "matrix products": ("mm", "linear"),
+    # On a GPU events are kernels, by other names: Triton's are ours.
+    "attention's kernels": ("flash_attention", "efficient_attention", "_forward_kernel", "_backward_", "_delta_kernel"),
+    "matrix products": ("mm", "linear", "nvjet", "cutlass"),
     "norms": ("layer_norm",),
     "activation": ("gelu",),
     "loss": ("softmax", "nll_loss"),
@@ -42,12 +48,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense-most", type=int, default=8192, help="longest sequence for the dense model")
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing a length")
     parser.add_argument("--rounds", type=int, default=3, help="at least")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--config", type=Path, help="JSON of another model than the small one, as in configuration/")
+    parser.add_argument("--checkpoint-from", type=int, help="gradient checkpointing from this length on, both models")
 
 
-def prepare(who: str, length: int, threads: int, device: str = "cpu") -> Call:
-    """One training step of a model at a length."""
-    torch.set_num_threads(threads)
-    return training_step(MODELS[who](SIZES).train().to(device), length)
+class Step(NamedTuple):
+    """A training step to be measured: which model at which length, how."""
+
+    who: str
+    length: int
+    config: Path | None = None
+    dtype: str = "float32"
+    checkpointing: bool = False
+    threads: int = 1
+    device: str = "cpu"
+
+
+@lru_cache
+def load_config(path: Path | None) -> LongNetConfig:
+    """That of a file, or the small model's."""
+    return LongNetConfig.from_pretrained(path) if path else longnet_config(SIZES)
+
+
+def sizes_of(config: LongNetConfig) -> dict[str, int]:
+    """What a dense model needs to know to be as large."""
+    return {name: getattr(config, name) for name in SIZES}
+
+
+def make_model(who: str, path: Path | None):
+    """LongNet, or a dense model of the same sizes."""
+    torch.manual_seed(0)
+    config = load_config(path)
+    return LongNetForCausalLM(config) if who == "longnet" else dense_model(sizes_of(config))
+
+
+def prepare(step: Step, keep_gradients: bool = False) -> Call:
+    """One training step of a model at a length; its gradients freed after it, or kept in their memory."""
+    torch.set_num_threads(step.threads)
+    model = make_model(step.who, step.config).to(step.device, getattr(torch, step.dtype)).train()
+    if step.checkpointing:
+        model.gradient_checkpointing_enable()
+    return training_step(model, step.length, keep_gradients)
 
 
 def training_step(model, length: int, keep_gradients: bool = False) -> Call:
@@ -62,38 +104,55 @@ def training_step(model, length: int, keep_gradients: bool = False) -> Call:
 
 
 def run(args: argparse.Namespace) -> dict:
-    rows = []
+    rows, config = [], load_config(args.config)
     for length in args.lengths:
         who = ["longnet", *(["dense"] if length <= args.dense_most else [])]
-        calls = {name: prepare(name, length, args.threads, args.device) for name in who}
+        checkpointing = args.checkpoint_from is not None and length >= args.checkpoint_from
+        shared = (length, args.config, args.dtype, checkpointing, args.threads, args.device)
+        steps = {name: Step(name, *shared) for name in who}
         print(f"{length:,} tokens ...", flush=True)
+        calls, too_large = {}, []
+        for name, step in steps.items():
+            try:
+                calls[name] = prepare(step)
+                calls[name]()
+            except torch.OutOfMemoryError:  # of a GPU
+                calls.pop(name, None)
+                too_large.append(name)
         seconds = time_alternately(calls, seconds=args.seconds, least=args.rounds)
-        peaks = {name: peak_bytes(prepare, name, length, args.threads, args.device) for name in who}
-        rows.append({"length": length, "seconds": seconds, "peak_bytes": peaks})
         del calls
-        rows[-1]["profile"] = profile_step(length, args.threads, args.device)
-        if length > args.dense_most:
-            rows[-1]["skipped"] = f"not asked for: --dense-most {args.dense_most}"
-    return {"sizes": SIZES, "pattern": PATTERN, "rows": rows}
+        if "longnet" in too_large:
+            raise torch.OutOfMemoryError(f"LongNet itself does not fit at {length:,} tokens.")
+        peaks = {name: peak_bytes(prepare, steps[name]) for name in seconds}
+        rows.append({"length": length, "checkpointing": checkpointing, "seconds": seconds, "peak_bytes": peaks})
+        rows[-1]["profile"] = profile_step(steps["longnet"])
+        if "dense" not in seconds:
+            rows[-1]["skipped"] = "out of memory" if too_large else f"not asked for: --dense-most {args.dense_most}"
+    pattern = {name: getattr(config, name) for name in PATTERN}
+    return {"sizes": sizes_of(config), "pattern": pattern, "dtype": args.dtype, "rows": rows}
 
 
-def profile_step(length: int, threads: int, device: str) -> dict[str, object]:
+def profile_step(step: Step) -> dict[str, object]:
     """Seconds of a LongNet step by kind of operator; FLOP/s of its matrix products and of one such product alone."""
-    step = prepare("longnet", length, threads, device)
-    step()
-    cuda = [ProfilerActivity.CUDA] if device == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiled:
-        step()
+    call = prepare(step)
+    call()
+    on_gpu = step.device != "cpu"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
     seconds = dict.fromkeys([*KINDS, "rest"], 0.0)
     for event in profiled.key_averages():
-        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "rest")
-        seconds[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-    model = longnet_model(SIZES)
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key.lower() for part in parts)), "rest")
+        seconds[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+    config = load_config(step.config)
+    with torch.device("meta"):
+        model = LongNetForCausalLM(config)
     weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
-    hidden = torch.randn(min(length, 4096), SIZES["hidden_size"], device=device)
-    wide = torch.randn(SIZES["hidden_size"], 4 * SIZES["hidden_size"], device=device)
+    size, options = config.hidden_size, {"dtype": getattr(torch, step.dtype), "device": step.device}
+    hidden, wide = torch.randn(min(step.length, 4096), size, **options), torch.randn(size, 4 * size, **options)
     product = min(seconds_of(lambda: hidden @ wide) for _ in range(10))
-    flops = 6 * weights * length / seconds["matrix products"]
+    flops = (8 if step.checkpointing else 6) * weights * step.length / seconds["matrix products"]
     return {"seconds": seconds, "flops": flops, "product_flops": 2 * hidden.shape[0] * wide.numel() / product}
 
 
@@ -119,7 +178,9 @@ def tables(result: dict) -> str:
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in result["rows"]]
     sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
     branches = zip(*result["pattern"].values(), strict=True)
-    notes = f"Models: {sizes}; branches {', '.join(f'{w}/{r}' for w, r in branches)}."
+    notes = f"Models: {sizes}; branches {', '.join(f'{w}/{r}' for w, r in branches)}; {result.get('dtype', 'float32')}."
+    checkpointed = [f"{row['length']:,}" for row in result["rows"] if row.get("checkpointing")]
+    notes += f" With gradient checkpointing: {', '.join(checkpointed)} tokens." if checkpointed else ""
     heads, most = result["sizes"]["num_attention_heads"], max(result["pattern"]["dilation_rates"])
     if most > heads:
         notes += f" With {heads} heads and rates up to {most} most far tokens are kept by no head: fast, not thorough."

@@ -14,6 +14,7 @@ from .attend_flash import unavailable as flash_unavailable
 from .attend_torch import backward as torch_backward
 from .attend_torch import forward as torch_forward
 from .attend_torch import unavailable as torch_unavailable
+from .attend_triton import unavailable as triton_unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -35,36 +36,46 @@ BACKENDS = {
     "torch": Backend(torch_forward, torch_backward, torch_unavailable),
     "flash_attn": Backend(flash_forward, flash_backward, flash_unavailable),
 }
-BACKEND_NAMES = ("auto", "eager", *BACKENDS)
+# Triton's kernels take a whole branch at once: `dilated_attention` calls `attend_triton` itself.
+BACKEND_NAMES = ("auto", "eager", *BACKENDS, "triton")
 
 
 @lru_cache
-def _say_choice(name: str, device: str, dtype: torch.dtype, reason: str | None) -> None:
+def _say_choice(name: str, device: str, dtype: torch.dtype, reasons: str) -> None:
     logger.info(
         "dilated attention on %s, %s: backend 'auto' is %r (%s)",
         device,
         dtype,
         name,
-        reason or "fast path",
+        reasons or "the fastest",
     )
+
+
+def unavailable(name: str, query: Tensor) -> str | None:
+    """Why a fast backend cannot serve `query`, None if it can."""
+    return triton_unavailable(query) if name == "triton" else BACKENDS[name].unavailable(query)
 
 
 def choose_backend(name: str, query: Tensor) -> str:
     """The backend that serves `query`; a named one that cannot run raises ValueError with its reason.
 
-    Only "auto" may choose: PyTorch's kernels where they exist, the dense reference elsewhere (logged once).
+    Only "auto" may choose (and logs it once): Triton's kernels on a GPU, else PyTorch's where they exist, else the
+    dense reference. Which wins where: benchmarks/README.md.
     """
     if name not in BACKEND_NAMES:
         raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, BACKEND_NAMES))}.")
     if name == "eager":
         return name
-    reason = BACKENDS["torch" if name == "auto" else name].unavailable(query)
-    if name == "auto":
-        name = "eager" if reason else "torch"
-        if not torch.compiler.is_compiling():  # a compiled graph cannot log
-            _say_choice(name, query.device.type, query.dtype, reason)
-    elif reason:
-        raise ValueError(f"backend={name!r} cannot run: {reason}.")
+    if name != "auto":
+        if reason := unavailable(name, query):
+            raise ValueError(f"backend={name!r} cannot run: {reason}.")
+        return name
+    order = ("triton", "torch") if query.device.type == "cuda" else ("torch",)
+    reasons = {other: unavailable(other, query) for other in order}
+    name = next((other for other in order if reasons[other] is None), "eager")
+    if not torch.compiler.is_compiling():  # a compiled graph cannot log
+        said = "; ".join(f"not {other!r}: {reason}" for other, reason in reasons.items() if reason)
+        _say_choice(name, query.device.type, query.dtype, said)
     return name
 
 

@@ -93,7 +93,8 @@ def _sum(hidden: Tensor, targets: Tensor, head: Callable, size: int, params: tup
     return sum((_loss(head, part, target) for part, target in parts), _zero(hidden))
 
 
-def _tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
+def tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
+    """Tokens whose logits are held at a time: (T, E) `hidden` tells the device, `head` the vocabulary."""
     vocabulary = getattr(head, "out_features", None) or head(hidden[:1]).shape[-1]
     return max(_MIN_TOKENS, (_CPU_LOGITS if hidden.device.type == "cpu" else _CUDA_LOGITS) // vocabulary)
 
@@ -113,7 +114,7 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
     keep = targets != ignore_index
     if not keep.all():
         hidden, targets = hidden[keep], targets[keep]
-    forward, size, is_replaced = head.forward, _tokens_per_chunk(hidden, head), "forward" in vars(head)
+    forward, size, is_replaced = head.forward, tokens_per_chunk(hidden, head), "forward" in vars(head)
     # The head's hooks run once, around all chunks: in them FSDP2 gathers, reduces and frees its parameters.
     head.forward = lambda x: _sum(x, targets, forward, size, tuple(head.parameters()))
     try:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .attend import BACKENDS, choose_backend, merge_
 from .attend_torch import cuts_rows
+from .attend_triton import backward_ as triton_backward_
+from .attend_triton import forward_ as triton_forward_
+from .attend_triton import sum_products
 from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
 from .reference import count_branches, dense_attention
 
@@ -96,6 +99,13 @@ def _slabs(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(x[begin : begin + most] for x in views)
 
 
+def _each_branch(plan: Plan) -> Iterator[tuple[Chunk, int, Branch]]:
+    """Every chunk with every branch (and its number): what one Triton launch takes."""
+    for chunk in plan.chunks:
+        for index, branch in enumerate(plan.branches):
+            yield chunk, index, branch
+
+
 def each_piece(plan: Plan, heads_per_group: int) -> Iterator[tuple[Chunk, int, Branch, Rows]]:
     """Every chunk's pieces, branch by branch (with its number): what one strided view can show."""
     for chunk in plan.chunks:
@@ -156,10 +166,17 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
         out (B, L, H, D) in the dtype of the sum (`_sum_dtype`) and lse (B, L, H) in at least float32; 0 and -inf
         where a query sees no key.
     """
-    run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // key.shape[2]
     out = _accumulator(query, plan)
     precise = torch.promote_types(query.dtype, torch.float32)
     lse = torch.full(out.shape[:3], -torch.inf, dtype=precise, device=out.device)
+    if plan.backend == "triton":
+        for number, (chunk, index, branch) in enumerate(_each_branch(plan)):
+            triton_forward_(
+                out, lse, query, key, value, chunk, branch, is_first=index == 0 and branch.r == 1, scale=plan.scale,
+                is_causal=plan.is_causal, zero_padding=plan.zero_padding, overlaps=number > 0,
+            )  # fmt: skip
+        return out, lse
+    run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // key.shape[2]
     for piece in each_piece(plan, repeat):
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, out, lse)]
@@ -199,6 +216,14 @@ def _each_outside(
 
 def forward_outside(query: Tensor, out: Tensor, lse: Tensor, outside: Outside, plan: Plan, after: bool = False) -> None:
     """Merge the rows before the chunks (or after them) into `out` and `lse` of `forward_chunks`, in place."""
+    if plan.backend == "triton":
+        for chunk, index, branch in _each_branch(plan):
+            key, value = (x[index].transpose(1, 2) for x in outside)
+            triton_forward_(
+                out, lse, query, key, value, chunk, branch, which="after" if after else "before", is_causal=False,
+                scale=plan.scale,
+            )  # fmt: skip
+        return
     run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // outside.keys[0].shape[1]
     for chunk, branch, rows, k, v in _each_outside(plan, outside, after, repeat):
         q, o, s = (rows_view(x, chunk, branch, rows, repeat)[:, 0] for x in (query, out, lse))
@@ -215,8 +240,16 @@ def backward_chunks(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward_chunks`, given the merged out (in the query's dtype) and lse; in the dtype of the sum."""
-    run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // key.shape[2]
     grads = [_accumulator(x, plan) for x in (query, key, value)]
+    if plan.backend == "triton":
+        delta = sum_products(out, grad_out)
+        for number, (chunk, index, branch) in enumerate(_each_branch(plan)):
+            triton_backward_(
+                grads, grad_out, query, key, value, lse, delta, chunk, branch, scale=plan.scale,
+                is_causal=plan.is_causal, is_first=index == 0 and branch.r == 1, overlaps=number > 0,
+            )  # fmt: skip
+        return tuple(grads)
+    run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // key.shape[2]
     for piece in each_piece(plan, repeat):
         chunk, index, branch, rows = piece
         views = [rows_view(x, chunk, branch, rows, repeat) for x in (query, grad_out, out, lse, grads[0])]
@@ -241,8 +274,17 @@ def backward_outside(
     after: bool = False,
 ) -> Outside:  # fmt: skip
     """Gradients of `forward_outside`: adds the queries' to `grad_query`, returns those of the rows outside."""
-    run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // outside.keys[0].shape[1]
     grads = Outside(*(tuple(torch.zeros_like(x, dtype=grad_query.dtype) for x in pair) for pair in outside))
+    if plan.backend == "triton":
+        delta = sum_products(out, grad_out)
+        for chunk, index, branch in _each_branch(plan):
+            key, value, dk, dv = (x[index].transpose(1, 2) for x in (*outside, *grads))
+            triton_backward_(
+                (grad_query, dk, dv), grad_out, query, key, value, lse, delta, chunk, branch,
+                which="after" if after else "before", is_causal=False, scale=plan.scale,
+            )  # fmt: skip
+        return grads
+    run, repeat = BACKENDS[plan.backend].backward, query.shape[2] // outside.keys[0].shape[1]
     found = zip(
         _each_outside(plan, outside, after, repeat),
         _each_outside(plan, grads, after, repeat),

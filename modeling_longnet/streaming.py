@@ -16,10 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from .cache_longnet import LongNetCache
+from .chunked_loss import tokens_per_chunk
 from .dilated_attention import autocast_dtype
 
-# Tokens whose logits are held at a time.
-_LOGITS = 512
 # Tokens hashed at a time.
 _HASHED = 1 << 20
 
@@ -118,7 +117,8 @@ def _score(model, tokens: Tensor, cache: LongNetCache) -> Tensor:
     """(n,) float32 log-probabilities of tokens[1:], feeding tokens[:-1] (n + 1 ids) into the cache."""
     hidden = model.base_model(tokens[None, :-1], cache=cache).last_hidden_state[0]
     head = model.get_output_embeddings()
-    parts = zip(hidden.split(_LOGITS), tokens[1:].split(_LOGITS), strict=True)
+    size = tokens_per_chunk(hidden, head)
+    parts = zip(hidden.split(size), tokens[1:].split(size), strict=True)
     return torch.cat(
         [-torch.nn.functional.cross_entropy(head(part).float(), target, reduction="none") for part, target in parts]
     )

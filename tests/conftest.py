@@ -1,10 +1,14 @@
 """Every test runs on one thread, and fresh memory starts as NaN: what reads a value that nothing wrote then fails."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
 
 # The same cases in every run, so that a failure here is a failure everywhere.
 settings.register_profile(

@@ -38,7 +38,7 @@ def test_bad_pattern_is_refused(text):
 
 @pytest.mark.parametrize(("count", "unit"), [(5, 1 << 20), (17, 3 << 20), (3, 20 << 20)])
 def test_floor_calls_cover_every_attention_once(count, unit):
-    sizes = op._call_sizes(count, unit)
+    sizes = op._call_sizes(count, unit, "cpu")
     assert sum(sizes) == count
     assert all(size == 1 or size * unit <= op.FLOOR_BYTES_PER_CALL for size in sizes)
 
@@ -100,6 +100,7 @@ SMALL = {
     "backends": "--length 96 --shapes 3x16 --dtypes float32 --pattern '16/1 48/3' --error-length 50 --seconds 0",
     "train": "--lengths 64 --dense-most 64 --rounds 1 --seconds 0",
     "memory": "--lengths 64 --plain-most 64 --dtypes float32",
+    "stream": "--tokens 3000 --chunk-size 500",
     "decode": "--contexts 40 90 --dense-contexts 40 90 --batch 2 --steps 16 --stream-tokens 20000",
 }
 

@@ -1,0 +1,556 @@
+"""Dilated attention as Triton kernels, optional: a launch takes a whole branch, in place.
+
+A program reads a block of one head's rows where they lie, by pointer arithmetic, attends, and merges what it found into
+the running (out, lse), so that nothing per branch is ever stored. FlashAttention-2's algorithm (arXiv 2307.08691);
+sums are taken in float32, and no program adds to what another adds to, so results are the same in every run.
+
+Letters: B batch, L columns, H query heads, G key/value heads, D head dimension. Tensors are (B, L, H, D) here.
+`TRITON_INTERPRET=1` runs the kernels on a CPU, slowly: so the tests do.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .branches import Branch, Chunk
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError as error:
+    _missing = f"the triton package cannot be imported ({error}); pip install triton, or use 'torch'"
+
+    def _jit(function, **options):
+        return function
+
+    class tl:  # only named in the kernels' annotations
+        constexpr = int
+else:
+    _missing = None
+    _jit = triton.jit
+    _IS_INTERPRETED = triton.knobs.runtime.interpret
+
+_LOG2_E = math.log2(math.e)
+_LEAST_SHARED_MEMORY = 160 << 10  # bytes, as an A100 and larger have; the blocks below were chosen for that
+# Numbers that change from text to text: no kernel is compiled for special ones.
+_NUMBERS = (
+    "out_batch", "programs", "segments", "first_segment", "w", "heads_per_offset", "phase", "length", "left", "padded",
+)  # fmt: skip
+
+
+def unavailable(query: Tensor) -> str | None:
+    """Why this backend cannot serve such a query tensor, None if it can."""
+    if _missing:
+        return _missing
+    if query.device.type != "cuda" and not (query.device.type == "cpu" and _IS_INTERPRETED):
+        return f"the Triton kernels run on CUDA devices, not on {query.device.type!r}; use 'torch'"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels compute in float32, float16 and bfloat16, not in {query.dtype}; use 'eager'"
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 as if it were integers; use 'torch'"
+    if query.shape[-1] > 256:
+        return f"the Triton kernels take head dimensions up to 256, not {query.shape[-1]}; use 'eager'"
+    if query.device.type == "cuda" and _shared_memory(query.device) < _LEAST_SHARED_MEMORY:
+        return (
+            f"the Triton kernels' blocks need {_LEAST_SHARED_MEMORY >> 10} KB of shared memory a block, this GPU has "
+            f"{_shared_memory(query.device) >> 10}; use 'torch'"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+class Blocks(NamedTuple):
+    """How much one program takes: rows of its own, rows of the other side at a time, warps, stages of loading, and at
+    most how many registers a thread (0: as many as the compiler likes)."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+
+def forward_blocks(query: Tensor) -> Blocks:
+    """What was fastest on an H100 (benchmarks/README.md)."""
+    dim = _padded_dim(query)
+    if query.element_size() > 2:
+        return Blocks(64, 64, 4, 2) if dim <= 64 else Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(32, 32, 4, 1)
+    return Blocks(64, 64, 4, 3) if dim <= 128 else Blocks(128, 64, 8, 2)
+
+
+def backward_blocks(query: Tensor) -> tuple[Blocks, Blocks]:
+    """Likewise, for the kernel of keys and that of queries."""
+    dim = _padded_dim(query)
+    if query.element_size() > 2:
+        if dim <= 64:
+            return Blocks(64, 32, 4, 1), Blocks(64, 64, 4, 1)
+        return (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 2)) if dim <= 128 else (Blocks(16, 32, 4, 1),) * 2
+    if dim <= 64:
+        return Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)
+    if dim <= 128:
+        return Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 3)
+    return Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 2)
+
+
+def _padded_dim(query: Tensor) -> int:
+    return max(16, triton.next_power_of_2(query.shape[-1]))
+
+
+@_jit
+def _piece(segment, head, w, r, heads_per_offset, phase, length, left):
+    """Of a head in a segment: the token of its first row in the chunk, how many rows it has there, before, after.
+
+    phase: where in its segment the chunk begins. length, left: tokens of the chunk, and from its begin to the end of
+    the text. A head's rows are those tokens of the segment whose place in it is the head's offset modulo r.
+    """
+    offset = (head // heads_per_offset) % r
+    begin = segment * w - phase
+    first = (tl.maximum(-begin, 0) - offset + r - 1) // r
+    end = (tl.minimum(w, length - begin) - offset + r - 1) // r
+    last = (tl.minimum(w, left - begin) - offset + r - 1) // r
+    return begin + offset + first * r, end - first, first, last - end
+
+
+@_jit
+def _keys(
+    pointer, batch, group, token, batch_stride, token_stride, group_stride, rows, before, after, r, WHICH: tl.constexpr
+):  # fmt: skip
+    """The first key (or value) that a segment's queries see, how far apart these lie, and how many they are."""
+    pointer += batch * batch_stride + group * group_stride
+    if WHICH == "own":
+        return pointer + tl.cast(token, tl.int64) * token_stride, token_stride * r, rows
+    return pointer, token_stride, before if WHICH == "before" else after
+
+
+@_jit
+def _load_rows(
+    pointer, start, count, stride,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + N - 1, (N, BLOCK_D), of which those from `count` on, and elements from D on, are 0."""
+    n, d = tl.arange(0, N), tl.arange(0, BLOCK_D)
+    # 64 bits where a text needs them; within a block 32, which take half the registers.
+    pointers = (pointer + tl.cast(start, tl.int64) * stride) + (n[:, None] * stride + d[None, :])
+    if MASKED:
+        if D < BLOCK_D:
+            return tl.load(pointers, mask=(n < count - start)[:, None] & (d < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=(n < count - start)[:, None], other=0.0)
+    if D < BLOCK_D:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@_jit
+def _forward_keys(
+    total, denominator, top, query, key, value, begin, end, i, keys, key_row, value_row, scale,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, OTHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One softmax goes on over the keys [begin, end), a block at a time."""
+    for start in range(begin, end, OTHER):
+        j = start + tl.arange(0, OTHER)
+        k = _load_rows(key, start, keys, key_row, OTHER, D, BLOCK_D, MASKED)
+        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = (j < keys)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (j[None, :] <= i[:, None])
+            scores = tl.where(seen, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        v = _load_rows(value, start, keys, value_row, OTHER, D, BLOCK_D, MASKED)
+        total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return total, denominator, top
+
+
+@partial(_jit, do_not_specialize=_NUMBERS)
+def _forward_kernel(
+    query, key, value, out, lse,
+    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
+    out_batch,
+    heads, heads_per_group, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left, padded,
+    scale,
+    WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, ZERO_PADDING: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """A block of one head's queries in one segment: attend to WHICH keys, merge into out and lse (Eq. 9-10)."""
+    if OVERLAPS:
+        gdc_launch_dependents()  # the next branch may begin where this one leaves processors idle
+    # The last queries, which see most keys, begin first; heads of one segment run side by side.
+    block = programs - 1 - tl.program_id(0) % programs
+    rest = tl.program_id(0) // programs
+    head, rest = rest % heads, rest // heads
+    segment, batch = first_segment + rest % segments, tl.cast(rest // segments, tl.int64)
+    group = head // heads_per_group
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left)
+    i = block * OWN + tl.arange(0, OWN)
+    key, key_row, keys = _keys(
+        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    value, value_row, _ = _keys(
+        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    if (block * OWN >= rows) | (keys == 0):
+        return
+    query += batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
+    q = _load_rows(query, block * OWN, rows, query_token * r, OWN, D, BLOCK_D, True)
+
+    total = tl.zeros([OWN, BLOCK_D], tl.float32)
+    denominator = tl.zeros([OWN], tl.float32)
+    top = tl.full([OWN], -float("inf"), tl.float32)
+    end = tl.minimum(keys, (block + 1) * OWN) if IS_CAUSAL else keys
+    whole = (tl.minimum(keys, block * OWN) if IS_CAUSAL else keys) // OTHER * OTHER
+    total, denominator, top = _forward_keys(
+        total, denominator, top, q, key, value, 0, whole, i, keys, key_row, value_row, scale,
+        False, IS_CAUSAL, D, BLOCK_D, OTHER, PRECISION,
+    )  # fmt: skip
+    total, denominator, top = _forward_keys(
+        total, denominator, top, q, key, value, whole, end, i, keys, key_row, value_row, scale,
+        True, IS_CAUSAL, D, BLOCK_D, OTHER, PRECISION,
+    )  # fmt: skip
+    if ZERO_PADDING:
+        # So many keys with score and value 0 more.
+        zeros = padded - rows - before - after
+        new_top = tl.where(zeros > 0, tl.maximum(top, 0.0), top)
+        shrink = tl.exp2(top - new_top)
+        denominator = denominator * shrink + zeros * tl.exp2(-new_top)
+        total, top = total * shrink[:, None], new_top
+
+    new_out = total / denominator[:, None]
+    new_lse = (top + tl.log2(denominator)) / 1.4426950408889634
+    d = tl.arange(0, BLOCK_D)
+    place = batch * out_batch + tl.cast(token, tl.int64) * heads + head + i.to(tl.int64) * (r * heads)
+    out_pointers = out + place[:, None] * D + d[None, :]
+    mask = (i < rows)[:, None] & (d < D)[None, :]
+    if OVERLAPS:
+        gdc_wait()  # for the branch before, whose results these are merged into
+    if not IS_FIRST:
+        old_lse = tl.load(lse + place, mask=i < rows, other=0.0)
+        old_out = tl.load(out_pointers, mask=mask, other=0.0).to(tl.float32)
+        new_out = old_out + (new_out - old_out) / (1 + tl.exp(old_lse - new_lse))[:, None]
+        most = tl.maximum(new_lse, old_lse)
+        new_lse = most + tl.log(tl.exp(new_lse - most) + tl.exp(old_lse - most))
+    tl.store(out_pointers, new_out.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + place, new_lse, mask=i < rows)
+
+
+@_jit
+def _add_rows(pointer, x, row, count, stride, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add rows (n, BLOCK_D) to those in memory, or write them."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = pointer + row[:, None].to(tl.int64) * stride + d[None, :]
+    mask = (row < count)[:, None] & (d < D)[None, :]
+    if not IS_FIRST:
+        x += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@_jit
+def _backward_of_queries(
+    grad_query, q, g, top, own, key, value, begin, end, i, keys, key_row, value_row, scale,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, OTHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum over the keys [begin, end)."""
+    for start in range(begin, end, OTHER):
+        j = start + tl.arange(0, OTHER)
+        k = _load_rows(key, start, keys, key_row, OTHER, D, BLOCK_D, MASKED)
+        weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - top[:, None])
+        if MASKED:
+            seen = (j < keys)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (j[None, :] <= i[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        v = _load_rows(value, start, keys, value_row, OTHER, D, BLOCK_D, MASKED)
+        grad_scores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - own[:, None])
+        grad_query = tl.dot(grad_scores.to(k.dtype), k, grad_query, input_precision=PRECISION)
+    return grad_query
+
+
+@partial(_jit, do_not_specialize=_NUMBERS)
+def _backward_keys_kernel(
+    query, key, value, grad_out, lse, delta, grad_key, grad_value,
+    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
+    out_batch, grad_key_batch, grad_key_token, grad_key_head,
+    heads, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left, scale,
+    WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """A block of one head's keys in one segment: add the gradients of keys and values, from WHICH queries see them.
+
+    Given the merged lse, and delta = sum of out * grad_out of the merged out, they are the branch's exact share.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
+    groups = heads // HEADS_PER_GROUP
+    # The first keys, which most queries see, begin first.
+    block, rest = tl.program_id(0) % programs, tl.program_id(0) // programs
+    group, rest = rest % groups, rest // groups
+    segment, batch = first_segment + rest % segments, tl.cast(rest // segments, tl.int64)
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left)
+    key, key_row, keys = _keys(
+        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    value, value_row, _ = _keys(
+        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    if (block * OWN >= keys) | (rows == 0):
+        return
+    j = block * OWN + tl.arange(0, OWN)
+    k = _load_rows(key, block * OWN, keys, key_row, OWN, D, BLOCK_D, True)
+    v = _load_rows(value, block * OWN, keys, value_row, OWN, D, BLOCK_D, True)
+    new_grad_key = tl.zeros([OWN, BLOCK_D], tl.float32)
+    new_grad_value = tl.zeros([OWN, BLOCK_D], tl.float32)
+    # One loop, masked throughout: with a second one, for the blocks on the diagonal, the compiler would wait for each
+    # product by itself (ptxas C7515).
+    begin = block * OWN // OTHER * OTHER if IS_CAUSAL else 0
+    for n in range(HEADS_PER_GROUP):
+        head = group * HEADS_PER_GROUP + n
+        head_query = query + batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
+        place = batch * out_batch + tl.cast(token, tl.int64) * heads + head
+        for start in range(begin, rows, OTHER):
+            i = start + tl.arange(0, OTHER)
+            q = _load_rows(head_query, start, rows, query_token * r, OTHER, D, BLOCK_D, True)
+            g = _load_rows(grad_out + place * D, start, rows, r * heads * D, OTHER, D, BLOCK_D, True)
+            places = place + tl.cast(start, tl.int64) * (r * heads) + tl.arange(0, OTHER) * (r * heads)
+            top = tl.load(lse + places, mask=i < rows, other=float("inf")) * 1.4426950408889634
+            own = tl.load(delta + places, mask=i < rows, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            weights = tl.exp2(scores * scale - top[:, None])
+            if IS_CAUSAL:
+                weights = tl.where(j[None, :] <= i[:, None], weights, 0.0)
+            grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            grad_scores = weights * (grad_weights - own[:, None])
+            new_grad_value = tl.dot(
+                tl.trans(weights.to(g.dtype)), g, new_grad_value, input_precision=PRECISION
+            )  # fmt: skip
+            new_grad_key = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, new_grad_key, input_precision=PRECISION)
+    new_grad_key *= scale / 1.4426950408889634
+    grad_key, grad_key_row, _ = _keys(
+        grad_key, batch, group, token, grad_key_batch, grad_key_token, grad_key_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    grad_value, _, _ = _keys(
+        grad_value, batch, group, token, grad_key_batch, grad_key_token, grad_key_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    if OVERLAPS:
+        gdc_wait()
+    _add_rows(grad_key, new_grad_key, j, keys, grad_key_row, IS_FIRST, D, BLOCK_D)
+    _add_rows(grad_value, new_grad_value, j, keys, grad_key_row, IS_FIRST, D, BLOCK_D)
+
+
+@partial(_jit, do_not_specialize=_NUMBERS)
+def _backward_queries_kernel(
+    query, key, value, grad_out, lse, delta, grad_query,
+    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
+    out_batch, heads, heads_per_group, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left,
+    scale,
+    WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """A block of one head's queries in one segment: add their gradients, from WHICH keys they see."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+    block = programs - 1 - tl.program_id(0) % programs
+    rest = tl.program_id(0) // programs
+    head, rest = rest % heads, rest // heads
+    segment, batch = first_segment + rest % segments, tl.cast(rest // segments, tl.int64)
+    group = head // heads_per_group
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left)
+    key, key_row, keys = _keys(
+        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    value, value_row, _ = _keys(
+        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
+    )  # fmt: skip
+    if (block * OWN >= rows) | (keys == 0):
+        return
+    i = block * OWN + tl.arange(0, OWN)
+    place = batch * out_batch + tl.cast(token, tl.int64) * heads + head
+    query += batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
+    q = _load_rows(query, block * OWN, rows, query_token * r, OWN, D, BLOCK_D, True)
+    g = _load_rows(grad_out + place * D, block * OWN, rows, r * heads * D, OWN, D, BLOCK_D, True)
+    places = place + i.to(tl.int64) * (r * heads)
+    top = tl.load(lse + places, mask=i < rows, other=float("inf")) * 1.4426950408889634
+    own = tl.load(delta + places, mask=i < rows, other=0.0)
+    end = tl.minimum(keys, (block + 1) * OWN) if IS_CAUSAL else keys
+    whole = (tl.minimum(keys, block * OWN) if IS_CAUSAL else keys) // OTHER * OTHER
+    new_grad_query = tl.zeros([OWN, BLOCK_D], tl.float32)
+    new_grad_query = _backward_of_queries(
+        new_grad_query, q, g, top, own, key, value, 0, whole, i, keys, key_row, value_row, scale,
+        False, IS_CAUSAL, D, BLOCK_D, OTHER, PRECISION,
+    )  # fmt: skip
+    new_grad_query = _backward_of_queries(
+        new_grad_query, q, g, top, own, key, value, whole, end, i, keys, key_row, value_row, scale,
+        True, IS_CAUSAL, D, BLOCK_D, OTHER, PRECISION,
+    )  # fmt: skip
+    new_grad_query *= scale / 1.4426950408889634
+    if OVERLAPS:
+        gdc_wait()
+    _add_rows(grad_query + place * D, new_grad_query, i, rows, r * heads * D, IS_FIRST, D, BLOCK_D)
+
+
+@_jit
+def _delta_kernel(out, grad_out, delta, count, D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr):
+    """delta of rows that lie next to each other."""
+    start = tl.program_id(0).to(tl.int64) * OWN
+    o = _load_rows(out, start, count, D, OWN, D, BLOCK_D, True).to(tl.float32)
+    g = _load_rows(grad_out, start, count, D, OWN, D, BLOCK_D, True).to(tl.float32)
+    row = start + tl.arange(0, OWN)
+    tl.store(delta + row, tl.sum(o * g, 1), mask=row < count)
+
+
+@lru_cache
+def _slots(branch: Branch) -> int:
+    """How many neighbouring heads have the same offset: head g has (g // n) % r."""
+    n = next((g for g, offset in enumerate(branch.offsets) if offset), len(branch.offsets)) or 1
+    if branch.offsets != tuple(g // n % branch.r for g in range(len(branch.offsets))):
+        raise ValueError(f"head offsets {branch.offsets} at rate {branch.r} are neither interleaved nor blocked.")
+    return n
+
+
+def _segments(chunk: Chunk, branch: Branch, which: str) -> tuple[int, int, int, int]:
+    """Segments that a launch works on: how many, the first; most rows of one in the chunk, most keys for them."""
+    w, r, _ = branch
+    phase = chunk.start % w
+    count = -(-(phase + chunk.length) // w)
+    rows = -(-min(w, chunk.length) // r)
+    if which == "own":
+        return count, 0, rows, rows
+    if which == "before":
+        return 1, 0, rows, -(-phase // r)
+    end = chunk.start + chunk.length
+    return 1, count - 1, rows, -(-(min(-(-end // w) * w, chunk.total) - end) // r)
+
+
+def _at(chunk: Chunk, *tensors: Tensor) -> Iterator[Tensor]:
+    """The chunk's part of (B, L, ...) tensors."""
+    for x in tensors:
+        yield x[chunk.row_begin : chunk.row_end, chunk.column_begin : chunk.column_end]
+
+
+def _geometry(chunk: Chunk, branch: Branch) -> tuple[int, ...]:
+    """w, r, heads_per_offset, phase, length and left, as the kernels take them."""
+    w, r, _ = branch
+    return w, r, _slots(branch), chunk.start % w, chunk.length, chunk.total - chunk.start
+
+
+@lru_cache
+def _can_overlap(device: torch.device) -> bool:
+    """Programmatic dependent launch: a kernel may begin before the one before it has ended, and wait within."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _kernel_constants(query: Tensor, blocks: Blocks, overlaps: bool) -> dict[str, object]:
+    overlapping = _can_overlap(query.device)
+    options = {"maxnreg": blocks.registers} if blocks.registers else {}
+    options |= {"launch_pdl": overlaps} if overlapping else {}
+    return options | {
+        "D": query.shape[-1],
+        "BLOCK_D": _padded_dim(query),
+        "OWN": blocks.own,
+        "OTHER": blocks.other,
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",  # the second is not read in half precision
+        "OVERLAPS": overlapping,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+
+
+def forward_(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, branch: Branch, *,
+    which: str = "own", is_causal: bool, is_first: bool = False, scale: float, zero_padding: bool = False,
+    overlaps: bool = False, blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    """Merge a chunk's attention in one branch into out and lse, in place.
+
+    Args:
+        out: (B, L, H, D), contiguous; 0 where lse is -inf. lse: (B, L, H) float32, contiguous.
+        query: (B, L, H, D). key, value: (B, L, G, D) for `which` "own", (B, P, G, D) for the rows "before" or "after"
+            the chunk in the segments that it cuts; any strides with D contiguous.
+        is_first: write, as nothing was there before. zero_padding: as in `attend_chunks`.
+        overlaps: the launch before on this stream was of these kernels, with the same query, key and value, which so
+            are there already: this one may begin before that one ends.
+    """
+    batches, heads, groups = chunk.row_end - chunk.row_begin, query.shape[2], key.shape[2]
+    segments, first, rows, keys = _segments(chunk, branch, which)
+    if not keys:
+        return
+    blocks = blocks or forward_blocks(query)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
+    query, out, lse = _at(chunk, query, out, lse)
+    own = which == "own"
+    key, value = _at(chunk, key, value) if own else (x[chunk.row_begin : chunk.row_end] for x in (key, value))
+    programs = triton.cdiv(rows, blocks.own)
+    with torch.cuda.device_of(query):
+        _forward_kernel[(programs * heads * segments * batches,)](
+            query, key, value, out, lse, *strides, heads, heads // groups, programs, segments, first,
+            *_geometry(chunk, branch), -(-min(branch.w, chunk.total) // branch.r), scale * _LOG2_E,
+            WHICH=which, IS_CAUSAL=is_causal and own, IS_FIRST=is_first, ZERO_PADDING=zero_padding and own,
+            **_kernel_constants(query, blocks, overlaps),
+        )  # fmt: skip
+
+
+def sum_products(out: Tensor, grad_out: Tensor) -> Tensor:
+    """The sum of out * grad_out over a head's elements: (B, L, H, D) twice, contiguous -> (B, L, H) float32."""
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    with torch.cuda.device_of(out):
+        _delta_kernel[(triton.cdiv(delta.numel(), 32),)](
+            out, grad_out, delta, delta.numel(), D=out.shape[-1], BLOCK_D=_padded_dim(out), OWN=32
+        )
+    return delta
+
+
+def backward_(
+    grads: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor,
+    delta: Tensor, chunk: Chunk, branch: Branch, *,
+    which: str = "own", is_causal: bool, is_first: bool = False, scale: float, overlaps: bool = False,
+    blocks: tuple[Blocks, Blocks] | None = None,
+) -> None:  # fmt: skip
+    """Add the gradients of `forward_` to those of q, k, v, in place, or write them; exact with the merged lse.
+
+    Args:
+        grads: like query, key and value, contiguous, those of key and value with the same strides.
+        grad_out: (B, L, H, D), contiguous. lse: the merged one. delta: `sum_products` of the merged out.
+    """
+    batches, heads, groups = chunk.row_end - chunk.row_begin, query.shape[2], key.shape[2]
+    segments, first, rows, keys = _segments(chunk, branch, which)
+    if not keys:
+        return
+    of_keys, of_queries = blocks or backward_blocks(query)
+    grad_query, grad_key, grad_value = grads
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
+    grad_strides = grad_key.stride()[:3]
+    query, grad_out, lse, delta, grad_query = _at(chunk, query, grad_out, lse, delta, grad_query)
+    shared = key, value, grad_key, grad_value
+    own = which == "own"
+    shared = _at(chunk, *shared) if own else (x[chunk.row_begin : chunk.row_end] for x in shared)
+    key, value, grad_key, grad_value = shared
+    inputs = query, key, value, grad_out, lse, delta
+    place = segments, first, *_geometry(chunk, branch), scale * _LOG2_E
+    constants = {"WHICH": which, "IS_CAUSAL": is_causal and own, "IS_FIRST": is_first}
+    with torch.cuda.device_of(query):
+        programs = triton.cdiv(keys, of_keys.own)
+        _backward_keys_kernel[(programs * groups * segments * batches,)](
+            *inputs, grad_key, grad_value, *strides, *grad_strides, heads, programs, *place, **constants,
+            HEADS_PER_GROUP=heads // groups, **_kernel_constants(query, of_keys, overlaps),
+        )  # fmt: skip
+        programs = triton.cdiv(rows, of_queries.own)
+        _backward_queries_kernel[(programs * heads * segments * batches,)](
+            *inputs, grad_query, *strides, heads, heads // groups, programs, *place, **constants,
+            **_kernel_constants(query, of_queries, True),
+        )  # fmt: skip

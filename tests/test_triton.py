@@ -1,0 +1,225 @@
+"""The Triton kernels against the dense reference: on a GPU where there is one, else on the CPU by Triton's interpreter.
+
+Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension.
+"""
+
+import pytest
+import torch
+from checks import assert_close, make_model, refused
+from test_dilated_attention import (
+    NAMES,
+    NESTED,
+    UNCOVERED,
+    Case,
+    assert_all_close,
+    assert_low_precision,
+    dense_with_padding,
+    make_inputs,
+    outside_rows,
+    run,
+)
+
+from modeling_longnet import LongNetForCausalLM, attend, attend_triton, dilated_attention
+from modeling_longnet.branches import Branch, Chunk
+from modeling_longnet.dilated_attention import (
+    Outside,
+    Plan,
+    attend_chunks,
+    backward_chunks,
+    backward_outside,
+    forward_chunks,
+    forward_outside,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 3e-6  # float32 against float64, a few hundred additions
+pytestmark = pytest.mark.skipif(
+    attend_triton.unavailable(torch.zeros(1, 1, 1, 8, device=DEVICE)) is not None,
+    reason=f"the Triton kernels cannot run: {attend_triton.unavailable(torch.zeros(1, 1, 1, 8, device=DEVICE))}",
+)
+
+
+def make(case: Case, dtype=torch.float32, layout="transposed"):
+    return [x.to(DEVICE) for x in make_inputs(case, dtype, layout)]
+
+
+def exact(case: Case, inputs):
+    return run(case, *(x.double() for x in inputs), backend="eager")
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("case", [
+    pytest.param(Case(2, 1, 3, 3, 5, *NESTED, True, "interleaved"), id="one token"),
+    pytest.param(Case(1, 37, 6, 3, 20, (4, 16), (1, 4), True, "blocked"), id="shared heads, ragged"),
+    pytest.param(Case(3, 40, 2, 2, 5, (16,), (7,), True, "interleaved"), id="more offsets than heads"),
+    pytest.param(Case(1, 29, 2, 2, 17, (100, 1000), (1, 3), True, "interleaved"), id="segments longer than the text"),
+    pytest.param(Case(1, 37, 4, 4, 5, *UNCOVERED, True, "interleaved"), id="uncovered queries"),
+    pytest.param(Case(1, 31, 4, 4, 5, (9, 10, 11), (1, 3, 4), True, "interleaved"), id="r does not divide w"),
+    pytest.param(Case(2, 300, 2, 1, 64, (150, 280), (1, 2), True, "interleaved"), id="several blocks"),
+    pytest.param(Case(1, 70, 2, 2, 130, (64,), (1,), True, "interleaved"), id="large heads"),
+])  # fmt: skip
+def test_equals_the_dense_reference(case, is_causal):
+    case = case._replace(is_causal=is_causal)
+    inputs = make(case)
+    assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "fused", "columns", "expanded"])
+def test_any_layout(layout):
+    case = Case(2, 35, 4, 2, 6, (8, 32), (1, 2), True, "interleaved")
+    inputs = make(case, layout=layout)
+    assert_all_close(run(case, *inputs, backend="triton", scale=0.7), run(
+        case, *(x.double() for x in inputs), backend="eager", scale=0.7), TOLERANCE)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.float32, torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bfloat16")),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", [
+    pytest.param(Case(1, 300, 4, 4, 16, (32, 128), (1, 2), True, "interleaved"), id="nested"),
+    pytest.param(Case(1, 257, 8, 2, 24, (48, 200), (1, 7), False, "blocked"), id="shared heads"),
+    pytest.param(Case(1, 200, 2, 2, 8, (16, 60, 64), (1, 1, 4), True, "interleaved"), id="sums in float32"),
+])  # fmt: skip
+def test_low_precision(case, dtype):
+    """Error against float64 at most twice the dense reference's own in that dtype, plus one rounding step."""
+    inputs = make(case, dtype)
+    dense = run(case, *inputs, backend="eager")
+    fast = run(case, *inputs, backend="triton")
+    for name, expected in exact(case, inputs).items():
+        assert fast[name].dtype == dtype
+        assert_low_precision(name, fast[name], dense[name], expected)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_chunks_with_the_rows_before_them(groups):
+    """A text read 37 tokens at a time; gradients flow into the rows before a chunk too."""
+    case = Case(1, 100, 4, groups, 16, (16, 64), (1, 6), True, "interleaved")
+    inputs = make(case)
+    query, key, value, grad_out = (x.transpose(1, 2) for x in inputs)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    parts = []
+    for start in range(0, case.length, 37):
+        end = min(start + 37, case.length)
+        before = Outside(*(outside_rows(x, case, [start], [end]) for x in leaves[1:]))
+        chunks = torch.tensor([[0, 1, 0, end - start, start, end]])
+        part = (x[:, start:end] for x in leaves)
+        parts.append(attend_chunks(*part, case.branches, chunks=chunks, before=before, backend="triton"))
+    out = torch.cat(parts, 1)
+    actual = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, grad_out)), strict=True))
+    assert_all_close({name: x.transpose(1, 2) for name, x in actual.items()}, exact(case, inputs), TOLERANCE)
+
+
+@pytest.mark.parametrize("zero_padding", [False, True])
+def test_a_bidirectional_chunk_between_its_neighbours(zero_padding):
+    """What a shard of a sequence computes: its own rows, those before it and those after it."""
+    case, start, end = Case(2, 45, 4, 2, 7, (10, 40), (1, 3), False, "interleaved"), 13, 31
+    query, key, value, grad_out = (x.transpose(1, 2).contiguous() for x in make_inputs(case, torch.float64))
+    grad_out[:, :start] = grad_out[:, end:] = 0
+    whole = [x.detach().requires_grad_() for x in (query, key, value)]
+    if zero_padding:
+        expected = dense_with_padding(case, *whole)
+    else:
+        expected = dilated_attention(
+            *(x.transpose(1, 2) for x in whole), case.lengths, case.rates, is_causal=False, backend="eager"
+        ).transpose(1, 2)
+    grads = torch.autograd.grad(expected, whole, grad_out)
+
+    plan = Plan((Chunk(0, case.batch, 0, end - start, start, case.length),), case.branches, False,
+                case.dim**-0.5, "triton", zero_padding)  # fmt: skip
+    query, key, value, grad_out = (x.to(DEVICE, torch.float32) for x in (query, key, value, grad_out))
+    q, k, v, g = (x[:, start:end].contiguous() for x in (query, key, value, grad_out))
+    leaves = [x.detach().requires_grad_() for x in (key, value)]
+    starts, ends = [start] * case.batch, [end] * case.batch
+    out, lse = forward_chunks(q, k, v, plan)
+    sides = {after: Outside(*(outside_rows(x, case, starts, ends, after) for x in leaves)) for after in (False, True)}
+    for after, rows in sides.items():
+        forward_outside(q, out, lse, Outside(*(tuple(x.detach() for x in pair) for pair in rows)), plan, after)
+    assert_close("out", out.cpu(), expected.detach()[:, start:end], TOLERANCE)
+
+    dq, dk, dv = backward_chunks(g, q, k, v, out, lse, plan)
+    columns = torch.arange(start, end, device=DEVICE)
+    totals = [torch.zeros_like(x).index_add(1, columns, d) for x, d in zip(leaves, (dk, dv), strict=True)]
+    for after, rows in sides.items():
+        given = Outside(*(tuple(x.detach() for x in pair) for pair in rows))
+        found = backward_outside(g, q, out, lse, given, dq, plan, after)
+        pairs = zip(
+            totals, torch.autograd.grad(rows.keys + rows.values, leaves, found.keys + found.values), strict=True
+        )
+        for total, part in pairs:
+            total += part
+    assert_close("dq", dq.cpu(), grads[0][:, start:end], TOLERANCE)
+    assert_close("dk", totals[0].cpu(), grads[1], TOLERANCE)
+    assert_close("dv", totals[1].cpu(), grads[2], TOLERANCE)
+
+
+def test_texts_in_parts_of_a_batch():
+    """Two texts of different length and place; tokens in none get 0 and no gradient."""
+    case = Case(2, 23, 3, 3, 5, *NESTED, True, "interleaved")
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        made = [x.transpose(1, 2) for x in make_inputs(case, torch.float32)]
+        query, key, value, grad_out = (x.to(DEVICE if backend == "triton" else "cpu", dtype) for x in made)
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        chunks = torch.tensor([[0, 1, 4, 20, 0, 16], [1, 2, 0, 7, 0, 7]])
+        out = attend_chunks(*leaves, case.branches, chunks=chunks, backend=backend)
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        results.append(dict(zip(NAMES, (x.detach().cpu() for x in (out, *grads)), strict=True)))
+    assert_all_close(*results, TOLERANCE)
+
+
+@pytest.mark.parametrize("blocks", [(16, 32), (32, 16)])
+def test_any_size_of_blocks(blocks, monkeypatch):
+    """Blocks of keys larger and smaller than those of queries."""
+    case = Case(1, 75, 2, 2, 16, (70,), (1,), True, "interleaved")
+    chosen = attend_triton.Blocks(*blocks, 4, 2)
+    monkeypatch.setattr(attend_triton, "forward_blocks", lambda query: chosen)
+    monkeypatch.setattr(attend_triton, "backward_blocks", lambda query: (chosen, chosen))
+    inputs = make(case)
+    assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
+
+
+@pytest.mark.parametrize(("sample", "words"), [
+    (torch.zeros(1, 1, 1, 8, dtype=torch.float64, device=DEVICE), ["float64", "'eager'"]),
+    (torch.zeros(1, 1, 1, 257, device=DEVICE), ["up to 256", "257"]),
+    (torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), ["'torch'"]),
+    (torch.zeros(1, 1, 1, 8, device="meta"), ["'meta'", "'torch'"]),
+])  # fmt: skip
+def test_says_why_it_cannot_run(sample, words):
+    with refused("backend='triton' cannot run", *words):
+        attend.choose_backend("triton", sample)
+
+
+def test_head_offsets_of_no_known_kind_are_refused():
+    with refused("(1, 0)", "neither interleaved"):
+        attend_triton._slots(Branch(4, 2, (1, 0)))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only on a GPU: the interpreter is never chosen by itself")
+def test_a_gpu_takes_it_by_itself_and_compiles_it_into_one_graph():
+    case = Case(2, 130, 6, 3, 16, (32, 64, 128), (1, 2, 4), True, "interleaved")
+    inputs = make(case)
+    assert attend.choose_backend("auto", inputs[0]) == "triton"
+    compiled = torch.compile(lambda q, k, v: dilated_attention(q, k, v, case.lengths, case.rates), fullgraph=True)
+    assert_close("out", compiled(*inputs[:3]), exact(case, inputs)["out"], TOLERANCE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only on a GPU")
+def test_a_model_on_a_gpu_is_that_on_a_cpu():
+    """Loss, gradients and generation of a padded batch."""
+    model = make_model(LongNetForCausalLM, torch.float32)
+    ids = torch.randint(3, 29, (2, 45))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        grads = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+        results.append((loss.detach().cpu(), grads, model.generate(**inputs, max_new_tokens=20, do_sample=False).cpu()))
+    (loss, grads, tokens), (gpu_loss, gpu_grads, gpu_tokens) = results
+    assert_close("loss", gpu_loss, loss, 1e-5)
+    assert_close("gradients", gpu_grads, grads, 1e-4)
+    assert torch.equal(gpu_tokens, tokens)
