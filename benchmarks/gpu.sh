@@ -6,6 +6,8 @@ set -uo pipefail
 folder=${1:-benchmarks/results}
 python=${PYTHON:-python}
 machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
+paper='2048/1 4096/2 8192/4 16384/6 32768/12'
+model=configuration/longnet-125m.json
 failed=0
 
 measure() { # seconds allowed, file, name, options
@@ -17,17 +19,22 @@ measure() { # seconds allowed, file, name, options
 }
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
-timeout 90 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py || failed=1
-measure 110 backends backends --length 32768 --seconds 0.3 --shapes 8x64 12x64 8x128 --dtypes bfloat16 float16 float32 \
-    --pattern '2048/1 4096/2 8192/4 16384/6 32768/12' --error-length 1500
-measure 60 op op --lengths 8192 32768 131072 --dtypes bfloat16 --seconds 0.3 --dense-limit 2
-measure 40 op-wide op --heads 16 --head-dim 128 --lengths 32768 --dtypes bfloat16 --seconds 0.3 --dense-limit 2 \
-    --patterns '2048/1 4096/2 8192/4 16384/6 32768/12'
-measure 80 length length --heads 12 --dtype bfloat16 --rounds 3 --limit 2 --lengths \
-    $((1<<11)) $((1<<13)) $((1<<15)) $((1<<16)) $((1<<17)) $((1<<18)) $((1<<19)) $((1<<20)) $((1<<21)) $((1<<22))
-measure 90 train train --config configuration/longnet-125m.json --dtype bfloat16 --seconds 0.5 \
-    --lengths 2048 8192 32768 131072 1048576 --dense-most 131072 --checkpoint-from 1048576
-measure 40 memory memory --config configuration/longnet-125m.json --dtypes bfloat16 --lengths 131072 1048576 \
-    --plain-most 131072
-measure 70 stream stream --tokens 1000000000 --chunk-size 1048576
+measure 80 backends backends --length 32768 --seconds 0.3 --shapes 8x64 12x64 8x128 \
+    --dtypes bfloat16 float16 float32 --pattern "$paper" --error-length 1500
+measure 80 op op --lengths 32768 131072 --dtypes bfloat16 --seconds 0.4 --dense-limit 2
+measure 30 op-wide op --heads 16 --head-dim 128 --lengths 32768 --dtypes bfloat16 --seconds 0.4 --patterns "$paper"
+# The tests compile many small kernels on the processor, and memory is counted, not timed: side by side.
+timeout 90 "$python" -m pytest -q -n 8 -p no:cacheprovider tests/test_triton.py &
+tests=$!
+measure 60 memory memory --config $model --dtypes bfloat16 --lengths 131072 1048576 --plain-most 131072
+wait $tests || failed=1
+measure 70 train train --config $model --dtype bfloat16 --seconds 0.5 --lengths 2048 8192 32768 131072 \
+    --dense-most 131072
+measure 60 train-long train --config $model --dtype bfloat16 --seconds 0 --rounds 1 --lengths 1048576 \
+    --checkpoint-from 1048576
+measure 50 length length --heads 12 --dtype bfloat16 --rounds 3 --limit 1 --rivals sdpa --lengths \
+    $((1<<11)) $((1<<12)) $((1<<13)) $((1<<14)) $((1<<15)) $((1<<16)) $((1<<17)) $((1<<18)) $((1<<19)) $((1<<20)) \
+    $((1<<21)) $((1<<22))
+measure 70 stream stream --tokens 1000000000 --chunk-size 1048576 --limit 45
+measure 70 length-window length --heads 12 --dtype bfloat16 --rounds 3 --rivals window --lengths $((1<<15)) $((1<<17))
 exit $failed

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="times that each length is measured, in turn")
+    parser.add_argument("--rivals", nargs="*", default=["sdpa", "window"], choices=["sdpa", "window"])
     parser.add_argument("--limit", type=float, default=15, help="longest call, seconds")
 
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> dict:
         order = [(length, mode) for length in args.lengths for mode in args.modes]
         for length, mode in tqdm(order, desc=f"Round {number + 1}", unit="case"):
             case = op.Case(length, args.heads, args.head_dim, args.dtype, mode, args.threads, args.device)
-            for who in ("ours", "sdpa", "window"):
+            for who in ("ours", *args.rivals):
                 key = (who, mode, length)
                 if (who, mode) in dropped and key not in rows:
                     continue

@@ -11,6 +11,7 @@ tokens, the weights' gradients lie there before it begins.
 """
 
 import argparse
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -29,7 +30,11 @@ COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="tokens")
-    parser.add_argument("--config", type=Path, help="JSON of another model than the small one, as in configuration/")
+    parser.add_argument(
+        "--config",
+        type=lambda text: Path(text).resolve(),
+        help="JSON of another model than the small one, as in configuration/",
+    )
     parser.add_argument("--plain-most", type=int, default=32_768, help="longest without gradient checkpointing")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
 
@@ -52,8 +57,10 @@ def kept_bytes(config: LongNetConfig, dtype: str) -> float:
     return sum(storages) / COUNTED_AT
 
 
-def count_bytes(config: LongNetConfig, dtype: str) -> dict[bool, float]:
+@lru_cache
+def count_bytes(path: Path | None, dtype: str) -> dict[bool, float]:
     """The module's formula: bytes a token at the peak of a training step, with gradient checkpointing and without."""
+    config = load_config(path)
     one, two = (kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (1, 2))
     block, element, blocks = two - one, getattr(torch, dtype).itemsize, config.num_hidden_layers
     at_work = (config.intermediate_size + 2 * config.hidden_size) * element
@@ -63,14 +70,14 @@ def count_bytes(config: LongNetConfig, dtype: str) -> dict[bool, float]:
 def run(args: argparse.Namespace) -> dict:
     rows, config = [], load_config(args.config)
     for dtype in args.dtypes:
-        for checkpointing, counted in count_bytes(config, dtype).items():
+        for checkpointing, counted in count_bytes(args.config, dtype).items():
             for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
                 print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
                 step = Step("longnet", length, args.config, dtype, checkpointing, args.threads, args.device)
                 peak = peak_bytes(prepare, step, True)
                 rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
                 rows[-1]["peak_bytes"] = peak
-    counted = {str(on): n for on, n in count_bytes(LongNetConfig.from_pretrained(PAPER), "bfloat16").items()}
+    counted = {str(on): n for on, n in count_bytes(PAPER, "bfloat16").items()}
     sizes = {name: getattr(config, name) for name in SIZES}
     pattern = {name: getattr(config, name) for name in PATTERN}
     return {"sizes": sizes, "pattern": pattern, "rows": rows, "paper_bytes_a_token": counted}

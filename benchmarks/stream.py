@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--chunk-size", type=int, default=32_768, help="tokens a forward; 1048576 on a GPU")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which it stops where it is")
     parser.add_argument("--head-dim", type=int, default=16)
 
 
@@ -46,9 +47,13 @@ def run(args: argparse.Namespace) -> dict:
     text = part.repeat(-(-args.tokens // len(part)))[: args.tokens]
     samples, begin = [], time.perf_counter()
     for scored in stream(model, text, chunk_size=args.chunk_size, progress=True):
-        if scored.stop >= args.tokens * (len(samples) + 1) / 10 or scored.stop == args.tokens:
+        seconds = time.perf_counter() - begin
+        last = scored.stop == args.tokens or seconds > args.limit
+        if scored.stop >= args.tokens * (len(samples) + 1) / 10 or last:
             memory = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes()
-            samples.append((scored.stop, time.perf_counter() - begin, memory))
+            samples.append((scored.stop, seconds, memory))
+        if last:
+            break
     return {"pattern": pattern_for(args.tokens), "head_dim": args.head_dim, "chunk_size": args.chunk_size,
             "device": args.device, "samples": samples}  # fmt: skip
 

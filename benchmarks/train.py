@@ -86,7 +86,8 @@ def make_model(who: str, path: Path | None):
 def prepare(step: Step, keep_gradients: bool = False) -> Call:
     """One training step of a model at a length; its gradients freed after it, or kept in their memory."""
     torch.set_num_threads(step.threads)
-    model = make_model(step.who, step.config).to(step.device, getattr(torch, step.dtype)).train()
+    with torch.device(step.device):
+        model = make_model(step.who, step.config).to(getattr(torch, step.dtype)).train()
     if step.checkpointing:
         model.gradient_checkpointing_enable()
     return training_step(model, step.length, keep_gradients)

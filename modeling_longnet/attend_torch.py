@@ -121,7 +121,7 @@ def _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale):
             grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2],
             0.0, is_causal, seeds, seeds, scale=scale,
         )  # fmt: skip
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
     key, value = (_share_heads(x, repeat) for x in (key, value))
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
         grad_out, query, key, value, None, out, padded, seeds, seeds, 0.0, (True, True, True, False), is_causal,

@@ -9,7 +9,7 @@ Letters: B batch, L columns, H query heads, G key/value heads, D head dimension.
 """
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ _LOG2_E = math.log2(math.e)
 _LEAST_SHARED_MEMORY = 160 << 10  # bytes, as an A100 and larger have; the blocks below were chosen for that
 # Numbers that change from text to text: no kernel is compiled for special ones.
 _NUMBERS = (
-    "out_batch", "programs", "segments", "first_segment", "w", "heads_per_offset", "phase", "length", "left", "padded",
+    "out_batch", "programs", "segments", "first_segment", "w", "heads_per_offset", "phase", "length", "left", "row",
+    "column", "padded",
 )  # fmt: skip
 
 
@@ -106,18 +107,19 @@ def _padded_dim(query: Tensor) -> int:
 
 
 @_jit
-def _piece(segment, head, w, r, heads_per_offset, phase, length, left):
-    """Of a head in a segment: the token of its first row in the chunk, how many rows it has there, before, after.
+def _piece(segment, head, w, r, heads_per_offset, phase, length, left, column):
+    """Of a head in a segment: the column of its first row in the chunk, how many rows it has there, before, after.
 
     phase: where in its segment the chunk begins. length, left: tokens of the chunk, and from its begin to the end of
-    the text. A head's rows are those tokens of the segment whose place in it is the head's offset modulo r.
+    the text. column: the chunk's first. A head's rows are those tokens of the segment whose place in it is the head's
+    offset modulo r.
     """
     offset = (head // heads_per_offset) % r
     begin = segment * w - phase
     first = (tl.maximum(-begin, 0) - offset + r - 1) // r
     end = (tl.minimum(w, length - begin) - offset + r - 1) // r
     last = (tl.minimum(w, left - begin) - offset + r - 1) // r
-    return begin + offset + first * r, end - first, first, last - end
+    return column + begin + offset + first * r, end - first, first, last - end
 
 
 @_jit
@@ -180,8 +182,8 @@ def _forward_kernel(
     query, key, value, out, lse,
     query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
     out_batch,
-    heads, heads_per_group, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left, padded,
-    scale,
+    heads, heads_per_group, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left, row, column,
+    padded, scale,
     WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, ZERO_PADDING: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -193,9 +195,9 @@ def _forward_kernel(
     block = programs - 1 - tl.program_id(0) % programs
     rest = tl.program_id(0) // programs
     head, rest = rest % heads, rest // heads
-    segment, batch = first_segment + rest % segments, tl.cast(rest // segments, tl.int64)
+    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
     group = head // heads_per_group
-    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left)
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
     i = block * OWN + tl.arange(0, OWN)
     key, key_row, keys = _keys(
         key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
@@ -285,7 +287,8 @@ def _backward_keys_kernel(
     query, key, value, grad_out, lse, delta, grad_key, grad_value,
     query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
     out_batch, grad_key_batch, grad_key_token, grad_key_head,
-    heads, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left, scale,
+    heads, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left, row, column,
+    scale,
     WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -300,8 +303,8 @@ def _backward_keys_kernel(
     # The first keys, which most queries see, begin first.
     block, rest = tl.program_id(0) % programs, tl.program_id(0) // programs
     group, rest = rest % groups, rest // groups
-    segment, batch = first_segment + rest % segments, tl.cast(rest // segments, tl.int64)
-    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left)
+    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
     key, key_row, keys = _keys(
         key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
     )  # fmt: skip
@@ -332,7 +335,8 @@ def _backward_keys_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights = tl.exp2(scores * scale - top[:, None])
             if IS_CAUSAL:
-                weights = tl.where(j[None, :] <= i[:, None], weights, 0.0)
+                if start < (block + 1) * OWN:
+                    weights = tl.where(j[None, :] <= i[:, None], weights, 0.0)
             grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             grad_scores = weights * (grad_weights - own[:, None])
             new_grad_value = tl.dot(
@@ -357,7 +361,7 @@ def _backward_queries_kernel(
     query, key, value, grad_out, lse, delta, grad_query,
     query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
     out_batch, heads, heads_per_group, programs, segments, first_segment, w, r, heads_per_offset, phase, length, left,
-    scale,
+    row, column, scale,
     WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -368,9 +372,9 @@ def _backward_queries_kernel(
     block = programs - 1 - tl.program_id(0) % programs
     rest = tl.program_id(0) // programs
     head, rest = rest % heads, rest // heads
-    segment, batch = first_segment + rest % segments, tl.cast(rest // segments, tl.int64)
+    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
     group = head // heads_per_group
-    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left)
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
     key, key_row, keys = _keys(
         key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
     )  # fmt: skip
@@ -414,7 +418,6 @@ def _delta_kernel(out, grad_out, delta, count, D: tl.constexpr, BLOCK_D: tl.cons
     tl.store(delta + row, tl.sum(o * g, 1), mask=row < count)
 
 
-@lru_cache
 def _slots(branch: Branch) -> int:
     """How many neighbouring heads have the same offset: head g has (g // n) % r."""
     n = next((g for g, offset in enumerate(branch.offsets) if offset), len(branch.offsets)) or 1
@@ -423,6 +426,7 @@ def _slots(branch: Branch) -> int:
     return n
 
 
+@lru_cache(maxsize=4096)
 def _segments(chunk: Chunk, branch: Branch, which: str) -> tuple[int, int, int, int]:
     """Segments that a launch works on: how many, the first; most rows of one in the chunk, most keys for them."""
     w, r, _ = branch
@@ -437,16 +441,19 @@ def _segments(chunk: Chunk, branch: Branch, which: str) -> tuple[int, int, int, 
     return 1, count - 1, rows, -(-(min(-(-end // w) * w, chunk.total) - end) // r)
 
 
-def _at(chunk: Chunk, *tensors: Tensor) -> Iterator[Tensor]:
-    """The chunk's part of (B, L, ...) tensors."""
-    for x in tensors:
-        yield x[chunk.row_begin : chunk.row_end, chunk.column_begin : chunk.column_end]
-
-
+@lru_cache(maxsize=4096)
 def _geometry(chunk: Chunk, branch: Branch) -> tuple[int, ...]:
-    """w, r, heads_per_offset, phase, length and left, as the kernels take them."""
+    """w, r, heads_per_offset, phase, length, left, row and column, as the kernels take them."""
     w, r, _ = branch
-    return w, r, _slots(branch), chunk.start % w, chunk.length, chunk.total - chunk.start
+    place = chunk.start % w, chunk.length, chunk.total - chunk.start, chunk.row_begin, chunk.column_begin
+    return w, r, _slots(branch), *place
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device, which is changed where it is another."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @lru_cache
@@ -492,11 +499,9 @@ def forward_(
         return
     blocks = blocks or forward_blocks(query)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
-    query, out, lse = _at(chunk, query, out, lse)
     own = which == "own"
-    key, value = _at(chunk, key, value) if own else (x[chunk.row_begin : chunk.row_end] for x in (key, value))
     programs = triton.cdiv(rows, blocks.own)
-    with torch.cuda.device_of(query):
+    with _on(query.device):
         _forward_kernel[(programs * heads * segments * batches,)](
             query, key, value, out, lse, *strides, heads, heads // groups, programs, segments, first,
             *_geometry(chunk, branch), -(-min(branch.w, chunk.total) // branch.r), scale * _LOG2_E,
@@ -508,7 +513,7 @@ def forward_(
 def sum_products(out: Tensor, grad_out: Tensor) -> Tensor:
     """The sum of out * grad_out over a head's elements: (B, L, H, D) twice, contiguous -> (B, L, H) float32."""
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    with torch.cuda.device_of(out):
+    with _on(out.device):
         _delta_kernel[(triton.cdiv(delta.numel(), 32),)](
             out, grad_out, delta, delta.numel(), D=out.shape[-1], BLOCK_D=_padded_dim(out), OWN=32
         )
@@ -535,15 +540,11 @@ def backward_(
     grad_query, grad_key, grad_value = grads
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
     grad_strides = grad_key.stride()[:3]
-    query, grad_out, lse, delta, grad_query = _at(chunk, query, grad_out, lse, delta, grad_query)
-    shared = key, value, grad_key, grad_value
     own = which == "own"
-    shared = _at(chunk, *shared) if own else (x[chunk.row_begin : chunk.row_end] for x in shared)
-    key, value, grad_key, grad_value = shared
     inputs = query, key, value, grad_out, lse, delta
     place = segments, first, *_geometry(chunk, branch), scale * _LOG2_E
     constants = {"WHICH": which, "IS_CAUSAL": is_causal and own, "IS_FIRST": is_first}
-    with torch.cuda.device_of(query):
+    with _on(query.device):
         programs = triton.cdiv(keys, of_keys.own)
         _backward_keys_kernel[(programs * groups * segments * batches,)](
             *inputs, grad_key, grad_value, *strides, *grad_strides, heads, programs, *place, **constants,

@@ -100,10 +100,14 @@ def _slabs(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _each_branch(plan: Plan) -> Iterator[tuple[Chunk, int, Branch]]:
-    """Every chunk with every branch (and its number): what one Triton launch takes."""
+    """Every chunk with every branch (and its number): what one Triton launch takes.
+
+    After the first branch, which writes, the longest come first: their few programs end late, beside those of the next.
+    """
+    order = (0, *range(len(plan.branches) - 1, 0, -1))
     for chunk in plan.chunks:
-        for index, branch in enumerate(plan.branches):
-            yield chunk, index, branch
+        for index in order:
+            yield chunk, index, plan.branches[index]
 
 
 def each_piece(plan: Plan, heads_per_group: int) -> Iterator[tuple[Chunk, int, Branch, Rows]]:
