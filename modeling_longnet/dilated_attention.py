@@ -23,6 +23,8 @@ from .reference import count_branches, dense_attention
 
 # Kernel results above this size come from fresh pages that the system must fill with zeros each time.
 _CPU_BYTES_PER_CALL = 2 << 20
+# Asked once: a graph of torch.compile cannot ask.
+_AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)}
 # CUDA kernels put the batch into a grid dimension of at most 65,535.
 _CUDA_BATCH_PER_CALL = 32768
 
@@ -518,7 +520,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which attention runs: autocast's where it is on, as PyTorch's own attention (float64 stays)."""
     device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not x.is_floating_point() or device not in _AUTOCAST_DEVICES:
         return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
