@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--config", type=Path, help="JSON of another model than the small one, as in configuration/")
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="two steps less")
     parser.add_argument("--checkpoint-from", type=int, help="gradient checkpointing from this length on, both models")
 
 
@@ -126,7 +127,8 @@ def run(args: argparse.Namespace) -> dict:
             raise torch.OutOfMemoryError(f"LongNet itself does not fit at {length:,} tokens.")
         peaks = {name: peak_bytes(prepare, steps[name]) for name in seconds}
         rows.append({"length": length, "checkpointing": checkpointing, "seconds": seconds, "peak_bytes": peaks})
-        rows[-1]["profile"] = profile_step(steps["longnet"])
+        if args.profile:
+            rows[-1]["profile"] = profile_step(steps["longnet"])
         if "dense" not in seconds:
             rows[-1]["skipped"] = "out of memory" if too_large else f"not asked for: --dense-most {args.dense_most}"
     pattern = {name: getattr(config, name) for name in PATTERN}

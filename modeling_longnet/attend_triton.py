@@ -21,6 +21,7 @@ from .branches import Branch, Chunk
 try:
     import triton
     import triton.language as tl
+    from triton.knobs import runtime
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     _missing = f"the triton package cannot be imported ({error}); pip install triton, or use 'torch'"
@@ -33,10 +34,11 @@ except ImportError as error:
 else:
     _missing = None
     _jit = triton.jit
-    _IS_INTERPRETED = triton.knobs.runtime.interpret
+    _IS_INTERPRETED = runtime.interpret
 
 _LOG2_E = math.log2(math.e)
 _LEAST_SHARED_MEMORY = 160 << 10  # bytes, as an A100 and larger have; the blocks below were chosen for that
+_LARGEST_BLOCK = 128  # rows
 # Numbers that change from text to text: no kernel is compiled for special ones.
 _NUMBERS = (
     "out_batch", "programs", "segments", "first_segment", "w", "heads_per_offset", "phase", "length", "left", "row",
@@ -66,7 +68,7 @@ def unavailable(query: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)  # not on ROCm
 
 
 class Blocks(NamedTuple):
@@ -206,6 +208,8 @@ def _forward_kernel(
         value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
     )  # fmt: skip
     if (block * OWN >= rows) | (keys == 0):
+        if OVERLAPS:
+            gdc_wait()  # so that a kernel never ends before the one before it, which the next does not wait for
         return
     query += batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
     q = _load_rows(query, block * OWN, rows, query_token * r, OWN, D, BLOCK_D, True)
@@ -312,6 +316,8 @@ def _backward_keys_kernel(
         value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
     )  # fmt: skip
     if (block * OWN >= keys) | (rows == 0):
+        if OVERLAPS:
+            gdc_wait()
         return
     j = block * OWN + tl.arange(0, OWN)
     k = _load_rows(key, block * OWN, keys, key_row, OWN, D, BLOCK_D, True)
@@ -382,6 +388,8 @@ def _backward_queries_kernel(
         value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
     )  # fmt: skip
     if (block * OWN >= rows) | (keys == 0):
+        if OVERLAPS:
+            gdc_wait()  # so that a kernel never ends before the one before it, which the next does not wait for
         return
     i = block * OWN + tl.arange(0, OWN)
     place = batch * out_batch + tl.cast(token, tl.int64) * heads + head
@@ -497,6 +505,7 @@ def forward_(
     segments, first, rows, keys = _segments(chunk, branch, which)
     if not keys:
         return
+    _check_reach(branch, rows, query, key, value, out)
     blocks = blocks or forward_blocks(query)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
     own = which == "own"
@@ -513,11 +522,22 @@ def forward_(
 def sum_products(out: Tensor, grad_out: Tensor) -> Tensor:
     """The sum of out * grad_out over a head's elements: (B, L, H, D) twice, contiguous -> (B, L, H) float32."""
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    with _on(out.device):
-        _delta_kernel[(triton.cdiv(delta.numel(), 32),)](
-            out, grad_out, delta, delta.numel(), D=out.shape[-1], BLOCK_D=_padded_dim(out), OWN=32
-        )
+    if delta.numel():
+        with _on(out.device):
+            _delta_kernel[(triton.cdiv(delta.numel(), 32),)](
+                out, grad_out, delta, delta.numel(), D=out.shape[-1], BLOCK_D=_padded_dim(out), OWN=32
+            )
     return delta
+
+
+def _check_reach(branch: Branch, rows: int, *tensors: Tensor) -> None:
+    """Within a block, rows are counted in 32 bits (see `_load_rows`)."""
+    apart = branch.r * max(x.stride(1) for x in tensors)
+    if min(rows, _LARGEST_BLOCK) * apart >= 1 << 31:
+        raise ValueError(
+            f"rate {branch.r}: {rows} rows that lie {apart} elements apart are too far for the Triton kernels; use "
+            "backend='torch', or read the text in shorter chunks."
+        )
 
 
 def backward_(
@@ -536,6 +556,7 @@ def backward_(
     segments, first, rows, keys = _segments(chunk, branch, which)
     if not keys:
         return
+    _check_reach(branch, rows, query, key, value, grad_out)
     of_keys, of_queries = blocks or backward_blocks(query)
     grad_query, grad_key, grad_value = grads
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from .branches import HEAD_OFFSETS, check_branches, count_work
 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
-ATTENTION_BACKENDS = ("auto", "torch", "flash_attn")
+ATTENTION_BACKENDS = ("auto", "torch", "flash_attn", "triton")
 # Fields under the names that TorchScale and others give them.
 OTHER_NAMES = {
     "segment_length": "segment_lengths",
@@ -85,7 +85,7 @@ class LongNetConfig(PreTrainedConfig):
             "rope" (rotation alone) or "none". Positions count modulo `position_period`.
         xpos_scale_base: tokens over which xPos decays by a factor zeta_i.
         rope_theta: base of the rotation's frequencies, theta_i = rope_theta ** (-2 i / D).
-        attention_backend: kernels of `attn_implementation="sdpa"`: "torch", "flash_attn" or "auto".
+        attention_backend: kernels of `attn_implementation="sdpa"`: "torch", "flash_attn", "triton" or "auto".
         attend_zero_padding: bidirectional only: attend to the zero keys of the released implementation's
             padding, with which Prov-GigaPath's weights were trained.
         hidden_act: activation of the feed-forward block, a name of Transformers' ACT2FN.

@@ -546,14 +546,15 @@ def dilated_attention(
 
     Args:
         query: (B, H, L, D), floating point. The fastest layout is (B, L, H, D) in memory, transposed.
-        key, value: (B, G, L, D), G dividing H; not repeated in memory, but by the dense reference and for
-            PyTorch's memory-efficient CUDA kernel (float32).
+        key, value: (B, G, L, D), G dividing H; not repeated in memory, but by the dense reference and, with
+            backend "torch", for PyTorch's memory-efficient CUDA kernel (float32).
         segment_lengths, dilation_rates: w and r of each branch, in tokens, 1 <= r <= w, w growing.
         is_causal: a query sees no later key.
         scale: of the scores, above 0; 1 / sqrt(D) if None.
         head_offsets: "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale).
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's flash and memory-efficient
-            kernels), "flash_attn" (that package), or "auto", which takes "torch" where it runs.
+            kernels), "flash_attn" (that package), "triton" (kernels of our own, CUDA, D up to 256, no float64), or
+            "auto", which takes "triton" on a GPU and "torch" elsewhere, where they run.
 
     Returns:
         (B, H, L, D), the query's dtype (autocast's under autocast); 0 for a query that no branch covers. The

@@ -190,6 +190,18 @@ def test_says_why_it_cannot_run(sample, words):
         attend.choose_backend("triton", sample)
 
 
+def test_rows_too_far_apart_are_refused():
+    far, chunk = torch.empty(1, 1 << 20, 64, 64, device="meta"), Chunk(0, 1, 0, 1 << 20, 0, 1 << 20)
+    branch = Branch(1 << 20, 1 << 16, (0,) * 64)
+    with refused("rate 65536", "16 rows", "'torch'"):
+        attend_triton.forward_(far, far[..., 0], far, far, far, chunk, branch, is_causal=True, scale=1.0)
+
+
+def test_an_empty_shard_has_no_products():
+    empty = torch.zeros(2, 0, 3, 5, device=DEVICE)
+    assert attend_triton.sum_products(empty, empty).shape == (2, 0, 3)
+
+
 def test_head_offsets_of_no_known_kind_are_refused():
     with refused("(1, 0)", "neither interleaved"):
         attend_triton._slots(Branch(4, 2, (1, 0)))
