@@ -19,22 +19,22 @@ measure() { # seconds allowed, file, name, options
 }
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
-measure 70 op op --lengths 32768 131072 --dtypes bfloat16 --seconds 0.4 --dense-limit 2
-measure 30 op-wide op --heads 16 --head-dim 128 --lengths 32768 --dtypes bfloat16 --seconds 0.4 --patterns "$paper"
+measure 65 op op --lengths 32768 131072 --dtypes bfloat16 --seconds 0.4 --dense-limit 2
+measure 25 op-wide op --heads 16 --head-dim 128 --lengths 32768 --dtypes bfloat16 --seconds 0.4 --patterns "$paper"
 # The tests compile many small kernels on the processor, and memory is counted, not timed: side by side.
-timeout 90 "$python" -m pytest -q -n 8 -p no:cacheprovider tests/test_triton.py &
+timeout 80 "$python" -m pytest -q -n 8 -p no:cacheprovider tests/test_triton.py &
 tests=$!
 measure 60 memory memory --config $model --dtypes bfloat16 --lengths 131072 1048576 --plain-most 131072
 wait $tests || failed=1
-measure 70 train train --config $model --dtype bfloat16 --seconds 0.5 --lengths 2048 8192 32768 131072 \
+measure 60 train train --config $model --dtype bfloat16 --seconds 0.5 --lengths 2048 8192 32768 131072 \
     --dense-most 131072
-measure 60 train-long train --config $model --dtype bfloat16 --seconds 0 --rounds 1 --lengths 1048576 \
+measure 50 train-long train --config $model --dtype bfloat16 --seconds 0 --rounds 1 --lengths 1048576 \
     --checkpoint-from 1048576 --no-profile
-measure 40 length length --heads 12 --dtype bfloat16 --rounds 3 --limit 1 --rivals sdpa --lengths \
+measure 35 length length --heads 12 --dtype bfloat16 --rounds 3 --limit 1 --rivals sdpa --lengths \
     $((1<<11)) $((1<<12)) $((1<<13)) $((1<<14)) $((1<<15)) $((1<<16)) $((1<<17)) $((1<<18)) $((1<<19)) $((1<<20)) \
     $((1<<21)) $((1<<22))
-measure 40 stream stream --tokens 1000000000 --chunk-size 1048576 --limit 30
-measure 90 backends backends --length 32768 --seconds 0.3 --shapes 8x64 8x128 --dtypes bfloat16 float32 \
+measure 35 stream stream --tokens 1000000000 --chunk-size 1048576 --limit 28
+measure 80 backends backends --length 32768 --seconds 0.3 --shapes 8x64 8x128 --dtypes bfloat16 float32 \
     --pattern "$paper" --error-length 1000
-measure 50 length-window length --heads 12 --dtype bfloat16 --rounds 3 --rivals window --lengths $((1<<15))
+measure 45 length-window length --heads 12 --dtype bfloat16 --rounds 1 --rivals window --lengths $((1<<15))
 exit $failed

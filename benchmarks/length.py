@@ -103,7 +103,7 @@ def _estimate(who: str, case: op.Case, before: dict | None) -> float:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure every length, each contestant in turn; memory once, in processes of their own."""
+    """Measure every length, each contestant in turn; memory once, on a CPU in processes of their own."""
     rows: dict[tuple, dict] = {}
     dropped: dict[tuple, str] = {}
     for number in range(args.rounds):

@@ -12,6 +12,7 @@ Letters: L tokens, H heads, D head dimension; batch 1.
 """
 
 import argparse
+import math
 from collections import Counter
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -156,7 +157,8 @@ def _attend_dense(kernel: str | None, query: Tensor, key: Tensor, value: Tensor)
 
 @lru_cache
 def dense_kernel(case: Case) -> str | None:
-    """The fastest of PyTorch's dense kernels on a GPU, by SDPBackend's names; None on a CPU, which has one."""
+    """The fastest of PyTorch's dense kernels on a GPU, by SDPBackend's names; None on a CPU, which has one, and for
+    float64, which has none."""
     if case.device == "cpu":
         return None
     seconds = {}
@@ -168,7 +170,7 @@ def dense_kernel(case: Case) -> str | None:
         except RuntimeError:  # it does not take this dtype or head dimension
             continue
         seconds[kernel] = min(seconds_of(call) for _ in range(3))
-    return min(seconds, key=seconds.get)
+    return min(seconds, key=seconds.get, default=None)
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -482,17 +484,18 @@ def tables(result: dict) -> str:
 def _about_the_gpu(result: dict) -> list[str]:
     """Which dense kernel was the rival on a GPU, and how long the processor takes to queue a call."""
     rows = [row for row in result["rows"] if "queueing_seconds" in row]
-    kernels = {f"{row['kernel']} ({row['dtype']}, {row['mode']})" for row in rows if row.get("kernel")}
-    queued = {
-        f"{who}, {mode}": min(r["queueing_seconds"] for r in rows if (r["who"], r["mode"]) == (who, mode)) * 1e3
-        for who, mode in dict.fromkeys((row["who"], row["mode"]) for row in rows if row["who"] in ("ours", "sdpa"))
-    }
     if not rows:
         return []
+    kernels = {f"{row['kernel']} ({row['dtype']}, {row['mode']})" for row in rows if row.get("kernel")}
+    queueing: dict[str, float] = {}
+    for row in (row for row in rows if row["who"] in ("ours", "sdpa")):
+        name = f"{row['pattern'] or 'SDPA'}, {row['mode']}"
+        queueing[name] = min(queueing.get(name, math.inf), row["queueing_seconds"] * 1e3)
     return [
-        f"Times are the GPU's, of calls queued before it is free. SDPA is the fastest of PyTorch's dense kernels: "
+        "Times are the GPU's, of calls queued while it is busy with something else; peak memory is its allocator's. "
+        f"SDPA is that of PyTorch's dense kernels that is fastest at {ESTIMATE_LENGTH:,} tokens: "
         f"{', '.join(sorted(kernels))}. The processor queues a call in at least (ms): "
-        + ", ".join(f"{what} {ms:.2f}" for what, ms in queued.items()) + "."
+        + "; ".join(f"{name} {ms:.2f}" for name, ms in queueing.items()) + "."
     ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "communication": communication,
     "stream": stream,
 }
+ON_GPU = ("op", "length", "backends", "train", "memory", "peers", "stream")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -36,9 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         chosen.add_argument("--threads", type=int, default=os.cpu_count())
-        chosen.add_argument(
-            "--device", default="cpu", help="cpu or cuda (op, length, backends, peers, train, memory, stream)"
-        )
+        devices = ["cpu", "cuda"] if name in ON_GPU else ["cpu"]
+        chosen.add_argument("--device", default="cpu", choices=devices)
         chosen.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/...")
         module.add_arguments(chosen)
     return parser.parse_args(arguments)
@@ -59,7 +59,7 @@ def describe(result: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    result = {"name": args.name} | describe_run()
+    result = {"name": args.name} | describe_run(args.device)
     result |= BENCHMARKS[args.name].run(args)
     date = result["date"][:16].replace(":", "")
     path = args.output or RESULTS / f"{args.name}-{machine_slug(result)}-{date}.json"

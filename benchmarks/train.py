@@ -21,10 +21,18 @@ from .measure import DTYPES, Call, peak_bytes, seconds_of, spread, time_alternat
 MODELS = ("longnet", "dense")
 # What a step's time goes to: kinds of PyTorch's operators, by parts of their names; the first that fits.
 KINDS = {
-    # On a GPU events are kernels, by other names: Triton's are ours.
-    "attention's kernels": ("flash_attention", "efficient_attention", "_forward_kernel", "_backward_", "_delta_kernel"),
+    # On a GPU events are kernels, by other names: Triton's are ours, "gammabeta" is LayerNorm's backward.
+    "attention's kernels": (
+        "flash_",
+        "efficient_attention",
+        "fmha",
+        "_forward_kernel",
+        "_backward_keys_kernel",
+        "_backward_queries_kernel",
+        "_delta_kernel",
+    ),
+    "norms": ("layer_norm", "gammabeta"),
     "matrix products": ("mm", "linear", "nvjet", "cutlass"),
-    "norms": ("layer_norm",),
     "activation": ("gelu",),
     "loss": ("softmax", "nll_loss"),
     "copies, sums, merges": (
@@ -151,11 +159,11 @@ def profile_step(step: Step) -> dict[str, object]:
     config = load_config(step.config)
     with torch.device("meta"):
         model = LongNetForCausalLM(config)
-    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
+    blocks, head = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2), model.lm_head.weight.numel()
     size, options = config.hidden_size, {"dtype": getattr(torch, step.dtype), "device": step.device}
     hidden, wide = torch.randn(min(step.length, 4096), size, **options), torch.randn(size, 4 * size, **options)
     product = min(seconds_of(lambda: hidden @ wide) for _ in range(10))
-    flops = (8 if step.checkpointing else 6) * weights * step.length / seconds["matrix products"]
+    flops = ((8 if step.checkpointing else 6) * blocks + 6 * head) * step.length / seconds["matrix products"]
     return {"seconds": seconds, "flops": flops, "product_flops": 2 * hidden.shape[0] * wide.numel() / product}
 
 

@@ -47,7 +47,7 @@ def _say_choice(name: str, device: str, dtype: torch.dtype, reasons: str) -> Non
         device,
         dtype,
         name,
-        reasons or "the fastest",
+        reasons or "preferred",
     )
 
 

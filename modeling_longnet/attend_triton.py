@@ -29,16 +29,17 @@ except ImportError as error:
     def _jit(function, **options):
         return function
 
-    class tl:  # only named in the kernels' annotations
-        constexpr = int
+    class tl:  # only named around the kernels
+        constexpr = float
 else:
     _missing = None
     _jit = triton.jit
     _IS_INTERPRETED = runtime.interpret
 
-_LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 _LEAST_SHARED_MEMORY = 160 << 10  # bytes, as an A100 and larger have; the blocks below were chosen for that
 _LARGEST_BLOCK = 128  # rows
+_NARROW = 1 << 31  # what 32 bits count, elements
 # Numbers that change from text to text: no kernel is compiled for special ones.
 _NUMBERS = (
     "out_batch", "programs", "segments", "first_segment", "w", "heads_per_offset", "phase", "length", "left", "row",
@@ -72,18 +73,17 @@ def _shared_memory(device: torch.device) -> int:
 
 
 class Blocks(NamedTuple):
-    """How much one program takes: rows of its own, rows of the other side at a time, warps, stages of loading, and at
-    most how many registers a thread (0: as many as the compiler likes)."""
+    """How much one program takes: rows of its own, rows of the other side at a time, warps, stages of loading."""
 
     own: int
     other: int
     warps: int
     stages: int
-    registers: int = 0
 
 
 def forward_blocks(query: Tensor) -> Blocks:
-    """What was fastest on an H100 (benchmarks/README.md)."""
+    """What was fastest on an H100 (benchmarks/README.md): bfloat16 with D of 64, 128 and 256, float32 with 64 and 128.
+    Others are like their neighbours."""
     dim = _padded_dim(query)
     if query.element_size() > 2:
         return Blocks(64, 64, 4, 2) if dim <= 64 else Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(32, 32, 4, 1)
@@ -117,21 +117,24 @@ def _piece(segment, head, w, r, heads_per_offset, phase, length, left, column):
     offset modulo r.
     """
     offset = (head // heads_per_offset) % r
-    begin = segment * w - phase
+    begin = tl.cast(segment, tl.int64) * w - phase
     first = (tl.maximum(-begin, 0) - offset + r - 1) // r
     end = (tl.minimum(w, length - begin) - offset + r - 1) // r
     last = (tl.minimum(w, left - begin) - offset + r - 1) // r
-    return column + begin + offset + first * r, end - first, first, last - end
+    rows, before, after = end - first, first, last - end
+    token = column + begin + offset + first * r
+    return token, rows.to(tl.int32), before.to(tl.int32), after.to(tl.int32)
 
 
 @_jit
 def _keys(
-    pointer, batch, group, token, batch_stride, token_stride, group_stride, rows, before, after, r, WHICH: tl.constexpr
+    pointer, batch, group, token, batch_stride, token_stride, group_stride, rows, before, after, apart,
+    WHICH: tl.constexpr,
 ):  # fmt: skip
     """The first key (or value) that a segment's queries see, how far apart these lie, and how many they are."""
-    pointer += batch * batch_stride + group * group_stride
+    pointer += batch * batch_stride + tl.cast(group, tl.int64) * group_stride
     if WHICH == "own":
-        return pointer + tl.cast(token, tl.int64) * token_stride, token_stride * r, rows
+        return pointer + token * token_stride, token_stride * apart, rows
     return pointer, token_stride, before if WHICH == "before" else after
 
 
@@ -142,7 +145,7 @@ def _load_rows(
 ):  # fmt: skip
     """Rows start .. start + N - 1, (N, BLOCK_D), of which those from `count` on, and elements from D on, are 0."""
     n, d = tl.arange(0, N), tl.arange(0, BLOCK_D)
-    # 64 bits where a text needs them; within a block 32, which take half the registers.
+    # Within a block 32 bits, which take half the registers, unless `stride` has more (WIDE).
     pointers = (pointer + tl.cast(start, tl.int64) * stride) + (n[:, None] * stride + d[None, :])
     if MASKED:
         if D < BLOCK_D:
@@ -188,9 +191,10 @@ def _forward_kernel(
     padded, scale,
     WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, ZERO_PADDING: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's queries in one segment: attend to WHICH keys, merge into out and lse (Eq. 9-10)."""
+    apart = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()  # the next branch may begin where this one leaves processors idle
     # The last queries, which see most keys, begin first; heads of one segment run side by side.
@@ -202,17 +206,17 @@ def _forward_kernel(
     token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
     i = block * OWN + tl.arange(0, OWN)
     key, key_row, keys = _keys(
-        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
+        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     value, value_row, _ = _keys(
-        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
+        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     if (block * OWN >= rows) | (keys == 0):
         if OVERLAPS:
             gdc_wait()  # so that a kernel never ends before the one before it, which the next does not wait for
         return
-    query += batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
-    q = _load_rows(query, block * OWN, rows, query_token * r, OWN, D, BLOCK_D, True)
+    query += batch * query_batch + token * query_token + tl.cast(head, tl.int64) * query_head
+    q = _load_rows(query, block * OWN, rows, query_token * apart, OWN, D, BLOCK_D, True)
 
     total = tl.zeros([OWN, BLOCK_D], tl.float32)
     denominator = tl.zeros([OWN], tl.float32)
@@ -232,13 +236,13 @@ def _forward_kernel(
         zeros = padded - rows - before - after
         new_top = tl.where(zeros > 0, tl.maximum(top, 0.0), top)
         shrink = tl.exp2(top - new_top)
-        denominator = denominator * shrink + zeros * tl.exp2(-new_top)
+        denominator = denominator * shrink + zeros * tl.exp2(-tl.maximum(new_top, 0.0))
         total, top = total * shrink[:, None], new_top
 
     new_out = total / denominator[:, None]
-    new_lse = (top + tl.log2(denominator)) / 1.4426950408889634
+    new_lse = (top + tl.log2(denominator)) / _LOG2_E
     d = tl.arange(0, BLOCK_D)
-    place = batch * out_batch + tl.cast(token, tl.int64) * heads + head + i.to(tl.int64) * (r * heads)
+    place = batch * out_batch + token * heads + head + i.to(tl.int64) * (apart * heads)
     out_pointers = out + place[:, None] * D + d[None, :]
     mask = (i < rows)[:, None] & (d < D)[None, :]
     if OVERLAPS:
@@ -295,12 +299,13 @@ def _backward_keys_kernel(
     scale,
     WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's keys in one segment: add the gradients of keys and values, from WHICH queries see them.
 
     Given the merged lse, and delta = sum of out * grad_out of the merged out, they are the branch's exact share.
     """
+    apart = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
     groups = heads // HEADS_PER_GROUP
@@ -310,10 +315,10 @@ def _backward_keys_kernel(
     segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
     token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
     key, key_row, keys = _keys(
-        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
+        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     value, value_row, _ = _keys(
-        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
+        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     if (block * OWN >= keys) | (rows == 0):
         if OVERLAPS:
@@ -329,14 +334,14 @@ def _backward_keys_kernel(
     begin = block * OWN // OTHER * OTHER if IS_CAUSAL else 0
     for n in range(HEADS_PER_GROUP):
         head = group * HEADS_PER_GROUP + n
-        head_query = query + batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
-        place = batch * out_batch + tl.cast(token, tl.int64) * heads + head
+        head_query = query + batch * query_batch + token * query_token + tl.cast(head, tl.int64) * query_head
+        place = batch * out_batch + token * heads + head
         for start in range(begin, rows, OTHER):
             i = start + tl.arange(0, OTHER)
-            q = _load_rows(head_query, start, rows, query_token * r, OTHER, D, BLOCK_D, True)
-            g = _load_rows(grad_out + place * D, start, rows, r * heads * D, OTHER, D, BLOCK_D, True)
-            places = place + tl.cast(start, tl.int64) * (r * heads) + tl.arange(0, OTHER) * (r * heads)
-            top = tl.load(lse + places, mask=i < rows, other=float("inf")) * 1.4426950408889634
+            q = _load_rows(head_query, start, rows, query_token * apart, OTHER, D, BLOCK_D, True)
+            g = _load_rows(grad_out + place * D, start, rows, apart * heads * D, OTHER, D, BLOCK_D, True)
+            places = place + tl.cast(start, tl.int64) * (apart * heads) + tl.arange(0, OTHER) * (apart * heads)
+            top = tl.load(lse + places, mask=i < rows, other=float("inf")) * _LOG2_E
             own = tl.load(delta + places, mask=i < rows, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights = tl.exp2(scores * scale - top[:, None])
@@ -349,12 +354,13 @@ def _backward_keys_kernel(
                 tl.trans(weights.to(g.dtype)), g, new_grad_value, input_precision=PRECISION
             )  # fmt: skip
             new_grad_key = tl.dot(tl.trans(grad_scores.to(q.dtype)), q, new_grad_key, input_precision=PRECISION)
-    new_grad_key *= scale / 1.4426950408889634
+    new_grad_key *= scale / _LOG2_E
     grad_key, grad_key_row, _ = _keys(
-        grad_key, batch, group, token, grad_key_batch, grad_key_token, grad_key_head, rows, before, after, r, WHICH
+        grad_key, batch, group, token, grad_key_batch, grad_key_token, grad_key_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     grad_value, _, _ = _keys(
-        grad_value, batch, group, token, grad_key_batch, grad_key_token, grad_key_head, rows, before, after, r, WHICH
+        grad_value, batch, group, token, grad_key_batch, grad_key_token, grad_key_head, rows, before, after, apart,
+        WHICH,
     )  # fmt: skip
     if OVERLAPS:
         gdc_wait()
@@ -370,9 +376,10 @@ def _backward_queries_kernel(
     row, column, scale,
     WHICH: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's queries in one segment: add their gradients, from WHICH keys they see."""
+    apart = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
     block = programs - 1 - tl.program_id(0) % programs
@@ -382,22 +389,22 @@ def _backward_queries_kernel(
     group = head // heads_per_group
     token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
     key, key_row, keys = _keys(
-        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, r, WHICH
+        key, batch, group, token, key_batch, key_token, key_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     value, value_row, _ = _keys(
-        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, r, WHICH
+        value, batch, group, token, value_batch, value_token, value_head, rows, before, after, apart, WHICH
     )  # fmt: skip
     if (block * OWN >= rows) | (keys == 0):
         if OVERLAPS:
             gdc_wait()  # so that a kernel never ends before the one before it, which the next does not wait for
         return
     i = block * OWN + tl.arange(0, OWN)
-    place = batch * out_batch + tl.cast(token, tl.int64) * heads + head
-    query += batch * query_batch + tl.cast(token, tl.int64) * query_token + head * query_head
-    q = _load_rows(query, block * OWN, rows, query_token * r, OWN, D, BLOCK_D, True)
-    g = _load_rows(grad_out + place * D, block * OWN, rows, r * heads * D, OWN, D, BLOCK_D, True)
-    places = place + i.to(tl.int64) * (r * heads)
-    top = tl.load(lse + places, mask=i < rows, other=float("inf")) * 1.4426950408889634
+    place = batch * out_batch + token * heads + head
+    query += batch * query_batch + token * query_token + tl.cast(head, tl.int64) * query_head
+    q = _load_rows(query, block * OWN, rows, query_token * apart, OWN, D, BLOCK_D, True)
+    g = _load_rows(grad_out + place * D, block * OWN, rows, apart * heads * D, OWN, D, BLOCK_D, True)
+    places = place + i.to(tl.int64) * (apart * heads)
+    top = tl.load(lse + places, mask=i < rows, other=float("inf")) * _LOG2_E
     own = tl.load(delta + places, mask=i < rows, other=0.0)
     end = tl.minimum(keys, (block + 1) * OWN) if IS_CAUSAL else keys
     whole = (tl.minimum(keys, block * OWN) if IS_CAUSAL else keys) // OTHER * OTHER
@@ -410,10 +417,10 @@ def _backward_queries_kernel(
         new_grad_query, q, g, top, own, key, value, whole, end, i, keys, key_row, value_row, scale,
         True, IS_CAUSAL, D, BLOCK_D, OTHER, PRECISION,
     )  # fmt: skip
-    new_grad_query *= scale / 1.4426950408889634
+    new_grad_query *= scale / _LOG2_E
     if OVERLAPS:
         gdc_wait()
-    _add_rows(grad_query + place * D, new_grad_query, i, rows, r * heads * D, IS_FIRST, D, BLOCK_D)
+    _add_rows(grad_query + place * D, new_grad_query, i, rows, apart * heads * D, IS_FIRST, D, BLOCK_D)
 
 
 @_jit
@@ -472,8 +479,7 @@ def _can_overlap(device: torch.device) -> bool:
 
 def _kernel_constants(query: Tensor, blocks: Blocks, overlaps: bool) -> dict[str, object]:
     overlapping = _can_overlap(query.device)
-    options = {"maxnreg": blocks.registers} if blocks.registers else {}
-    options |= {"launch_pdl": overlaps} if overlapping else {}
+    options = {"launch_pdl": overlaps} if overlapping else {}
     return options | {
         "D": query.shape[-1],
         "BLOCK_D": _padded_dim(query),
@@ -489,7 +495,7 @@ def _kernel_constants(query: Tensor, blocks: Blocks, overlaps: bool) -> dict[str
 def forward_(
     out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, branch: Branch, *,
     which: str = "own", is_causal: bool, is_first: bool = False, scale: float, zero_padding: bool = False,
-    overlaps: bool = False, blocks: Blocks | None = None,
+    overlaps: bool = False,
 ) -> None:  # fmt: skip
     """Merge a chunk's attention in one branch into out and lse, in place.
 
@@ -505,16 +511,16 @@ def forward_(
     segments, first, rows, keys = _segments(chunk, branch, which)
     if not keys:
         return
-    _check_reach(branch, rows, query, key, value, out)
-    blocks = blocks or forward_blocks(query)
+    blocks = forward_blocks(query)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
     own = which == "own"
     programs = triton.cdiv(rows, blocks.own)
     with _on(query.device):
         _forward_kernel[(programs * heads * segments * batches,)](
             query, key, value, out, lse, *strides, heads, heads // groups, programs, segments, first,
-            *_geometry(chunk, branch), -(-min(branch.w, chunk.total) // branch.r), scale * _LOG2_E,
+            *_geometry(chunk, branch), -(-min(branch.w, chunk.total) // branch.r), scale * math.log2(math.e),
             WHICH=which, IS_CAUSAL=is_causal and own, IS_FIRST=is_first, ZERO_PADDING=zero_padding and own,
+            WIDE=_is_wide(branch, rows, query, key, value, out),
             **_kernel_constants(query, blocks, overlaps),
         )  # fmt: skip
 
@@ -530,21 +536,15 @@ def sum_products(out: Tensor, grad_out: Tensor) -> Tensor:
     return delta
 
 
-def _check_reach(branch: Branch, rows: int, *tensors: Tensor) -> None:
-    """Within a block, rows are counted in 32 bits (see `_load_rows`)."""
-    apart = branch.r * max(x.stride(1) for x in tensors)
-    if min(rows, _LARGEST_BLOCK) * apart >= 1 << 31:
-        raise ValueError(
-            f"rate {branch.r}: {rows} rows that lie {apart} elements apart are too far for the Triton kernels; use "
-            "backend='torch', or read the text in shorter chunks."
-        )
+def _is_wide(branch: Branch, rows: int, *tensors: Tensor) -> bool:
+    """Do the rows of a block lie further apart than 32 bits count?"""
+    return min(rows, _LARGEST_BLOCK) * branch.r * max(x.stride(1) for x in tensors) >= _NARROW
 
 
 def backward_(
     grads: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor,
     delta: Tensor, chunk: Chunk, branch: Branch, *,
     which: str = "own", is_causal: bool, is_first: bool = False, scale: float, overlaps: bool = False,
-    blocks: tuple[Blocks, Blocks] | None = None,
 ) -> None:  # fmt: skip
     """Add the gradients of `forward_` to those of q, k, v, in place, or write them; exact with the merged lse.
 
@@ -556,15 +556,15 @@ def backward_(
     segments, first, rows, keys = _segments(chunk, branch, which)
     if not keys:
         return
-    _check_reach(branch, rows, query, key, value, grad_out)
-    of_keys, of_queries = blocks or backward_blocks(query)
+    of_keys, of_queries = backward_blocks(query)
     grad_query, grad_key, grad_value = grads
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
     grad_strides = grad_key.stride()[:3]
     own = which == "own"
     inputs = query, key, value, grad_out, lse, delta
-    place = segments, first, *_geometry(chunk, branch), scale * _LOG2_E
+    place = segments, first, *_geometry(chunk, branch), scale * math.log2(math.e)
     constants = {"WHICH": which, "IS_CAUSAL": is_causal and own, "IS_FIRST": is_first}
+    constants["WIDE"] = _is_wide(branch, rows, query, key, value, grad_out)
     with _on(query.device):
         programs = triton.cdiv(keys, of_keys.own)
         _backward_keys_kernel[(programs * groups * segments * batches,)](

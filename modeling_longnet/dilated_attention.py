@@ -18,7 +18,7 @@ from .attend_torch import cuts_rows
 from .attend_triton import backward_ as triton_backward_
 from .attend_triton import forward_ as triton_forward_
 from .attend_triton import sum_products
-from .branches import Branch, Chunk, Rows, chunk_rows, make_branches
+from .branches import Branch, Chunk, Rows, chunk_rows, make_branches, prefix_lengths
 from .reference import count_branches, dense_attention
 
 # Kernel results above this size come from fresh pages that the system must fill with zeros each time.
@@ -108,7 +108,7 @@ def _each_branch(plan: Plan) -> Iterator[tuple[Chunk, int, Branch]]:
     """
     order = (0, *range(len(plan.branches) - 1, 0, -1))
     for chunk in plan.chunks:
-        for index in order:
+        for index in order if chunk.length else ():
             yield chunk, index, plan.branches[index]
 
 
@@ -280,7 +280,8 @@ def backward_outside(
     after: bool = False,
 ) -> Outside:  # fmt: skip
     """Gradients of `forward_outside`: adds the queries' to `grad_query`, returns those of the rows outside."""
-    grads = Outside(*(tuple(torch.zeros_like(x, dtype=grad_query.dtype) for x in pair) for pair in outside))
+    new = {"dtype": grad_query.dtype, "device": grad_query.device}
+    grads = Outside(*(tuple(torch.zeros(x.shape, **new) for x in pair) for pair in outside))
     if plan.backend == "triton":
         delta = sum_products(out, grad_out)
         for chunk, index, branch in _each_branch(plan):
@@ -341,10 +342,22 @@ def _split(before: list[Tensor]) -> Outside:
     return Outside(tuple(before[:half]), tuple(before[half:]))
 
 
+def _check_before(plan: Plan, before: Outside) -> None:
+    """Raise ValueError unless each branch has a slot for every row before the chunks: kernels would read beyond."""
+    needed = [max(x) for x in zip(*(prefix_lengths(plan.branches, c.start) for c in plan.chunks), strict=True)]
+    for branch, least, keys, values in zip(plan.branches, needed, *before, strict=False):
+        if min(keys.shape[2], values.shape[2]) < least:
+            raise ValueError(
+                f"branch ({branch.w}, {branch.r}) has {min(keys.shape[2], values.shape[2])} slots in `before`; the "
+                f"chunks need {least}. The order is that of `make_branches`."
+            )
+
+
 def _forward(query, key, value, before, *plan):
     plan = _plan(*plan)
     if not before and any(c.start % b.w for c in plan.chunks for b in plan.branches):
         raise ValueError("a chunk that begins inside a segment needs the rows before it; give `before`.")
+    _check_before(plan, _split(before))
     out, lse = forward_chunks(query, key, value, plan)
     if before:
         forward_outside(query, out, lse, _split(before), plan)
@@ -353,6 +366,7 @@ def _forward(query, key, value, before, *plan):
 
 def _backward(grad_out, query, key, value, before, out, lse, *plan):
     plan = _plan(*plan)
+    grad_out, out, lse = (x.contiguous() for x in (grad_out, out, lse))  # under vmap they may be one, shown for many
     dq, dk, dv = backward_chunks(grad_out, query, key, value, out, lse, plan)
     grads = ()
     if before:
@@ -494,8 +508,8 @@ def attend_chunks(
         backend,
         zero_padding,
     )
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     before = () if before is None else before.keys + before.values
+    query, key, value, *before = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, *before))
     return _DilatedAttention.apply(query, key, value, chunks, plan, *before)[0]
 
 

@@ -506,8 +506,12 @@ def test_tokens_in_no_chunk_get_zero_and_no_gradient():
 def test_a_chunk_without_its_prefix_is_refused():
     case = Case(1, 11, 3, 3, 5, *NESTED, True, "interleaved")
     inputs = [x.transpose(1, 2) for x in make_inputs(case)[:3]]
+    chunks = torch.tensor([[0, 1, 0, 11, 3, 14]])
     with refused("before"):
-        attend_chunks(*inputs, case.branches, chunks=torch.tensor([[0, 1, 0, 11, 3, 14]]))
+        attend_chunks(*inputs, case.branches, chunks=chunks)
+    few = Outside(*([torch.zeros(1, 3, 2, 5, dtype=torch.float64)] * 3 for _ in range(2)))
+    with refused("(4, 1)", "2 slots", "need 3"):
+        attend_chunks(*inputs, case.branches, chunks=chunks, before=Outside(*map(tuple, few)))
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("auto", False), ("auto", True), ("eager", False)])
