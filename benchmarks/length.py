@@ -172,7 +172,7 @@ def headline(result: dict) -> str:
         times = {row["length"]: spread(row["seconds"]).median / row["length"] for row in rows}
         even = " | ".join(f"{times[max(times)] / times[n]:.2f}" if n in times else "" for n in (least, 1 << 16))
         name = {"sdpa": "dense", "window": f"window of {result['window']:,}"}.get(who, who)
-        lines.append(f"| {name} | {mode} | {' | '.join(powers)} | {times[max(times)] * 1e6:.2f} | {even} |")
+        lines.append(f"| {name} | {mode} | {' | '.join(powers)} | {times[max(times)] * 1e6:.3g} | {even} |")
     longest = max(row["length"] for row in result["rows"] if row["who"] == "ours")
     text = f"Branches {result['pattern']}; cost = a * L^b, fitted up to {longest:,} tokens for ours."
     return text + "\n\n" + "\n".join(lines)
