@@ -16,11 +16,12 @@ import torch
 from matplotlib.figure import Figure
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream
+from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM
 from modeling_longnet.branches import count_work
 from modeling_longnet.modeling_longnet import CACHE
 
-from .measure import resident_bytes, spread, time_alternately
+from .measure import spread, time_alternately
+from .stream import read_along
 
 PATTERN = {"segment_lengths": [512, 2048, 8192, 32768], "dilation_rates": [1, 4, 16, 64]}
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -104,11 +105,7 @@ def _stream_memory(tokens: int, threads: int) -> list[tuple[int, float, int]]:
     """(tokens read, seconds, resident bytes) ten times along a stream."""
     torch.set_num_threads(threads)
     text = torch.randint(TINY["vocab_size"], (tokens,), dtype=torch.uint8)
-    samples, begin, every = [], time.perf_counter(), tokens // 10
-    for scored in stream(longnet_model(TINY), text, chunk_size=CHUNK, progress=True):
-        if scored.stop > every * (len(samples) + 1) or scored.stop == tokens:
-            samples.append((scored.stop, time.perf_counter() - begin, resident_bytes()))
-    return samples
+    return read_along(longnet_model(TINY), text, CHUNK)
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -30,11 +30,7 @@ COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072], help="tokens")
-    parser.add_argument(
-        "--config",
-        type=lambda text: Path(text).resolve(),
-        help="JSON of another model than the small one, as in configuration/",
-    )
+    parser.add_argument("--config", type=Path, help="JSON of another model than the small one, as in configuration/")
     parser.add_argument("--plain-most", type=int, default=32_768, help="longest without gradient checkpointing")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
 
@@ -68,12 +64,13 @@ def count_bytes(path: Path | None, dtype: str) -> dict[bool, float]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    rows, config = [], load_config(args.config)
+    rows, path = [], args.config and args.config.resolve()  # as PAPER is, so that one is counted once
+    config = load_config(path)
     for dtype in args.dtypes:
-        for checkpointing, counted in count_bytes(args.config, dtype).items():
+        for checkpointing, counted in count_bytes(path, dtype).items():
             for length in args.lengths if checkpointing else [n for n in args.lengths if n <= args.plain_most]:
                 print(f"{length:,} tokens, {dtype}, checkpointing {checkpointing} ...", flush=True)
-                step = Step("longnet", length, args.config, dtype, checkpointing, args.threads, args.device)
+                step = Step("longnet", length, path, dtype, checkpointing, args.threads, args.device)
                 peak = peak_bytes(prepare, step, True)
                 rows.append({"length": length, "dtype": dtype, "checkpointing": checkpointing, "counted": counted})
                 rows[-1]["peak_bytes"] = peak

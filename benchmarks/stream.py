@@ -5,6 +5,7 @@ One layer with random weights, 4 heads, segments from 2,048 tokens to beyond the
 """
 
 import argparse
+import math
 import time
 
 import torch
@@ -33,8 +34,25 @@ def pattern_for(tokens: int) -> dict[str, list[int]]:
     return {"segment_lengths": [2048 * 8**n for n in range(count)], "dilation_rates": [8**n for n in range(count)]}
 
 
+def read_along(model, text: torch.Tensor, chunk_size: int, limit: float = math.inf) -> list[tuple[int, float, int]]:
+    """(tokens read, seconds, bytes) at every tenth of a text; bytes are the GPU's peak so far, or what is resident.
+
+    It stops after `limit` seconds, where it is.
+    """
+    samples, begin = [], time.perf_counter()
+    for scored in stream(model, text, chunk_size=chunk_size, progress=True):
+        seconds = time.perf_counter() - begin
+        last = scored.stop == len(text) or seconds > limit
+        if scored.stop >= len(text) * (len(samples) + 1) / 10 or last:
+            memory = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resident_bytes()
+            samples.append((scored.stop, seconds, memory))
+        if last:
+            break
+    return samples
+
+
 def run(args: argparse.Namespace) -> dict:
-    """(tokens read, seconds, bytes) at every tenth; bytes are the GPU's peak so far, or what is resident."""
+    """Read the text once."""
     on_gpu = args.device == "cuda"
     size = HEADS * args.head_dim
     config = LongNetConfig(
@@ -46,15 +64,7 @@ def run(args: argparse.Namespace) -> dict:
     part = torch.randint(VOCABULARY, (min(args.tokens, REPEATED),), dtype=torch.uint8)
     text = part.repeat(-(-args.tokens // len(part)))[: args.tokens]
     next(stream(model, text[: args.chunk_size + 1], chunk_size=args.chunk_size, progress=False))  # compiles, on a GPU
-    samples, begin = [], time.perf_counter()
-    for scored in stream(model, text, chunk_size=args.chunk_size, progress=True):
-        seconds = time.perf_counter() - begin
-        last = scored.stop == args.tokens or seconds > args.limit
-        if scored.stop >= args.tokens * (len(samples) + 1) / 10 or last:
-            memory = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes()
-            samples.append((scored.stop, seconds, memory))
-        if last:
-            break
+    samples = read_along(model, text, args.chunk_size, args.limit)
     return {"pattern": pattern_for(args.tokens), "head_dim": args.head_dim, "chunk_size": args.chunk_size,
             "device": args.device, "samples": samples}  # fmt: skip
 

@@ -127,6 +127,22 @@ def _piece(segment, head, w, r, heads_per_offset, phase, length, left, column):
 
 
 @_jit
+def _work(
+    programs, heads, heads_per_group, segments, first_segment, w, r, heads_per_offset, phase, length, left, row, column
+):  # fmt: skip
+    """What this program does: number of the block, head, its group, batch row, and the `_piece`.
+
+    Blocks of a head run side by side, then those of the next head of the segment.
+    """
+    block, rest = tl.program_id(0) % programs, tl.program_id(0) // programs
+    head, rest = rest % heads, rest // heads
+    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
+    group = head // heads_per_group
+    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
+    return block, head, group, batch, token, rows, before, after
+
+
+@_jit
 def _keys(
     pointer, batch, group, token, batch_stride, token_stride, group_stride, rows, before, after, apart,
     WHICH: tl.constexpr,
@@ -197,13 +213,11 @@ def _forward_kernel(
     apart = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()  # the next branch may begin where this one leaves processors idle
-    # The last queries, which see most keys, begin first; heads of one segment run side by side.
-    block = programs - 1 - tl.program_id(0) % programs
-    rest = tl.program_id(0) // programs
-    head, rest = rest % heads, rest // heads
-    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
-    group = head // heads_per_group
-    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
+    block, head, group, batch, token, rows, before, after = _work(
+        programs, heads, heads_per_group, segments, first_segment, w, r, heads_per_offset, phase, length, left, row,
+        column,
+    )  # fmt: skip
+    block = programs - 1 - block  # the last queries, which see most keys, begin first
     i = block * OWN + tl.arange(0, OWN)
     key, key_row, keys = _keys(
         key, batch, group, token, key_batch, key_token, key_head, rows, before, after, apart, WHICH
@@ -308,12 +322,11 @@ def _backward_keys_kernel(
     apart = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
-    groups = heads // HEADS_PER_GROUP
     # The first keys, which most queries see, begin first.
-    block, rest = tl.program_id(0) % programs, tl.program_id(0) // programs
-    group, rest = rest % groups, rest // groups
-    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
-    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
+    block, group, _, batch, token, rows, before, after = _work(
+        programs, heads // HEADS_PER_GROUP, 1, segments, first_segment, w, r, heads_per_offset, phase, length, left,
+        row, column,
+    )  # fmt: skip
     key, key_row, keys = _keys(
         key, batch, group, token, key_batch, key_token, key_head, rows, before, after, apart, WHICH
     )  # fmt: skip
@@ -382,12 +395,11 @@ def _backward_queries_kernel(
     apart = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
-    block = programs - 1 - tl.program_id(0) % programs
-    rest = tl.program_id(0) // programs
-    head, rest = rest % heads, rest // heads
-    segment, batch = first_segment + rest % segments, row + tl.cast(rest // segments, tl.int64)
-    group = head // heads_per_group
-    token, rows, before, after = _piece(segment, group, w, r, heads_per_offset, phase, length, left, column)
+    block, head, group, batch, token, rows, before, after = _work(
+        programs, heads, heads_per_group, segments, first_segment, w, r, heads_per_offset, phase, length, left, row,
+        column,
+    )  # fmt: skip
+    block = programs - 1 - block  # the last queries, which see most keys, begin first
     key, key_row, keys = _keys(
         key, batch, group, token, key_batch, key_token, key_head, rows, before, after, apart, WHICH
     )  # fmt: skip
