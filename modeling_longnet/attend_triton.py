@@ -81,19 +81,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def forward_blocks(query: Tensor) -> Blocks:
+def forward_blocks(dtype: torch.dtype, dim: int) -> Blocks:
     """What was fastest on an H100 (benchmarks/README.md): bfloat16 with D of 64, 128 and 256, float32 with 64 and 128.
     Others are like their neighbours."""
-    dim = _padded_dim(query)
-    if query.element_size() > 2:
+    if dtype.itemsize > 2:
         return Blocks(64, 64, 4, 2) if dim <= 64 else Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(32, 32, 4, 1)
     return Blocks(64, 64, 4, 3) if dim <= 128 else Blocks(128, 64, 8, 2)
 
 
-def backward_blocks(query: Tensor) -> tuple[Blocks, Blocks]:
+def backward_blocks(dtype: torch.dtype, dim: int) -> tuple[Blocks, Blocks]:
     """Likewise, for the kernel of keys and that of queries."""
-    dim = _padded_dim(query)
-    if query.element_size() > 2:
+    if dtype.itemsize > 2:
         if dim <= 64:
             return Blocks(64, 32, 4, 1), Blocks(64, 64, 4, 1)
         return (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 2)) if dim <= 128 else (Blocks(16, 32, 4, 1),) * 2
@@ -104,8 +102,8 @@ def backward_blocks(query: Tensor) -> tuple[Blocks, Blocks]:
     return Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 2)
 
 
-def _padded_dim(query: Tensor) -> int:
-    return max(16, triton.next_power_of_2(query.shape[-1]))
+def _padded_dim(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 @_jit
@@ -453,7 +451,6 @@ def _slots(branch: Branch) -> int:
     return n
 
 
-@lru_cache(maxsize=4096)
 def _segments(chunk: Chunk, branch: Branch, which: str) -> tuple[int, int, int, int]:
     """Segments that a launch works on: how many, the first; most rows of one in the chunk, most keys for them."""
     w, r, _ = branch
@@ -468,7 +465,6 @@ def _segments(chunk: Chunk, branch: Branch, which: str) -> tuple[int, int, int, 
     return 1, count - 1, rows, -(-(min(-(-end // w) * w, chunk.total) - end) // r)
 
 
-@lru_cache(maxsize=4096)
 def _geometry(chunk: Chunk, branch: Branch) -> tuple[int, ...]:
     """w, r, heads_per_offset, phase, length, left, row and column, as the kernels take them."""
     w, r, _ = branch
@@ -489,19 +485,138 @@ def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _kernel_constants(query: Tensor, blocks: Blocks, overlaps: bool) -> dict[str, object]:
-    overlapping = _can_overlap(query.device)
-    options = {"launch_pdl": overlaps} if overlapping else {}
-    return options | {
-        "D": query.shape[-1],
-        "BLOCK_D": _padded_dim(query),
-        "OWN": blocks.own,
-        "OTHER": blocks.other,
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",  # the second is not read in half precision
-        "OVERLAPS": overlapping,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
+class _Layout(NamedTuple):
+    """What a launch depends on of its tensors, but for where they begin."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    length: int
+    heads: int
+    groups: int
+    dim: int
+    query: tuple[int, ...]  # strides
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    grad_key: tuple[int, ...]  # of grad_value too
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, *others: Tensor, grad_key: Tensor | None = None):
+        _, length, heads, dim = query.shape
+        strides = query.stride(), key.stride(), value.stride(), () if grad_key is None else grad_key.stride()
+        dtypes = tuple([x.dtype for x in (query, key, value, *others)])
+        return cls(query.device, dtypes, length, heads, key.shape[2], dim, *strides)
+
+    def numbers(self) -> tuple[int, ...]:
+        """Strides of q, k, v and of out's batch, as the kernels take them."""
+        return *self.query[:3], *self.key[:3], *self.value[:3], self.length * self.heads
+
+    def is_wide(self, branch: Branch, rows: int) -> bool:
+        """Do the rows of a block lie further apart than 32 bits count?"""
+        token = max(self.query[1], self.key[1], self.value[1], self.heads * self.dim)
+        return min(rows, _LARGEST_BLOCK) * branch.r * token >= _NARROW
+
+    def constants(self, blocks: Blocks, overlaps: bool) -> dict[str, object]:
+        overlapping = _can_overlap(self.device)
+        options = {"launch_pdl": overlaps} if overlapping else {}
+        return options | {
+            "D": self.dim,
+            "BLOCK_D": _padded_dim(self.dim),
+            "OWN": blocks.own,
+            "OTHER": blocks.other,
+            "PRECISION": "tf32x3"
+            if self.dtypes[0] == torch.float32
+            else "tf32",  # the second is not read in half precision
+            "OVERLAPS": overlapping,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }
+
+
+class _Launch:
+    """A kernel and all its arguments but the tensors.
+
+    On its way to what it compiled, Triton looks at every argument anew, which takes longer than the launch. So the
+    compiled kernel is kept, for tensors that begin at multiples of 16 bytes: all that Triton would look at, as
+    dtypes and numbers do not change.
+    """
+
+    def __init__(self, kernel, programs: int, numbers: tuple, constants: dict[str, object], device: torch.device):
+        self.kernel, self.grid, self.numbers, self.constants = kernel, (programs, 1, 1), numbers, constants
+        self.device, self.compiled = device, None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        aligned = not any(x.data_ptr() % 16 for x in tensors)
+        with _on(self.device):
+            if aligned and self.compiled is not None:
+                self.compiled[self.grid](*tensors, *self.numbers, *self.last)
+                return
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, enable_fp_fusion=True)
+            if aligned and compiled is not None:  # None from the interpreter
+                names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+                self.compiled, self.last = compiled, [self.constants[name] for name in names]
+
+
+@lru_cache(maxsize=4096)
+def _forward_launch(
+    layout: _Layout, chunk: Chunk, branch: Branch, which: str, is_causal: bool, is_first: bool, scale: float,
+    zero_padding: bool, overlaps: bool,
+) -> _Launch | None:  # fmt: skip
+    batches, heads = chunk.row_end - chunk.row_begin, layout.heads
+    segments, first, rows, keys = _segments(chunk, branch, which)
+    if not keys:
+        return None
+    blocks, own = forward_blocks(layout.dtypes[0], _padded_dim(layout.dim)), which == "own"
+    programs = -(-rows // blocks.own)
+    numbers = (
+        *layout.numbers(), heads, heads // layout.groups, programs, segments, first, *_geometry(chunk, branch),
+        -(-min(branch.w, chunk.total) // branch.r), scale * math.log2(math.e),
+    )  # fmt: skip
+    constants = {
+        "WHICH": which,
+        "IS_CAUSAL": is_causal and own,
+        "IS_FIRST": is_first,
+        "ZERO_PADDING": zero_padding and own,
+        "WIDE": layout.is_wide(branch, rows),
+    } | layout.constants(blocks, overlaps)
+    return _Launch(_forward_kernel, programs * heads * segments * batches, numbers, constants, layout.device)
+
+
+@lru_cache(maxsize=4096)
+def _backward_launches(
+    layout: _Layout, chunk: Chunk, branch: Branch, which: str, is_causal: bool, is_first: bool, scale: float,
+    overlaps: bool,
+) -> tuple[_Launch, _Launch] | None:  # fmt: skip
+    batches, heads, groups = chunk.row_end - chunk.row_begin, layout.heads, layout.groups
+    segments, first, rows, keys = _segments(chunk, branch, which)
+    if not keys:
+        return None
+    of_keys, of_queries = backward_blocks(layout.dtypes[0], _padded_dim(layout.dim))
+    place = segments, first, *_geometry(chunk, branch), scale * math.log2(math.e)
+    constants = {
+        "WHICH": which,
+        "IS_CAUSAL": is_causal and which == "own",
+        "IS_FIRST": is_first,
+        "WIDE": layout.is_wide(branch, rows),
     }
+    programs = -(-keys // of_keys.own)
+    keys_launch = _Launch(
+        _backward_keys_kernel, programs * groups * segments * batches,
+        (*layout.numbers(), *layout.grad_key[:3], heads, programs, *place),
+        constants | {"HEADS_PER_GROUP": heads // groups} | layout.constants(of_keys, overlaps), layout.device,
+    )  # fmt: skip
+    programs = -(-rows // of_queries.own)
+    queries_launch = _Launch(
+        _backward_queries_kernel, programs * heads * segments * batches,
+        (*layout.numbers(), heads, heads // groups, programs, *place),
+        constants | layout.constants(of_queries, True), layout.device,
+    )  # fmt: skip
+    return keys_launch, queries_launch
+
+
+@lru_cache(maxsize=4096)
+def _delta_launch(device: torch.device, dtypes: tuple[torch.dtype, ...], count: int, dim: int) -> _Launch:
+    constants = {"D": dim, "BLOCK_D": _padded_dim(dim), "OWN": 32}
+    return _Launch(_delta_kernel, -(-count // 32), (count,), constants, device)
 
 
 def forward_(
@@ -519,38 +634,19 @@ def forward_(
         overlaps: the launch before on this stream was of these kernels, with the same query, key and value, which so
             are there already: this one may begin before that one ends.
     """
-    batches, heads, groups = chunk.row_end - chunk.row_begin, query.shape[2], key.shape[2]
-    segments, first, rows, keys = _segments(chunk, branch, which)
-    if not keys:
-        return
-    blocks = forward_blocks(query)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
-    own = which == "own"
-    programs = triton.cdiv(rows, blocks.own)
-    with _on(query.device):
-        _forward_kernel[(programs * heads * segments * batches,)](
-            query, key, value, out, lse, *strides, heads, heads // groups, programs, segments, first,
-            *_geometry(chunk, branch), -(-min(branch.w, chunk.total) // branch.r), scale * math.log2(math.e),
-            WHICH=which, IS_CAUSAL=is_causal and own, IS_FIRST=is_first, ZERO_PADDING=zero_padding and own,
-            WIDE=_is_wide(branch, rows, query, key, value, out),
-            **_kernel_constants(query, blocks, overlaps),
-        )  # fmt: skip
+    tensors = query, key, value, out, lse
+    layout = _Layout.of(*tensors)
+    launch = _forward_launch(layout, chunk, branch, which, is_causal, is_first, scale, zero_padding, overlaps)
+    if launch is not None:
+        launch(*tensors)
 
 
 def sum_products(out: Tensor, grad_out: Tensor) -> Tensor:
     """The sum of out * grad_out over a head's elements: (B, L, H, D) twice, contiguous -> (B, L, H) float32."""
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     if delta.numel():
-        with _on(out.device):
-            _delta_kernel[(triton.cdiv(delta.numel(), 32),)](
-                out, grad_out, delta, delta.numel(), D=out.shape[-1], BLOCK_D=_padded_dim(out), OWN=32
-            )
+        _delta_launch(out.device, (out.dtype, grad_out.dtype), delta.numel(), out.shape[-1])(out, grad_out, delta)
     return delta
-
-
-def _is_wide(branch: Branch, rows: int, *tensors: Tensor) -> bool:
-    """Do the rows of a block lie further apart than 32 bits count?"""
-    return min(rows, _LARGEST_BLOCK) * branch.r * max(x.stride(1) for x in tensors) >= _NARROW
 
 
 def backward_(
@@ -564,27 +660,11 @@ def backward_(
         grads: like query, key and value, contiguous, those of key and value with the same strides.
         grad_out: (B, L, H, D), contiguous. lse: the merged one. delta: `sum_products` of the merged out.
     """
-    batches, heads, groups = chunk.row_end - chunk.row_begin, query.shape[2], key.shape[2]
-    segments, first, rows, keys = _segments(chunk, branch, which)
-    if not keys:
-        return
-    of_keys, of_queries = backward_blocks(query)
     grad_query, grad_key, grad_value = grads
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], query.shape[1] * heads)
-    grad_strides = grad_key.stride()[:3]
-    own = which == "own"
     inputs = query, key, value, grad_out, lse, delta
-    place = segments, first, *_geometry(chunk, branch), scale * math.log2(math.e)
-    constants = {"WHICH": which, "IS_CAUSAL": is_causal and own, "IS_FIRST": is_first}
-    constants["WIDE"] = _is_wide(branch, rows, query, key, value, grad_out)
-    with _on(query.device):
-        programs = triton.cdiv(keys, of_keys.own)
-        _backward_keys_kernel[(programs * groups * segments * batches,)](
-            *inputs, grad_key, grad_value, *strides, *grad_strides, heads, programs, *place, **constants,
-            HEADS_PER_GROUP=heads // groups, **_kernel_constants(query, of_keys, overlaps),
-        )  # fmt: skip
-        programs = triton.cdiv(rows, of_queries.own)
-        _backward_queries_kernel[(programs * heads * segments * batches,)](
-            *inputs, grad_query, *strides, heads, heads // groups, programs, *place, **constants,
-            **_kernel_constants(query, of_queries, True),
-        )  # fmt: skip
+    layout = _Layout.of(*inputs, *grads, grad_key=grad_key)
+    launches = _backward_launches(layout, chunk, branch, which, is_causal, is_first, scale, overlaps)
+    if launches is not None:
+        of_keys, of_queries = launches
+        of_keys(*inputs, grad_key, grad_value)
+        of_queries(*inputs, grad_query)

@@ -7,6 +7,7 @@ The gradient is that of the joint softmax over all branches (LongNet, Eq. 9-10):
 the merged out and the merged lse, so that its share is exact and nothing needs to be kept per branch.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -421,8 +422,11 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         query, key, value, chunks, out, lse, *before = ctx.saved_tensors
-        # torch.compile cannot trace a Function within another's backward, and differentiates once anyway.
-        run = _DilatedAttentionBackward.forward if torch.compiler.is_compiling() else _DilatedAttentionBackward.apply
+        # Only for a second derivative, which it refuses, or for vmap; and torch.compile could not trace it.
+        is_transformed = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        run = _DilatedAttentionBackward.forward
+        if is_transformed and not torch.compiler.is_compiling():
+            run = _DilatedAttentionBackward.apply
         dq, dk, dv, *grads = run(grad_out.contiguous(), query, key, value, out, lse, chunks, ctx.plan, *before)
         return dq, dk, dv, None, None, *grads
 
@@ -466,6 +470,11 @@ class _DilatedAttentionBackward(torch.autograd.Function):
         chunks = _fold_chunks(chunks, folded[0].shape[0] // size, size)
         grads = _DilatedAttentionBackward.apply(*folded, chunks, plan, *before)
         return tuple(x.unflatten(0, (size, -1)) for x in grads), (0,) * len(grads)
+
+
+# PyTorch asks for it in every call, and Python takes longer to find it than a kernel takes to launch.
+for _function in (_DilatedAttention, _DilatedAttentionBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def whole_batch(batch: int, length: int, start: int = 0) -> Tensor:

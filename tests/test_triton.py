@@ -3,6 +3,12 @@
 Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension.
 """
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from checks import assert_close, make_model, refused
@@ -170,13 +176,24 @@ def test_texts_in_parts_of_a_batch():
     assert_all_close(*results, TOLERANCE)
 
 
+@pytest.fixture
+def _new_launches():
+    """Launches are kept; those of a test that changes what they are made from are its own."""
+    for kept in (attend_triton._forward_launch, attend_triton._backward_launches):
+        kept.cache_clear()
+    yield
+    for kept in (attend_triton._forward_launch, attend_triton._backward_launches):
+        kept.cache_clear()
+
+
+@pytest.mark.usefixtures("_new_launches")
 @pytest.mark.parametrize("blocks", [(16, 32), (32, 16)])
 def test_any_size_of_blocks(blocks, monkeypatch):
     """Blocks of keys larger and smaller than those of queries."""
     case = Case(1, 75, 2, 2, 16, (70,), (1,), True, "interleaved")
     chosen = attend_triton.Blocks(*blocks, 4, 2)
-    monkeypatch.setattr(attend_triton, "forward_blocks", lambda query: chosen)
-    monkeypatch.setattr(attend_triton, "backward_blocks", lambda query: (chosen, chosen))
+    monkeypatch.setattr(attend_triton, "forward_blocks", lambda dtype, dim: chosen)
+    monkeypatch.setattr(attend_triton, "backward_blocks", lambda dtype, dim: (chosen, chosen))
     inputs = make(case)
     assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
 
@@ -192,12 +209,16 @@ def test_says_why_it_cannot_run(sample, words):
         attend.choose_backend("triton", sample)
 
 
+@pytest.mark.usefixtures("_new_launches")
 def test_rows_far_apart_are_counted_in_64_bits(monkeypatch):
     monkeypatch.setattr(attend_triton, "_NARROW", 0)
     case = Case(1, 100, 4, 2, 16, (16, 64), (1, 6), True, "interleaved")
     inputs = make(case)
     assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
-    assert attend_triton._is_wide(Branch(1 << 40, 1 << 20, (0,)), 2048, torch.empty(1, 1, 64, 64, device="meta"))
+    monkeypatch.undo()
+    layout = attend_triton._Layout.of(*[torch.empty(1, 1, 64, 64, device="meta")] * 3)
+    assert layout.is_wide(Branch(1 << 40, 1 << 20, (0,)), 2048)
+    assert not layout.is_wide(Branch(1 << 20, 1 << 10, (0,)), 1024)
 
 
 def test_heads_far_apart():
@@ -328,3 +349,25 @@ def test_a_model_on_a_gpu_is_that_on_a_cpu():
     assert_close("loss", gpu_loss, loss, 1e-5)
     assert_close("gradients", gpu_grads, grads, 1e-4)
     assert torch.equal(gpu_tokens, tokens)
+
+
+def test_kept_launches_are_those_that_triton_prepares():
+    """Compiled for an H100 by a driver that launches nothing, so that it needs no GPU."""
+    script = Path(__file__).with_name("triton_launches.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for calls in json.loads(done.stdout).values():
+        first, again, shifted = (calls[name]["launches"] for name in ("first", "again", "shifted"))
+        names = [launch[0] for launch in first]
+        assert (
+            names
+            == ["_forward_kernel"] * 2 + ["_delta_kernel"] + ["_backward_keys_kernel", "_backward_queries_kernel"] * 2
+        )
+        assert again == first
+        # Another kernel, as rows are read otherwise; but nothing else is different.
+        assert [launch[3] for launch in shifted] != [launch[3] for launch in first]
+        assert [launch[5] for launch in shifted] == [launch[5] for launch in first]
+        prepared = {name: call["prepared"] for name, call in calls.items()}
+        assert prepared == {"first": len(first), "again": 0, "shifted": len(first) - 1}  # delta reads no input
