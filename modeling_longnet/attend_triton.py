@@ -542,18 +542,19 @@ class _Launch:
 
     def __init__(self, kernel, programs: int, numbers: tuple, constants: dict[str, object], device: torch.device):
         self.kernel, self.grid, self.numbers, self.constants = kernel, (programs, 1, 1), numbers, constants
-        self.device, self.compiled = device, None
+        self.device, self.kept = device, None
 
     def __call__(self, *tensors: Tensor) -> None:
-        aligned = not any(x.data_ptr() % 16 for x in tensors)
+        is_aligned = not any(x.data_ptr() % 16 for x in tensors)
         with _on(self.device):
-            if aligned and self.compiled is not None:
-                self.compiled[self.grid](*tensors, *self.numbers, *self.last)
+            if is_aligned and self.kept is not None:
+                compiled, last = self.kept
+                compiled[self.grid](*tensors, *self.numbers, *last)
                 return
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, enable_fp_fusion=True)
-            if aligned and compiled is not None:  # None from the interpreter
+            if is_aligned and compiled is not None:  # None from the interpreter
                 names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-                self.compiled, self.last = compiled, [self.constants[name] for name in names]
+                self.kept = compiled, [self.constants[name] for name in names]
 
 
 @lru_cache(maxsize=4096)

@@ -422,11 +422,11 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         query, key, value, chunks, out, lse, *before = ctx.saved_tensors
-        # Only for a second derivative, which it refuses, or for vmap; and torch.compile could not trace it.
-        is_transformed = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        # As a Function it can refuse a second derivative and be mapped by vmap, which a compiled graph never needs.
         run = _DilatedAttentionBackward.forward
-        if is_transformed and not torch.compiler.is_compiling():
-            run = _DilatedAttentionBackward.apply
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                run = _DilatedAttentionBackward.apply
         dq, dk, dv, *grads = run(grad_out.contiguous(), query, key, value, out, lse, chunks, ctx.plan, *before)
         return dq, dk, dv, None, None, *grads
 
