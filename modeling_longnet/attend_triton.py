@@ -10,7 +10,7 @@ Letters: B batch, L columns, H query heads, G key/value heads, D head dimension.
 
 import math
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ _NARROW = 1 << 31  # what 32 bits count, elements
 # Numbers that change from text to text: no kernel is compiled for special ones.
 _NUMBERS = (
     "out_batch", "programs", "segments", "first_segment", "w", "heads_per_offset", "phase", "length", "left", "row",
-    "column", "padded",
+    "column", "padded", "count",
 )  # fmt: skip
 
 
@@ -433,7 +433,7 @@ def _backward_queries_kernel(
     _add_rows(grad_query + place * D, new_grad_query, i, rows, apart * heads * D, IS_FIRST, D, BLOCK_D)
 
 
-@_jit
+@partial(_jit, do_not_specialize=_NUMBERS)
 def _delta_kernel(out, grad_out, delta, count, D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr):
     """delta of rows that lie next to each other."""
     start = tl.program_id(0).to(tl.int64) * OWN
@@ -532,29 +532,48 @@ class _Layout(NamedTuple):
         }
 
 
+@cache
+def _kept(kernel, device: torch.device, dtypes: tuple, kinds: tuple, constants: tuple) -> list:
+    """Where launches that Triton compiles one kernel for keep it: empty, or the compiled kernel."""
+    return []
+
+
+def _kind(name: str, number: int | float) -> object:
+    """What Triton looks at in a number: its width and, unless it is one of `_NUMBERS`, whether it is 1, or k * 16."""
+    if isinstance(number, float):
+        return float
+    width = number < _NARROW
+    return width if name in _NUMBERS else (width, number == 1, number % 16 == 0)
+
+
 class _Launch:
     """A kernel and all its arguments but the tensors.
 
     On its way to what it compiled, Triton looks at every argument anew, which takes longer than the launch. So the
-    compiled kernel is kept, for tensors that begin at multiples of 16 bytes: all that Triton would look at, as
-    dtypes and numbers do not change.
+    compiled kernel is kept, for tensors that all begin at multiples of 16 bytes; others take Triton's way each time.
+    What Triton does there and then only (hooks before a run, its debugging switches) is done in the first launch.
     """
 
-    def __init__(self, kernel, programs: int, numbers: tuple, constants: dict[str, object], device: torch.device):
-        self.kernel, self.grid, self.numbers, self.constants = kernel, (programs, 1, 1), numbers, constants
-        self.device, self.kept = device, None
+    def __init__(
+        self, kernel, programs: int, numbers: tuple, constants: dict[str, object], device: torch.device, dtypes: tuple
+    ):  # fmt: skip
+        self.kernel, self.grid, self.numbers, self.device = kernel, (programs, 1, 1), numbers, device
+        # As Triton's default has been, and its next version's will not be: a * b + c is rounded once.
+        self.constants = constants | {"enable_fp_fusion": True}
+        names = kernel.arg_names[len(dtypes) :]
+        kinds = tuple(map(_kind, names, numbers))
+        self.last = tuple([constants[name] for name in names[len(numbers) :]])
+        self.kept = _kept(kernel, device, dtypes, kinds, tuple(self.constants.items()))
 
     def __call__(self, *tensors: Tensor) -> None:
         is_aligned = not any(x.data_ptr() % 16 for x in tensors)
         with _on(self.device):
-            if is_aligned and self.kept is not None:
-                compiled, last = self.kept
-                compiled[self.grid](*tensors, *self.numbers, *last)
+            if is_aligned and self.kept:
+                self.kept[0][self.grid](*tensors, *self.numbers, *self.last)
                 return
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, enable_fp_fusion=True)
-            if is_aligned and compiled is not None:  # None from the interpreter
-                names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-                self.kept = compiled, [self.constants[name] for name in names]
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if is_aligned and compiled is not None:  # None from the interpreter
+            self.kept.append(compiled)
 
 
 @lru_cache(maxsize=4096)
@@ -579,7 +598,8 @@ def _forward_launch(
         "ZERO_PADDING": zero_padding and own,
         "WIDE": layout.is_wide(branch, rows),
     } | layout.constants(blocks, overlaps)
-    return _Launch(_forward_kernel, programs * heads * segments * batches, numbers, constants, layout.device)
+    programs *= heads * segments * batches
+    return _Launch(_forward_kernel, programs, numbers, constants, layout.device, layout.dtypes)
 
 
 @lru_cache(maxsize=4096)
@@ -604,12 +624,13 @@ def _backward_launches(
         _backward_keys_kernel, programs * groups * segments * batches,
         (*layout.numbers(), *layout.grad_key[:3], heads, programs, *place),
         constants | {"HEADS_PER_GROUP": heads // groups} | layout.constants(of_keys, overlaps), layout.device,
+        (*layout.dtypes[:-3], *layout.dtypes[-2:]),
     )  # fmt: skip
     programs = -(-rows // of_queries.own)
     queries_launch = _Launch(
         _backward_queries_kernel, programs * heads * segments * batches,
         (*layout.numbers(), heads, heads // groups, programs, *place),
-        constants | layout.constants(of_queries, True), layout.device,
+        constants | layout.constants(of_queries, True), layout.device, layout.dtypes[:-2],
     )  # fmt: skip
     return keys_launch, queries_launch
 
@@ -617,7 +638,7 @@ def _backward_launches(
 @lru_cache(maxsize=4096)
 def _delta_launch(device: torch.device, dtypes: tuple[torch.dtype, ...], count: int, dim: int) -> _Launch:
     constants = {"D": dim, "BLOCK_D": _padded_dim(dim), "OWN": 32}
-    return _Launch(_delta_kernel, -(-count // 32), (count,), constants, device)
+    return _Launch(_delta_kernel, -(-count // 32), (count,), constants, device, dtypes)
 
 
 def forward_(
@@ -646,7 +667,9 @@ def sum_products(out: Tensor, grad_out: Tensor) -> Tensor:
     """The sum of out * grad_out over a head's elements: (B, L, H, D) twice, contiguous -> (B, L, H) float32."""
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     if delta.numel():
-        _delta_launch(out.device, (out.dtype, grad_out.dtype), delta.numel(), out.shape[-1])(out, grad_out, delta)
+        _delta_launch(out.device, (out.dtype, grad_out.dtype, delta.dtype), delta.numel(), out.shape[-1])(
+            out, grad_out, delta
+        )
     return delta
 
 

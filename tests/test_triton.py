@@ -358,16 +358,61 @@ def test_kept_launches_are_those_that_triton_prepares():
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+    names = ["_forward_kernel"] * 2 + ["_delta_kernel"] + ["_backward_keys_kernel", "_backward_queries_kernel"] * 2
     for calls in json.loads(done.stdout).values():
-        first, again, shifted = (calls[name]["launches"] for name in ("first", "again", "shifted"))
-        names = [launch[0] for launch in first]
-        assert (
-            names
-            == ["_forward_kernel"] * 2 + ["_delta_kernel"] + ["_backward_keys_kernel", "_backward_queries_kernel"] * 2
-        )
-        assert again == first
-        # Another kernel, as rows are read otherwise; but nothing else is different.
-        assert [launch[3] for launch in shifted] != [launch[3] for launch in first]
+        shifted, first, again, longer, elsewhere = (call["launches"] for call in calls.values())
+        for launches in (shifted, first, longer):
+            assert [launch[0] for launch in launches] == names
+        # Other kernels, as values are read otherwise; but nothing else is different. (delta reads no values.)
+        assert [a[3] == b[3] for a, b in zip(shifted, first, strict=True)] == [
+            name == "_delta_kernel" for name in names
+        ]
         assert [launch[5] for launch in shifted] == [launch[5] for launch in first]
-        prepared = {name: call["prepared"] for name, call in calls.items()}
-        assert prepared == {"first": len(first), "again": 0, "shifted": len(first) - 1}  # delta reads no input
+        assert again == first
+        assert [launch[:6] for launch in elsewhere] == [launch[:6] for launch in first]
+        assert [{launch[6] for launch in launches} for launches in (first, elsewhere)] == [{0}, {7}]
+        # The same kernels for another length, with its own numbers.
+        assert [launch[3] for launch in longer] == [launch[3] for launch in first]
+        assert all(launch[5]["length"] == launch[5]["left"] for launch in longer if "length" in launch[5])
+        assert all(a[5] != b[5] for a, b in zip(longer, first, strict=True))
+        assert [call["prepared"] for call in calls.values()] == [7, 6, 0, 0, 0]
+
+
+def test_each_device_has_its_own_launches(monkeypatch):
+    monkeypatch.setattr(attend_triton, "_can_overlap", lambda device: True)
+    layout = attend_triton._Layout.of(*[torch.empty(1, 64, 2, 16, device="meta")] * 5)
+    first, second, third = (
+        attend_triton._forward_launch(
+            layout._replace(device=torch.device("cuda", i)), Chunk(0, 1, 0, 64, 0, 64), Branch(32, 1, (0, 0)), "own",
+            True, True, 1.0, False, False,
+        ) for i in (0, 1, 0)
+    )  # fmt: skip
+    assert first is third
+    assert first.kept is not second.kept
+    assert [first.device.index, second.device.index] == [0, 1]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU launches what was compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_launches_give_the_same_bits(dtype):
+    """In a later call, on another stream and in a CUDA graph; from addresses that 16 does not divide, nearly."""
+    case = Case(1, 300, 4, 2, 64, (64, 256), (1, 3), True, "interleaved")
+    inputs = make(case, dtype)
+    first = run(case, *inputs, backend="triton")
+    others = [run(case, *inputs, backend="triton")]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        others.append(run(case, *inputs, backend="triton"))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        others.append(run(case, *inputs, backend="triton"))
+    graph.replay()
+    torch.cuda.synchronize()
+    for other in others:
+        for name in NAMES:
+            assert torch.equal(first[name], other[name]), name
+    moved = [torch.empty(x.numel() + 1, dtype=dtype, device=DEVICE)[1:].view(x.shape).copy_(x) for x in inputs]
+    for name, x in run(case, *moved, backend="triton").items():
+        torch.testing.assert_close(x, first[name])

@@ -1,5 +1,5 @@
 """What the Triton kernels are launched with, seen without a GPU: by a driver that compiles for an H100 and launches
-nothing. Prints as JSON, for each case, the launches of four calls and how many of them Triton prepared."""
+nothing. Prints as JSON, for each case and call, what was launched and how many launches Triton prepared."""
 
 import json
 
@@ -23,7 +23,7 @@ class Launcher:
         values = arguments[-len(self.names) :]
         tensors = [[str(v.dtype), v.data_ptr() % 16] for v in values if isinstance(v, torch.Tensor)]
         numbers = {n: v for n, v in zip(self.names, values, strict=True) if not isinstance(v, torch.Tensor)}
-        launches.append([self.name, [x, y, z], self.overlaps, function, tensors, numbers])
+        launches.append([self.name, [x, y, z], self.overlaps, function, tensors, numbers, stream])
 
 
 class Utils:
@@ -38,13 +38,13 @@ class Utils:
 
 
 class Driver:
-    launcher_cls, utils = Launcher, Utils()
+    launcher_cls, utils, stream = Launcher, Utils(), 0
 
     def get_current_device(self):
         return 0
 
     def get_current_stream(self, device):
-        return 0
+        return self.stream
 
     def get_current_target(self):
         return TARGET
@@ -72,7 +72,8 @@ def prepare(kernel, *arguments, run=JITFunction.run, **options):
 
 
 if __name__ == "__main__":
-    driver.set_active(Driver())
+    gpu = Driver()
+    driver.set_active(gpu)
     JITFunction.run = prepare
     from modeling_longnet import attend_triton
     from modeling_longnet.branches import make_branches
@@ -84,7 +85,14 @@ if __name__ == "__main__":
         "both ways": ([torch.randn(2, 300, 2, 40).half() for _ in range(3)], False),
     }
     result = {}
-    for name, (tensors, is_causal) in inputs.items():
-        others = {"first": tensors, "again": [x.clone() for x in tensors], "shifted": [shifted(x) for x in tensors]}
-        result[name] = {which: attend(*x, is_causal) for which, x in others.items()}
+    for name, ((q, k, v), is_causal) in inputs.items():
+        result[name] = {
+            "shifted": attend(q, k, shifted(v), is_causal),
+            "first": attend(q, k, v, is_causal),
+            "again": attend(q.clone(), k.clone(), v.clone(), is_causal),
+            "longer": attend(*(torch.cat([x, x[:, :93]], 1) for x in (q, k, v)), is_causal),
+        }
+        gpu.stream = 7
+        result[name]["on another stream"] = attend(q, k, v, is_causal)
+        gpu.stream = 0
     print(json.dumps(result))
