@@ -34,7 +34,7 @@ measure 35 length length --heads 12 --dtype bfloat16 --rounds 3 --limit 1 --riva
     $((1<<11)) $((1<<12)) $((1<<13)) $((1<<14)) $((1<<15)) $((1<<16)) $((1<<17)) $((1<<18)) $((1<<19)) $((1<<20)) \
     $((1<<21)) $((1<<22))
 measure 35 stream stream --tokens 1000000000 --chunk-size 1048576 --limit 28
-measure 80 backends backends --length 32768 --seconds 0.3 --shapes 8x64 8x128 --dtypes bfloat16 float32 \
+measure 70 backends backends --length 32768 --seconds 0.3 --shapes 8x64 8x128 --dtypes bfloat16 float32 \
     --pattern "$paper" --error-length 1000
 measure 45 length-window length --heads 12 --dtype bfloat16 --rounds 1 --rivals window --lengths $((1<<15))
 exit $failed

@@ -4,7 +4,8 @@
 - `sdpa`: PyTorch's `scaled_dot_product_attention`, causal, over the whole sequence.
 - `floor`: PyTorch's own kernel of the device alone, on as many rows laid out contiguously. It reads no
   strided row and merges nothing, so what `ours` takes beyond it is all our own.
-- `rows`: the floor's kernel on the rows where they lie, strided, in the calls that `ours` makes; nothing is merged.
+- `rows`: the floor's kernel on the rows where they lie, strided, in the calls that `ours` makes with "torch" (on a GPU
+  it takes one launch a branch instead); nothing is merged.
 - `result`: the tensors that any implementation returns, written once. Their pages are fresh, and the system clears
   them first; the floor's results fit in memory that is used again, so this is no part of it.
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS, Backend
+from modeling_longnet.attend_torch import Part
 from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.dilated_attention import Plan, each_piece, kernel_calls, rows_view, shows_all
 
@@ -41,6 +43,7 @@ MODES = ("forward", "forward+backward")
 # SDPA / ours that the project set out to reach at 32,768 tokens, 8 heads of 64, on a CPU: forward, forward+backward.
 AIMS = dict(zip(PATTERNS, ((22, 18), (10, 9), (6, 5.5)), strict=True))
 AIMED_AT = (32_768, 8, 64, "cpu")
+OVERHEAD_AIM = 1.1  # ours / floor, there
 # The same on an H100: 80 % of 7.7 forward, 75 % backward (5 of 7 products), against the fastest dense kernel there.
 GPU_AIMS = {PATTERNS[2]: (6.2, 5.9)}
 # Dense attention's time for one long call is estimated from a call of at most so many tokens.
@@ -173,11 +176,11 @@ def dense_kernel(case: Case) -> str | None:
     return min(seconds, key=seconds.get, default=None)
 
 
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, is_causal, scale=scale
     )
-    return out, lse[..., 0]
+    return [(slice(None), out, lse[..., 0])]
 
 
 def _cudnn_backward(grad_out, query, key, value, out, lse, is_causal: bool, scale: float) -> tuple[Tensor, ...]:
@@ -197,14 +200,18 @@ def floor_kernel(case: Case) -> Backend:
 
 
 def _floor(case: Case, pattern: str) -> Call:
-    # The kernel's time does not depend on the numbers: all calls read from the same four buffers.
-    buffers = [case.tensor(case.length * case.heads * case.head_dim) for _ in range(4)]
+    # The kernel's time does not depend on the numbers: all calls read from the same buffers, the backward too.
+    buffers = [case.tensor(case.length * case.heads * case.head_dim) for _ in range(5)]
+    lse = case.tensor(case.length * case.heads).float()
     inputs = []
     for branch in count_rows(case.length, case.heads, pattern):
         for rows, count in branch.items():
             size = rows * case.head_dim
             inputs += [
-                [x[: n * size].view(n, 1, rows, case.head_dim) for x in buffers]
+                [
+                    *(x[: n * size].view(n, 1, rows, case.head_dim) for x in buffers),
+                    lse[: n * rows].view(n, 1, rows),
+                ]
                 for n in _call_sizes(count, size * buffers[0].element_size(), case.device)
             ]
 
@@ -212,8 +219,8 @@ def _floor(case: Case, pattern: str) -> Call:
 
     @torch.no_grad()
     def call():
-        for q, k, v, grad_out in inputs:
-            out, lse = kernel.forward(q, k, v, True, scale)
+        for q, k, v, grad_out, out, lse in inputs:
+            kernel.forward(q, k, v, True, scale)
             if case.backward:
                 kernel.backward(grad_out, q, k, v, out, lse, True, scale)
 
@@ -399,6 +406,7 @@ def summarize(result: dict) -> list[dict]:
                 "result_bytes": result_bytes(case),
                 "input_bytes": input_bytes(case),
                 "aim": _aim(case, row["pattern"]),
+                "overhead_aim": OVERHEAD_AIM if (*case[:3], case.device) == AIMED_AT else None,
                 "dense_peak_bytes": dense.get("peak_bytes"),
                 "error": errors["ours"],
                 "reference_error": errors["dense reference"],
@@ -408,7 +416,7 @@ def summarize(result: dict) -> list[dict]:
 
 
 def _aim(case: Case, pattern: str) -> float | None:
-    if (case.length, case.heads, case.head_dim, case.device) == AIMED_AT:
+    if (*case[:3], case.device) == AIMED_AT:
         return AIMS.get(pattern, (None, None))[case.backward]
     if case.device == "cuda" and case.length == AIMED_AT[0] and case.dtype == "bfloat16":
         return GPU_AIMS.get(pattern, (None, None))[case.backward]
@@ -432,15 +440,19 @@ def _mib(count: int | None) -> str:
     return "not measured" if count is None else f"{count / 2**20:.0f}"
 
 
+def _beside_aim(ratio: Spread, aim: float | None) -> str:
+    return format_ratio(ratio) + (f", aim {aim}" if aim else "")
+
+
 def _cells(s: dict) -> list[str]:
     peak = s["peak_bytes"]
     return [
         f"{s['length']:,}",
         f"{s['seconds'] * 1e3:.1f}",
-        (format_ratio(s["speedup"]) + (f", aim {s['aim']}" if s["aim"] else "")) if s["speedup"] else "skipped",
+        _beside_aim(s["speedup"], s["aim"]) if s["speedup"] else "skipped",
         f"{s['floor_speedup'].median:.2f}" if s["floor_speedup"] else "",
         f"{s['ideal_speedup']:.2f}",
-        format_ratio(s["overhead"]),
+        _beside_aim(s["overhead"], s["overhead_aim"]),
         *(f"{s[part].median:.2f}" if s[part] else "" for part in ("rows", "result")),
         f"{s['gflops']:.0f}",
         _mib(peak),

@@ -50,7 +50,8 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx, query, key, value, is_causal):
         inputs = [x.transpose(1, 2) for x in (query, key, value)]
         ctx.is_causal, ctx.scale = is_causal, query.shape[-1] ** -0.5
-        out, lse = BACKENDS["torch"].forward(*inputs, is_causal, ctx.scale)
+        parts = BACKENDS["torch"].forward(*inputs, is_causal, ctx.scale)
+        out, lse = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in list(zip(*parts, strict=True))[1:])
         ctx.save_for_backward(*inputs, out, lse)
         ctx.mark_non_differentiable(lse)
         return out.transpose(1, 2), lse

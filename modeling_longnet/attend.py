@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 class Backend(NamedTuple):
     """Attention on (B, H, L, D) views of one branch's rows.
 
-    `forward(q, k, v, is_causal, scale) -> (out, lse)`; `backward(grad_out, q, k, v, out, lse, is_causal, scale) ->
-    (dq, dk, dv)`, exact for these keys' part of a softmax over more keys when out and lse are merged ones;
+    `forward(q, k, v, is_causal, scale) -> [(queries, out, lse)]`, a part of the result for each slice of the queries;
+    `backward(grad_out, q, k, v, out, lse, is_causal, scale) -> (dq, dk, dv)`, exact for these keys' part of a softmax
+    over more keys when out and lse are merged ones;
     `unavailable(q)` says why it cannot run.
     """
 

@@ -6,6 +6,8 @@ The same two functions as in `attend_torch`; there the layout is explained.
 import torch
 from torch import Tensor
 
+from .attend_torch import Part
+
 try:
     from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 except ImportError as error:
@@ -27,14 +29,14 @@ def unavailable(query: Tensor) -> str | None:
     return None
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
     out, lse, *_ = _flash_attn_forward(
         query, key, value, 0.0, scale, causal=is_causal, window_size_left=-1, window_size_right=-1,
         softcap=0.0, alibi_slopes=None, return_softmax=False,
     )  # fmt: skip
-    return out.transpose(1, 2), lse
+    return [(slice(None), out.transpose(1, 2), lse)]
 
 
 def backward(

@@ -4,8 +4,13 @@
 any strides with D contiguous, key and value may have fewer heads (G divides H), lse is (B, H, L).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+# Attention of some of the rows as queries: which ones, out, lse.
+Part = tuple[slice, Tensor, Tensor]
 
 _aten = torch.ops.aten
 # The CPU kernel computes blocks of 512 keys whole, so causal attention on up to 512 rows costs as much as attention to
@@ -30,15 +35,16 @@ def unavailable(query: Tensor) -> str | None:
     return None
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
     if query.device.type == "cpu":
         if query.element_size() <= 2 and query.numel() * query.element_size() <= _GATHERED_BYTES:
             query, key, value = (x.contiguous() for x in (query, key, value))
         if is_causal and cuts_rows(query.shape[-2], query.device):
             return _cut_forward(query, key, value, scale)
-        return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
-    return _cuda_forward(query, key, value, is_causal, scale)
+        run = _aten._scaled_dot_product_flash_attention_for_cpu
+        return [(slice(None), *run(query, key, value, 0.0, is_causal, scale=scale))]
+    return [(slice(None), *_cuda_forward(query, key, value, is_causal, scale))]
 
 
 def backward(
@@ -62,37 +68,36 @@ def backward(
 
 
 def cuts_rows(rows: int, device: torch.device) -> bool:
-    """Is causal attention on so many rows cheaper in two calls? Their results take memory to be put together."""
+    """Is causal attention on so many rows cheaper in two calls?"""
     return device.type == "cpu" and rows in _CUT_ROWS
 
 
-def _cut_mask(query: Tensor) -> Tensor:
+@lru_cache(maxsize=8)
+def _cut_mask(rows: int, dtype: torch.dtype) -> Tensor:
     """What the queries from `_CUT` on do not see: (rows - _CUT, rows), 0 and -inf."""
-    rows = query.shape[-2]
-    return torch.full((rows - _CUT, rows), -torch.inf, dtype=query.dtype).triu_(_CUT + 1)
+    return torch.full((rows - _CUT, rows), -torch.inf, dtype=dtype).triu_(_CUT + 1)
 
 
-def _cut_forward(query, key, value, scale):
-    run = _aten._scaled_dot_product_flash_attention_for_cpu
-    first = run(*(x[..., :_CUT, :] for x in (query, key, value)), 0.0, True, scale=scale)
-    second = run(query[..., _CUT:, :], key, value, attn_mask=_cut_mask(query), scale=scale)
-    return _join(first[0], second[0]), torch.cat([first[1], second[1]], 2)
+def _cut_forward(query, key, value, scale) -> list[Part]:
+    run, mask = _aten._scaled_dot_product_flash_attention_for_cpu, _cut_mask(query.shape[-2], query.dtype)
+    first, others = slice(_CUT), slice(_CUT, None)
+    return [
+        (first, *run(*(x[..., first, :] for x in (query, key, value)), 0.0, True, scale=scale)),
+        (others, *run(query[..., others, :], key, value, attn_mask=mask, scale=scale)),
+    ]
 
 
 def _cut_backward(grad_out, query, key, value, out, lse, scale):
-    run, mask = _aten._scaled_dot_product_flash_attention_for_cpu_backward, _cut_mask(query)
+    run = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mask = _cut_mask(query.shape[-2], query.dtype)
     g, q, o = (x[..., _CUT:, :] for x in (grad_out, query, out))
     dq, dk, dv = run(g, q, key, value, o, lse[..., _CUT:], 0.0, False, attn_mask=mask, scale=scale)
     g, q, k, v, o = (x[..., :_CUT, :] for x in (grad_out, query, key, value, out))
     first, *others = run(g, q, k, v, o, lse[..., :_CUT], 0.0, True, scale=scale)
     for total, part in zip((dk, dv), others, strict=True):
         total[..., :_CUT, :] += part
-    return _join(first, dq), dk, dv
-
-
-def _join(first: Tensor, second: Tensor) -> Tensor:
-    """Rows behind rows, (B, H, L, D), in memory as the kernel lays them out: (B, L, H, D)."""
-    return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], 1).transpose(1, 2)
+    # Rows behind rows, in memory as the kernel lays them out: (B, L, H, D).
+    return torch.cat([first.transpose(1, 2), dq.transpose(1, 2)], 1).transpose(1, 2), dk, dv
 
 
 def _uses_flash(query: Tensor) -> bool:

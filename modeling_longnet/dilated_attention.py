@@ -190,16 +190,17 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tup
         shared = [rows_view(x, chunk, branch, rows) for x in (key, value)]
         if index == 0 and not rows.padding and shows_all(piece, query, key, plan.is_causal):
             # The first result becomes the accumulator: no copy, and no second set of fresh pages.
-            new_out, new_lse = run(*(x.flatten(0, 1) for x in (views[0], *shared)), plan.is_causal, plan.scale)
+            inputs = (x.flatten(0, 1) for x in (views[0], *shared))
+            [(_, new_out, new_lse)] = run(*inputs, plan.is_causal, plan.scale)
             out, lse = _as_tokens(new_out, query), _as_tokens(new_lse, query)
             continue
         for q, o, s, k, v in kernel_calls(*views, *shared):
-            new_out, new_lse = run(q, k, v, plan.is_causal, plan.scale)
-            if index == 0 and branch.r == 1:
-                o.copy_(new_out)
-                s.copy_(new_lse)
-            else:
-                merge_(o, s, new_out, new_lse)
+            for queries, new_out, new_lse in run(q, k, v, plan.is_causal, plan.scale):
+                if index == 0 and branch.r == 1:
+                    o[:, :, queries].copy_(new_out)
+                    s[:, :, queries].copy_(new_lse)
+                else:
+                    merge_(o[:, :, queries], s[:, :, queries], new_out, new_lse)
             if plan.zero_padding and rows.padding:
                 zeros = torch.full_like(s, rows.padding).log_()
                 merge_(o, s, torch.zeros_like(o), zeros)
@@ -234,7 +235,8 @@ def forward_outside(query: Tensor, out: Tensor, lse: Tensor, outside: Outside, p
     run, repeat = BACKENDS[plan.backend].forward, query.shape[2] // outside.keys[0].shape[1]
     for chunk, branch, rows, k, v in _each_outside(plan, outside, after, repeat):
         q, o, s = (rows_view(x, chunk, branch, rows, repeat)[:, 0] for x in (query, out, lse))
-        merge_(o, s, *run(q, k, v, False, plan.scale))
+        [(_, new_out, new_lse)] = run(q, k, v, False, plan.scale)
+        merge_(o, s, new_out, new_lse)
 
 
 def backward_chunks(

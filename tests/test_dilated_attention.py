@@ -531,6 +531,23 @@ def test_compiles_into_one_graph(backend, dynamic):
         assert_all_close(actual, run(case, query, key, value, grad_out, backend="eager"))
 
 
+def test_a_compiled_graph_asks_nothing():
+    """Forward and backward: no question about PyTorch's state, which is answered while the graph is made."""
+    torch._dynamo.reset()
+    names = set()
+
+    def collect(module, inputs):
+        parts = [part for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+        names.update(str(node.target) for part in parts for node in part.graph.nodes if node.op == "call_function")
+        return module
+
+    case = Case(2, 11, 6, 3, 5, *NESTED, True, "interleaved")
+    inputs = [x.detach().requires_grad_() for x in make_inputs(case)[:3]]
+    torch.compile(lambda *qkv: dilated_attention(*qkv, *NESTED), fullgraph=True, backend=collect)(*inputs)
+    assert len({name for name in names if "dilated_attention" in name}) == 2
+    assert not {name for name in names if "functorch" in name or "is_grad_enabled" in name}
+
+
 def test_autocast_takes_its_dtype():
     case = Case(2, 37, 6, 3, 8, *NESTED, True, "interleaved")
     query, key, value, grad_out = make_inputs(case, torch.float32)
