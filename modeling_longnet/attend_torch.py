@@ -17,8 +17,8 @@ _aten = torch.ops.aten
 # all of them. Queries from this one on are a call of their own, under a mask: the others then need no keys behind it.
 _CUT = 256
 _CUT_ROWS = range(384, 513)  # where a second call costs less than it saves (benchmarks/README.md)
-# In half precision the CPU's forward kernel rearranges keys and values first, faster where rows lie next to each other,
-# copies included (benchmarks/README.md). Larger calls are left as they are: copies would cost memory.
+# In half precision the CPU's kernels rearrange rows first, faster where these lie next to each other, copies included
+# (benchmarks/README.md). Larger calls are left as they are: copies would cost memory.
 _GATHERED_BYTES = 4 << 20
 
 
@@ -38,8 +38,7 @@ def unavailable(query: Tensor) -> str | None:
 def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
     """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
     if query.device.type == "cpu":
-        if query.element_size() <= 2 and query.numel() * query.element_size() <= _GATHERED_BYTES:
-            query, key, value = (x.contiguous() for x in (query, key, value))
+        query, key, value = _gather(query, key, value)
         if is_causal and cuts_rows(query.shape[-2], query.device):
             return _cut_forward(query, key, value, scale)
         run = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -61,10 +60,19 @@ def backward(
     if query.device.type == "cpu":
         if is_causal and cuts_rows(query.shape[-2], query.device):
             return _cut_backward(grad_out, query, key, value, out, lse, scale)
+        grad_out, query, key, value, out = _gather(grad_out, query, key, value, out)
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )
     return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
+
+
+def _gather(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Half precision's rows next to each other, unless there are many of them."""
+    bytes_per_number = tensors[0].element_size()
+    if bytes_per_number > 2 or tensors[0].numel() * bytes_per_number > _GATHERED_BYTES:
+        return tensors
+    return tuple([x.contiguous() for x in tensors])
 
 
 def cuts_rows(rows: int, device: torch.device) -> bool:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_longnet import attend, attend_flash, dilated_attention
+from modeling_longnet import attend, attend_flash, attend_torch, dilated_attention
 from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.dilated_attention import (
     Outside,
@@ -149,6 +149,19 @@ def test_calls_cut_into_slabs_change_nothing(monkeypatch):
     whole = run(case, *inputs)
     monkeypatch.setitem(dilated_attention.__globals__, "_CPU_BYTES_PER_CALL", 1)
     assert_all_close(run(case, *inputs), whole)
+
+
+def test_a_mask_made_in_inference_mode_serves_training():
+    """The mask of calls that are cut in two is kept."""
+    case = Case(1, 450, 3, 3, 8, (450,), (1,), True, "interleaved")
+    inputs = make_inputs(case)
+    attend_torch._cut_mask.cache_clear()
+    with torch.inference_mode():
+        out = dilated_attention(*inputs[:3], case.lengths, case.rates)
+    results = run(case, *inputs)
+    assert attend_torch._cut_mask.cache_info().misses == 1
+    assert torch.equal(out, results["out"])
+    assert_all_close(results, run(case, *inputs, backend="eager"))
 
 
 def test_uncovered_queries_are_zero_and_give_no_gradient():
