@@ -51,7 +51,10 @@ class _Kernel(torch.autograd.Function):
         inputs = [x.transpose(1, 2) for x in (query, key, value)]
         ctx.is_causal, ctx.scale = is_causal, query.shape[-1] ** -0.5
         parts = BACKENDS["torch"].forward(*inputs, is_causal, ctx.scale)
-        out, lse = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in list(zip(*parts, strict=True))[1:])
+        _, (out, *outs), (lse, *lses) = zip(*parts, strict=True)
+        if outs:  # rows behind rows, in memory as the kernel lays them out: (B, L, H, D)
+            out = torch.cat([x.transpose(1, 2) for x in (out, *outs)], 1).transpose(1, 2)
+            lse = torch.cat([lse, *lses], 2)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.mark_non_differentiable(lse)
         return out.transpose(1, 2), lse

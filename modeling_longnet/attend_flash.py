@@ -30,7 +30,7 @@ def unavailable(query: Tensor) -> str | None:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
-    """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
+    """softmax(q k^T * scale) v and its lse, in parts; causal means key index <= query index (both start together)."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
     out, lse, *_ = _flash_attn_forward(
         query, key, value, 0.0, scale, causal=is_causal, window_size_left=-1, window_size_right=-1,

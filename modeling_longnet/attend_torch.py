@@ -36,7 +36,7 @@ def unavailable(query: Tensor) -> str | None:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
-    """softmax(q k^T * scale) v and its lse; causal means key index <= query index (both start together)."""
+    """softmax(q k^T * scale) v and its lse, in parts; causal means key index <= query index (both start together)."""
     if query.device.type == "cpu":
         query, key, value = _gather(query, key, value)
         if is_causal and cuts_rows(query.shape[-2], query.device):
@@ -83,7 +83,7 @@ def cuts_rows(rows: int, device: torch.device) -> bool:
 @lru_cache(maxsize=8)
 def _cut_mask(rows: int, dtype: torch.dtype) -> Tensor:
     """What the queries from `_CUT` on do not see: (rows - _CUT, rows), 0 and -inf."""
-    return torch.full((rows - _CUT, rows), -torch.inf, dtype=dtype).triu_(_CUT + 1)
+    return torch.full((rows - _CUT, rows), -torch.inf, dtype=dtype, device="cpu").triu_(_CUT + 1)
 
 
 def _cut_forward(query, key, value, scale) -> list[Part]:

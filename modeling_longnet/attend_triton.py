@@ -21,6 +21,7 @@ from .branches import Branch, Chunk
 try:
     import triton
     import triton.language as tl
+    from triton.compiler import CompiledKernel
     from triton.knobs import runtime
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
@@ -518,14 +519,13 @@ class _Layout(NamedTuple):
     def constants(self, blocks: Blocks, overlaps: bool) -> dict[str, object]:
         overlapping = _can_overlap(self.device)
         options = {"launch_pdl": overlaps} if overlapping else {}
+        precision = "tf32x3" if self.dtypes[0] == torch.float32 else "tf32"  # the second is not read in half precision
         return options | {
             "D": self.dim,
             "BLOCK_D": _padded_dim(self.dim),
             "OWN": blocks.own,
             "OTHER": blocks.other,
-            "PRECISION": "tf32x3"
-            if self.dtypes[0] == torch.float32
-            else "tf32",  # the second is not read in half precision
+            "PRECISION": precision,
             "OVERLAPS": overlapping,
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
@@ -534,7 +534,7 @@ class _Layout(NamedTuple):
 
 @cache
 def _kept(kernel, device: torch.device, dtypes: tuple, kinds: tuple, constants: tuple) -> list:
-    """Where launches that Triton compiles one kernel for keep it: empty, or the compiled kernel."""
+    """The place where launches for which Triton compiles one kernel keep it: the same list for all, empty at first."""
     return []
 
 
@@ -551,28 +551,28 @@ class _Launch:
 
     On its way to what it compiled, Triton looks at every argument anew, which takes longer than the launch. So the
     compiled kernel is kept, for tensors that all begin at multiples of 16 bytes; others take Triton's way each time.
-    What Triton does there and then only (hooks before a run, its debugging switches) is done in the first launch.
+    What Triton does on that way only (hooks before a run, its debugging switches) is not done for the rest.
     """
 
     def __init__(
         self, kernel, programs: int, numbers: tuple, constants: dict[str, object], device: torch.device, dtypes: tuple
     ):  # fmt: skip
         self.kernel, self.grid, self.numbers, self.device = kernel, (programs, 1, 1), numbers, device
-        # As Triton's default has been, and its next version's will not be: a * b + c is rounded once.
+        # a * b + c is rounded once: Triton's default up to 3.9 and not from 3.10 on (no environment variable is asked).
         self.constants = constants | {"enable_fp_fusion": True}
         names = kernel.arg_names[len(dtypes) :]
         kinds = tuple(map(_kind, names, numbers))
-        self.last = tuple([constants[name] for name in names[len(numbers) :]])
+        self.constexprs = tuple([constants[name] for name in names[len(numbers) :]])
         self.kept = _kept(kernel, device, dtypes, kinds, tuple(self.constants.items()))
 
     def __call__(self, *tensors: Tensor) -> None:
         is_aligned = not any(x.data_ptr() % 16 for x in tensors)
         with _on(self.device):
             if is_aligned and self.kept:
-                self.kept[0][self.grid](*tensors, *self.numbers, *self.last)
+                self.kept[0][self.grid](*tensors, *self.numbers, *self.constexprs)
                 return
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        if is_aligned and compiled is not None:  # None from the interpreter
+        if is_aligned and isinstance(compiled, CompiledKernel):  # not from the interpreter
             self.kept.append(compiled)
 
 
@@ -585,7 +585,7 @@ def _forward_launch(
     segments, first, rows, keys = _segments(chunk, branch, which)
     if not keys:
         return None
-    blocks, own = forward_blocks(layout.dtypes[0], _padded_dim(layout.dim)), which == "own"
+    blocks, own = forward_blocks(layout.dtypes[0], layout.dim), which == "own"
     programs = -(-rows // blocks.own)
     numbers = (
         *layout.numbers(), heads, heads // layout.groups, programs, segments, first, *_geometry(chunk, branch),
@@ -611,7 +611,8 @@ def _backward_launches(
     segments, first, rows, keys = _segments(chunk, branch, which)
     if not keys:
         return None
-    of_keys, of_queries = backward_blocks(layout.dtypes[0], _padded_dim(layout.dim))
+    *inputs, grad_query, grad_key, grad_value = layout.dtypes
+    of_keys, of_queries = backward_blocks(layout.dtypes[0], layout.dim)
     place = segments, first, *_geometry(chunk, branch), scale * math.log2(math.e)
     constants = {
         "WHICH": which,
@@ -624,13 +625,14 @@ def _backward_launches(
         _backward_keys_kernel, programs * groups * segments * batches,
         (*layout.numbers(), *layout.grad_key[:3], heads, programs, *place),
         constants | {"HEADS_PER_GROUP": heads // groups} | layout.constants(of_keys, overlaps), layout.device,
-        (*layout.dtypes[:-3], *layout.dtypes[-2:]),
+        (*inputs, grad_key, grad_value),
     )  # fmt: skip
     programs = -(-rows // of_queries.own)
     queries_launch = _Launch(
         _backward_queries_kernel, programs * heads * segments * batches,
         (*layout.numbers(), heads, heads // groups, programs, *place),
-        constants | layout.constants(of_queries, True), layout.device, layout.dtypes[:-2],
+        constants | layout.constants(of_queries, True), layout.device,
+        (*inputs, grad_query),
     )  # fmt: skip
     return keys_launch, queries_launch
 

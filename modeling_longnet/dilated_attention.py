@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .attend import BACKENDS, choose_backend, merge_
 from .attend_torch import cuts_rows
@@ -408,6 +409,13 @@ def _fold_chunks(chunks: Tensor, batch: int, size: int) -> Tensor:
     return (chunks + shift).flatten(0, 1)
 
 
+def _may_be_transformed() -> bool:
+    """Is a derivative of the gradient wanted, of either mode, or a batch of gradients? (A graph is no such place.)"""
+    return (
+        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )  # fmt: skip
+
+
 class _DilatedAttention(torch.autograd.Function):
     """out of the chunks and the rows before them. Arguments: q, k, v, chunks, plan, *before (keys, then values)."""
 
@@ -424,11 +432,8 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         query, key, value, chunks, out, lse, *before = ctx.saved_tensors
-        # As a Function it can refuse a second derivative and be mapped by vmap, which a compiled graph never needs.
-        run = _DilatedAttentionBackward.forward
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-                run = _DilatedAttentionBackward.apply
+        is_plain = torch.compiler.is_compiling() or not _may_be_transformed()
+        run = _DilatedAttentionBackward.forward if is_plain else _DilatedAttentionBackward.apply
         dq, dk, dv, *grads = run(grad_out.contiguous(), query, key, value, out, lse, chunks, ctx.plan, *before)
         return dq, dk, dv, None, None, *grads
 
@@ -474,7 +479,7 @@ class _DilatedAttentionBackward(torch.autograd.Function):
         return tuple(x.unflatten(0, (size, -1)) for x in grads), (0,) * len(grads)
 
 
-# PyTorch asks for it in every call, and Python takes longer to find it than a kernel takes to launch.
+# PyTorch asks for the signature in every call, and Python takes longer to find it than a kernel takes to launch.
 for _function in (_DilatedAttention, _DilatedAttentionBackward):
     _function.forward.__signature__ = inspect.signature(_function.forward)
 

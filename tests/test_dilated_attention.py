@@ -18,6 +18,7 @@ from checks import ROUNDING, assert_close, refused
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_longnet import attend, attend_flash, attend_torch, dilated_attention
@@ -650,6 +651,16 @@ def test_a_second_derivative_is_refused_by_name():
     )
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_forward_mode_of_the_gradient_is_refused():
+    """PyTorch's own kernels refuse it too; a derivative of zero would be wrong."""
+    case = Case(1, 21, 3, 3, 5, *NESTED, True, "interleaved")
+    query, key, value, grad_out = make_inputs(case)
+    query.requires_grad_()
+    out = dilated_attention(query, key, value, *NESTED)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        torch.autograd.grad(out, query, forward_ad.make_dual(grad_out, torch.ones_like(grad_out)))
 
 
 def test_the_dense_reference_can_be_differentiated_twice():

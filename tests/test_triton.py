@@ -378,6 +378,7 @@ def test_kept_launches_are_those_that_triton_prepares():
         assert [call["prepared"] for call in calls.values()] == [7, 6, 0, 0, 0]
 
 
+@pytest.mark.usefixtures("_new_launches")
 def test_each_device_has_its_own_launches(monkeypatch):
     monkeypatch.setattr(attend_triton, "_can_overlap", lambda device: True)
     layout = attend_triton._Layout.of(*[torch.empty(1, 64, 2, 16, device="meta")] * 5)
