@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from modeling_longnet import dilated_attention
 from modeling_longnet.attend import BACKENDS
+from modeling_longnet.attend_torch import join_rows
 
 from . import op
 from .measure import DTYPES, Call, git, package_version, peak_bytes, spread, time_alternately
@@ -51,10 +52,8 @@ class _Kernel(torch.autograd.Function):
         inputs = [x.transpose(1, 2) for x in (query, key, value)]
         ctx.is_causal, ctx.scale = is_causal, query.shape[-1] ** -0.5
         parts = BACKENDS["torch"].forward(*inputs, is_causal, ctx.scale)
-        _, (out, *outs), (lse, *lses) = zip(*parts, strict=True)
-        if outs:  # rows behind rows, in memory as the kernel lays them out: (B, L, H, D)
-            out = torch.cat([x.transpose(1, 2) for x in (out, *outs)], 1).transpose(1, 2)
-            lse = torch.cat([lse, *lses], 2)
+        _, outs, lses = zip(*parts, strict=True)
+        out, lse = join_rows(*outs), torch.cat(lses, 2)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.mark_non_differentiable(lse)
         return out.transpose(1, 2), lse

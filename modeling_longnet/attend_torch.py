@@ -104,8 +104,12 @@ def _cut_backward(grad_out, query, key, value, out, lse, scale):
     first, *others = run(g, q, k, v, o, lse[..., :_CUT], 0.0, True, scale=scale)
     for total, part in zip((dk, dv), others, strict=True):
         total[..., :_CUT, :] += part
-    # Rows behind rows, in memory as the kernel lays them out: (B, L, H, D).
-    return torch.cat([first.transpose(1, 2), dq.transpose(1, 2)], 1).transpose(1, 2), dk, dv
+    return join_rows(first, dq), dk, dv
+
+
+def join_rows(*parts: Tensor) -> Tensor:
+    """Rows behind rows, (B, H, L, D), in memory as the kernel lays them out: (B, L, H, D); a single part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
 
 
 def _uses_flash(query: Tensor) -> bool:

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from checks import assert_close
 
-from benchmarks import figures, length, op, run
+from benchmarks import figures, length, op, peers, run
 from benchmarks.measure import peak_bytes, spread, time_alternately
 
 
@@ -132,6 +133,22 @@ class DilatedAttention(nn.Module):
         assert not lse.requires_grad and lse.shape == (query.shape[0], self.heads, query.shape[1])
         return self.out_proj(out.flatten(2)), None
 """
+
+
+@pytest.mark.parametrize("length", [450, 600], ids=["a call cut in two", "one call"])
+def test_the_kernel_of_peers_is_attention(length):
+    """In the layout that the kernel itself writes, so that the rival is not handicapped."""
+    inputs = [torch.randn(2, length, 3, 8, requires_grad=True) for _ in range(3)]
+    grad_out = torch.randn(2, length, 3, 8)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    query, key, value = (x.transpose(1, 2) for x in exact)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    out, _ = peers._Kernel.apply(*inputs, True)
+    assert out.is_contiguous()
+    assert_close("out", out, expected, 3e-6)
+    grads = torch.autograd.grad(out, inputs, grad_out), torch.autograd.grad(expected, exact, grad_out.double())
+    for actual, grad in zip(*grads, strict=True):
+        assert_close("gradient", actual, grad, 3e-6)
 
 
 def test_peers_run_a_folder_of_torchscale(tmp_path):

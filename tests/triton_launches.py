@@ -52,7 +52,8 @@ class Driver:
 
 def attend(query, key, value, is_causal):
     """Forward and backward: what was launched, and how many times Triton looked for the compiled kernel."""
-    launches.clear(), prepared.clear()
+    launches.clear()
+    prepared.clear()
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     branches = make_branches([128, 512], [1, 3], key.shape[2], "interleaved")
     chunks = whole_batch(*query.shape[:2])
