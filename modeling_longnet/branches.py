@@ -1,9 +1,9 @@
-"""Which tokens meet in dilated attention, in integers only (LongNet, arXiv 2307.02486, Eq. 4-8, 13-15).
+"""The geometry of dilated attention, in integers only (LongNet, arXiv 2307.02486, Eq. 4-8, 13-15).
 
-A **branch** is a pair (w, r): segments of w tokens of which a head keeps every r-th, from its offset o on.
-Position p is a **row** of the head when `(p mod w) mod r == o`. A **chunk** is the part [start, start + length)
-of a sequence that is at hand; it lies in some columns of a tensor. Everything here turns these numbers into
-lists of strided views: nothing is gathered and no index tensor is made.
+A **branch** (w, r) cuts the sequence into segments of w tokens. In each segment a head keeps every r-th token, starting
+at its offset o: position p is kept when `(p mod w) mod r == o`. A **chunk** is the part [start, start + length) of a
+sequence that a tensor holds. A **slice** is a set of kept tokens that one strided view of that tensor can show, so that
+nothing is gathered and no index tensor is built.
 """
 
 import math
@@ -22,10 +22,13 @@ class Branch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, start + columns) of a sequence of `total` tokens, in batch rows and columns of a tensor."""
+    """Tokens [start, start + length) of a sequence of `total` tokens, in the given batch rows and columns of a tensor.
 
-    row_begin: int
-    row_end: int
+    `total` counts the tokens known so far: the end of the chunk while decoding, the whole sequence for a shard.
+    """
+
+    batch_begin: int
+    batch_end: int
     column_begin: int
     column_end: int
     start: int
@@ -33,29 +36,38 @@ class Chunk(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Tokens of the chunk."""
         return self.column_end - self.column_begin
 
+    @property
+    def batch(self) -> int:
+        """Batch rows of the chunk."""
+        return self.batch_end - self.batch_begin
 
-class Rows(NamedTuple):
-    """The rows of some key/value heads in one piece, which one strided view can show.
 
-    Head number i of `heads` is `head + i * head_step`; in each of the piece's `segments` its first row lies
-    `row + i * row_step` tokens after the segment's begin in the chunk, the next ones r tokens further each.
+class Slice(NamedTuple):
+    """Kept tokens of some key/value heads in some whole or partial segments, as one strided view shows them.
 
-    `before` and `after` count the rows of each of these heads in the same segment that lie outside the chunk,
-    `padding` the zero rows that the released implementation adds (see `attend_zero_padding`).
+    Attributes:
+        begin: first token of the first segment, counted from the start of the chunk.
+        segments: number of segments, w tokens apart.
+        head, heads, head_stride: heads `head + i * head_stride` for i < heads.
+        first, first_stride: head i keeps token `first + i * first_stride` of a segment, then every r-th one.
+        seqlen: kept tokens per head and segment.
+        prefix, suffix: kept tokens per head of the same segment that lie before and after the chunk.
+        padding: zero keys per head that the released implementation adds (see `attend_zero_padding`).
     """
 
     begin: int
     segments: int
     head: int
     heads: int
-    head_step: int
-    row: int
-    row_step: int
-    rows: int
-    before: int
-    after: int
+    head_stride: int
+    first: int
+    first_stride: int
+    seqlen: int
+    prefix: int
+    suffix: int
     padding: int
 
 
@@ -90,10 +102,10 @@ def make_branches(
     num_heads: int,
     head_offsets: str,
 ) -> tuple[Branch, ...]:
-    """The branches of `num_heads` key/value heads, least dilated first.
+    """Return the branches for `num_heads` key/value heads, the least dilated first.
 
-    Offsets: "interleaved" is the paper's `g mod r` (Eq. 13), "blocked" TorchScale's `g // ceil(G / r)`.
-    The order does not change the result beyond rounding; a branch of rate 1 in front covers every token.
+    Offsets are `g mod r` if "interleaved" (the paper, Eq. 13) and `g // ceil(G / r)` if "blocked" (TorchScale). The
+    order of branches affects the result by rounding only. If the first branch has rate 1, it covers every token.
     """
     check_branches(segment_lengths, dilation_rates)
     if head_offsets not in HEAD_OFFSETS:
@@ -107,20 +119,31 @@ def make_branches(
 
 
 def count_work(segment_lengths, dilation_rates, length: int) -> float:
-    """Keys that a causal query sees on average, per head, in a text of `length` tokens.
+    """Return the mean number of keys that a causal query sees per head in a sequence of `length` tokens.
 
-    Half of a segment's w / r rows, for every r-th token: `sum_i min(w_i, length) / (2 r_i^2)`.
+    A segment keeps w / r tokens per head; a kept query sees half of them, and one query in r is kept:
+    `sum_i min(w_i, length) / (2 r_i^2)`.
     """
     return sum(min(w, length) / (2 * r * r) for w, r in zip(segment_lengths, dilation_rates, strict=True))
 
 
-def count_rows(length: int, offset: int, r: int) -> int:
-    """How many of the positions 0 .. length - 1 of a segment are rows of a head with this offset."""
+def count_kept(length: int, offset: int, r: int) -> int:
+    """Return how many of the first `length` tokens of a segment a head with this offset keeps."""
     return max(0, -(-(length - offset) // r))
 
 
-def _pieces(chunk: Chunk, w: int):
-    """Cut a chunk at segment borders: (begin in the chunk, phase in the segment, length, segments)."""
+def prefix_lengths(branches: tuple[Branch, ...], start: int) -> tuple[int, ...]:
+    """Return the prefix slots that each branch of a chunk starting at `start` needs: ceil((start mod w) / r)."""
+    return tuple(-(-(start % w) // r) for w, r, _ in branches)
+
+
+def whole_batch(batch: int, length: int, start: int = 0) -> tuple[Chunk, ...]:
+    """Return the one chunk of a batch without padding whose rows all hold tokens [start, start + length)."""
+    return (Chunk(0, batch, 0, length, start, start + length),)
+
+
+def _cut_at_borders(chunk: Chunk, w: int):
+    """Cut a chunk at segment borders; yield (begin in the chunk, phase in the segment, length, segments)."""
     phase, begin = chunk.start % w, 0
     if phase:
         begin = min(w - phase, chunk.length)
@@ -132,65 +155,56 @@ def _pieces(chunk: Chunk, w: int):
         yield begin, 0, chunk.length - begin, 1
 
 
-def _runs(specs: list[tuple], step: int, max_row_step: int | None) -> list[tuple[int, int, int]]:
-    """Runs (head, heads, row_step) of heads `step` apart with equal counts and evenly growing first rows."""
+def _head_runs(specs: list[tuple], stride: int, largest_first_stride: int | None) -> list[tuple[int, int, int]]:
+    """Group heads `stride` apart whose counts are equal and whose first tokens are evenly spaced.
+
+    Returns:
+        Runs (head, heads, first_stride). `specs` holds (first token, counts...) per head.
+    """
     runs = []
-    for head in (h for first in range(min(step, len(specs))) for h in range(first, len(specs), step)):
-        if runs and head == runs[-1][0] + runs[-1][1] * step:
-            begin, heads, row_step = runs[-1]
-            previous = specs[head - step]
-            grows = specs[head][0] - previous[0]
-            same_step = grows == row_step if heads > 1 else grows >= 0
-            if specs[head][1:] == previous[1:] and same_step and (max_row_step is None or grows <= max_row_step):
-                runs[-1] = (begin, heads + 1, grows)
+    for head in (h for first in range(min(stride, len(specs))) for h in range(first, len(specs), stride)):
+        if runs and head == runs[-1][0] + runs[-1][1] * stride:
+            begin, heads, first_stride = runs[-1]
+            previous = specs[head - stride]
+            step = specs[head][0] - previous[0]
+            is_even = step == first_stride if heads > 1 else step >= 0
+            fits = largest_first_stride is None or step <= largest_first_stride
+            if specs[head][1:] == previous[1:] and is_even and fits:
+                runs[-1] = (begin, heads + 1, step)
                 continue
         runs.append((head, 1, 0))
     return runs
 
 
-@lru_cache(maxsize=4096)
-def chunk_rows(chunk: Chunk, branch: Branch, shared_heads: bool) -> tuple[Rows, ...]:
-    """Every row of a branch in a chunk, as few strided views.
-
-    `shared_heads`: several query heads share a key/value head. Then a view only takes neighbouring heads with
-    the same offset, so that the query heads are evenly spaced too.
-    """
+def _head_specs(chunk: Chunk, branch: Branch, begin: int, phase: int, length: int) -> list[tuple[int, ...]]:
+    """Return (first, seqlen, prefix, suffix, padding) per head for one part of `_cut_at_borders`."""
     w, r, offsets = branch
+    segment_end = min(w, chunk.total - (chunk.start + begin - phase))
+    padded = -(-min(w, chunk.total) // r)
+    specs = []
+    for o in offsets:
+        prefix, seen, kept = (count_kept(n, o, r) for n in (phase, phase + length, segment_end))
+        specs.append(((o - phase) % r, seen - prefix, prefix, kept - seen, padded - kept))
+    return specs
+
+
+@lru_cache(maxsize=4096)
+def chunk_slices(chunk: Chunk, branch: Branch, shared_heads: bool) -> tuple[Slice, ...]:
+    """Return all kept tokens of a branch in a chunk, in as few slices as possible.
+
+    Args:
+        shared_heads: several query heads share a key/value head. A slice then only joins adjacent heads with equal
+            offsets, so that its query heads are evenly spaced too.
+    """
+    heads = len(branch.offsets)
     result = []
-    for begin, phase, length, segments in _pieces(chunk, w):
-        segment_end = min(w, chunk.total - (chunk.start + begin - phase))
-        padded = min(w, chunk.total)
-        specs = []
-        for o in offsets:
-            before, own = count_rows(phase, o, r), count_rows(phase + length, o, r)
-            real = count_rows(segment_end, o, r)
-            specs.append(((o - phase) % r, own - before, before, real - own, -(-padded // r) - real))
-        if shared_heads:
-            step, runs = 1, _runs(specs, 1, 0)
-        else:
-            steps = sorted({1, min(r, len(offsets)), math.ceil(len(offsets) / r)})
-            step, runs = min(((s, _runs(specs, s, None)) for s in steps), key=lambda pair: len(pair[1]))
-        for head, heads, row_step in runs:
-            row, rows, before, after, padding = specs[head]
-            if rows:
-                result.append(
-                    Rows(
-                        begin,
-                        segments,
-                        head,
-                        heads,
-                        step,
-                        row,
-                        row_step,
-                        rows,
-                        before,
-                        after,
-                        padding,
-                    )
-                )
+    for begin, phase, length, segments in _cut_at_borders(chunk, branch.w):
+        specs = _head_specs(chunk, branch, begin, phase, length)
+        strides = {1} if shared_heads else {1, min(branch.r, heads), math.ceil(heads / branch.r)}
+        candidates = [(stride, _head_runs(specs, stride, 0 if shared_heads else None)) for stride in sorted(strides)]
+        stride, runs = min(candidates, key=lambda pair: len(pair[1]))
+        for head, count, first_stride in runs:
+            first, seqlen, *others = specs[head]
+            if seqlen:
+                result.append(Slice(begin, segments, head, count, stride, first, first_stride, seqlen, *others))
     return tuple(result)
-
-
-def prefix_lengths(branches: tuple[Branch, ...], start: int) -> tuple[int, ...]:
-    """Slots that a chunk starting at `start` needs from before it, for each branch: ceil((start mod w) / r)."""
-    return tuple(-(-(start % w) // r) for w, r, _ in branches)
