@@ -18,7 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM
 from modeling_longnet.branches import count_work
-from modeling_longnet.modeling_longnet import CACHE
+from modeling_longnet.testing import CACHE
 
 from .measure import spread, time_alternately
 from .stream import read_along

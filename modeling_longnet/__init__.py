@@ -8,7 +8,7 @@ from .dilate import DilatedCache, use_dilated_attention
 from .dilated_attention import dilated_attention
 from .image_encoder import LongNetImageConfig, LongNetImageEncoder
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
-from .sharding import SequenceSharding
+from .sharding_accelerate import SequenceSharding
 from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 from .streaming import Scored, stream
 

@@ -1,25 +1,28 @@
-"""The bounded cache: of each branch's current segment the rows so far, which is all that later tokens can see.
+"""The bounded cache: it keeps the current segment of each branch, which is all that later tokens can see.
 
-After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values a head, not t. Its memory grows
-in doubling steps from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch's row at
-position p has slot `(p mod w) // r`; when p begins a new segment, the branch's slots are free again.
+After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values per head, not t. Its memory doubles
+from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch keeps position p in slot
+`(p mod w) // r`; when p starts a new segment, the branch's slots are free again.
 
-Letters: B batch, L new columns, G key/value heads, D head dimension, P slots of all branches.
+Letters: B batch, L new columns, H query heads, G key/value heads, D head dimension, P slots of all
+branches, n branches.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .branches import Branch, Chunk, chunk_rows, count_rows, make_branches
+from .attention_autograd import HaloKV
+from .backend_strided import slice_heads, slice_view
+from .branches import Branch, Chunk, chunk_slices, count_kept, make_branches
 from .configuration_longnet import LongNetConfig
-from .dilated_attention import Outside, rows_view
 
 
-class _Undo(NamedTuple):
-    """What a layer was, and every update since: enough to take back any of their columns."""
+class _Record(NamedTuple):
+    """A layer's state and every update since: enough to take back any of their columns."""
 
     keys: Tensor
     values: Tensor
@@ -27,7 +30,7 @@ class _Undo(NamedTuple):
     columns: int
     capacity: int
     ends_in_padding: bool
-    updates: list[tuple[Tensor, Tensor, Tensor]]  # keys, values and chunks, as `update` takes them
+    updates: list[tuple[Tensor, Tensor, tuple[Chunk, ...]]]  # keys, values and chunks, as `update` takes them
 
 
 # What the layers of a cache have in common beside their slots.
@@ -35,7 +38,7 @@ _COUNTS = ("lengths", "columns", "capacity", "ends_in_padding")
 
 
 class Slots(NamedTuple):
-    """What each of the P slots is for, int64: its branch, that one's w and r, its number j, its heads' o."""
+    """What each of the P slots holds, int64: a branch with its w and r, the slot's number in it, the heads' offsets."""
 
     branch: Tensor  # (P,)
     w: Tensor  # (P,)
@@ -44,16 +47,16 @@ class Slots(NamedTuple):
     offset: Tensor  # (G, P)
 
 
-class Step(NamedTuple):
-    """One decoding step, the same for every layer: which slots are written, and which are seen."""
+class DecodingStep(NamedTuple):
+    """One decoding step, the same for every layer: which slots it writes and which it attends to."""
 
-    written: tuple[Tensor, Tensor, Tensor]  # batch row, head and slot of each new row
-    mask: Tensor  # (B, H, 1, S) of the first S slots, after which none is seen: 0 for those seen, else -inf
-    covered: Tensor | None  # (B, H, 1, 1) bool, None where a branch of rate 1 covers every token
+    written: tuple[Tensor, Tensor, Tensor]  # batch row, head and slot of each new key
+    mask: Tensor  # (B, H, 1, S), 0 or -inf, for the first S slots; no later one is seen
+    covered: Tensor | None  # (B, H, 1, 1) bool, None if a branch of rate 1 covers every token
 
 
 class LongNetCacheLayer(CacheLayerMixin):
-    """One layer's slots: keys and values (B, G, P, D), branch after branch, the least dilated first."""
+    """The slots of one layer: keys and values (B, G, P, D), branch after branch, the least dilated first."""
 
     is_croppable = True
 
@@ -61,16 +64,16 @@ class LongNetCacheLayer(CacheLayerMixin):
         super().__init__()
         self.branches = branches
         self.max_length = max_length
-        self.offloading = offloading  # do the slots wait on the CPU?
-        self.lengths: list[int] = []  # real tokens of each row
-        self.columns = 0  # columns fed, padding counted; -1 while slots are being written
+        self.offloading = offloading  # keep the slots on the CPU between calls
+        self.lengths: list[int] = []  # real tokens of each batch row
+        self.columns = 0  # columns fed, padding included; -1 while slots are being written
         self.capacity = 0  # tokens that the slots are allocated for
         self.is_recording = False
-        self.ends_in_padding = False  # have columns of padding followed a row's tokens?
-        self._undo: _Undo | None = None
+        self.ends_in_padding = False  # padding followed the tokens of some batch row
+        self._record: _Record | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take batch, heads, dtype and device from the first (B, L, G, D) keys and values."""
+        """Allocate for the batch, heads, dtype and device of the first (B, L, G, D) keys and values."""
         batch, _, heads, dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         with torch.inference_mode(False):  # a later call may write outside of inference mode
@@ -81,18 +84,18 @@ class LongNetCacheLayer(CacheLayerMixin):
             self.reserve(self.max_length)
 
     def slots(self, capacity: int) -> list[int]:
-        """Slots of each branch for a text of `capacity` tokens: ceil(min(w, capacity) / r)."""
+        """Return the slots of each branch for `capacity` tokens: ceil(min(w, capacity) / r)."""
         return [-(-min(b.w, capacity) // b.r) for b in self.branches]
 
-    def held_rows(self) -> list[int]:
-        """Rows that can still be seen, for each batch row, of the head that holds most (all branches)."""
+    def held_keys(self) -> list[int]:
+        """Return, per batch row, the keys that later tokens can see, for the head that holds most (all branches)."""
         return [
-            max(sum(count_rows(t % b.w, b.offsets[g], b.r) for b in self.branches) for g in range(self.keys.shape[1]))
+            max(sum(count_kept(t % b.w, b.offsets[g], b.r) for b in self.branches) for g in range(self.keys.shape[1]))
             for t in self.lengths
         ]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for texts of `tokens` tokens; sizes double, so that a text is copied a constant number of times."""
+        """Allocate slots for `tokens` tokens. Sizes double, so each key is copied a constant number of times."""
         longest = max(b.w for b in self.branches)
         if tokens <= self.capacity or self.capacity >= longest:
             return
@@ -104,14 +107,11 @@ class LongNetCacheLayer(CacheLayerMixin):
                 torch.cat([torch.nn.functional.pad(*pair) for pair in zip(x.split(old, 2), added, strict=True)], 2)
                 for x in (self.keys, self.values)
             )
-        # Together, so that memory that runs out leaves the layer as it was.
+        # Assigned together: running out of memory above leaves the layer unchanged.
         self.keys, self.values, self.capacity = keys, values, capacity
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(self.slots(self.capacity), 2)
-
-    def before(self, key_states: Tensor) -> Outside | None:
-        """Each branch's keys and values before the next tokens, as the op takes them; None when there are none.
+    def prefix(self, key_states: Tensor) -> HaloKV | None:
+        """Return the keys and values before the next tokens, None if there are none.
 
         Raises:
             ValueError: the next tokens' (B, L, G, D) keys do not fit those held.
@@ -120,71 +120,68 @@ class LongNetCacheLayer(CacheLayerMixin):
             return None
         self.prefetch()
         self._check(key_states)
-        return Outside(self._parts(self.keys), self._parts(self.values))
+        return HaloKV(self.keys, self.values, tuple(self.slots(self.capacity)))
 
-    def update(self, key_states: Tensor, value_states: Tensor, chunks: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        """Take in the new rows that can still be seen after them.
+    def update(self, key_states: Tensor, value_states: Tensor, chunks: tuple[Chunk, ...], **kwargs):
+        """Store the new keys and values that later tokens can see.
 
         Args:
             key_states, value_states: (B, L, G, D), positions applied.
-            chunks: (N, 6), where the rows' real tokens lie in the L columns, from `packing.pack`.
+            chunks: where the real tokens are in the L columns, from `packing.pack`.
 
         Returns:
-            The arguments: a bounded cache has no (B, G, all tokens, D) to give.
+            The arguments: a bounded cache has no (B, G, all tokens, D) to return.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.prefetch()
         self._check(key_states)
-        is_new_record = self.is_recording and self._record(key_states, value_states, chunks)
-        chunk_list = [Chunk(*row) for row in chunks.tolist()]
-        self.reserve(max((c.total for c in chunk_list), default=0))
-        if is_new_record or torch.is_grad_enabled():
-            # The old slots may be needed to step back, or by a backward pass: leave them as they are.
+        starts_record = self.is_recording and self._append_record(key_states, value_states, chunks)
+        self.reserve(max((c.total for c in chunks), default=0))
+        if starts_record or torch.is_grad_enabled():
+            # A crop or a backward pass may need the old slots: leave them unchanged.
             self.keys, self.values = self.copy_slots()
         columns, self.columns = self.columns + key_states.shape[1], -1
         self.lengths = list(self.lengths)
-        for chunk in chunk_list:
+        for chunk in chunks:
             self._store(chunk, key_states.detach(), value_states.detach())
-            self.lengths[chunk.row_begin : chunk.row_end] = [chunk.total] * (chunk.row_end - chunk.row_begin)
-        at_end = sum(c.row_end - c.row_begin for c in chunk_list if c.column_end == key_states.shape[1])
+            self.lengths[chunk.batch_begin : chunk.batch_end] = [chunk.total] * chunk.batch
+        at_end = sum(c.batch for c in chunks if c.column_end == key_states.shape[1])
         self.ends_in_padding |= at_end + self.lengths.count(0) < len(self.lengths)
         self.columns = columns
         if self.offloading:
             self.offload()
         return key_states, value_states
 
-    def _record(self, key_states: Tensor, value_states: Tensor, chunks: Tensor) -> bool:
-        """Note an update; one of several columns, a prompt or a verified draft, begins the record anew.
+    def _append_record(self, key_states: Tensor, value_states: Tensor, chunks: tuple[Chunk, ...]) -> bool:
+        """Record an update. One of several columns, a prompt or a verified draft, starts a new record.
 
         Returns:
-            Whether it is the record's first, before which the slots must stay as they are.
+            True if it starts one: the slots before it must stay unchanged.
         """
         update = key_states.detach(), value_states.detach(), chunks
-        if self._undo is not None and key_states.shape[1] == 1:
-            self._undo.updates.append(update)
+        if self._record is not None and key_states.shape[1] == 1:
+            self._record.updates.append(update)
             return False
-        self._undo = _Undo(
-            self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding, [update]
-        )
+        state = (self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding)
+        self._record = _Record(*state, [update])
         return True
 
     def _store(self, chunk: Chunk, key_states: Tensor, value_states: Tensor) -> None:
-        """Copy the rows of the segment that the chunk ends in, unless it ends with it."""
-        batch = slice(chunk.row_begin, chunk.row_end)
-        slots = zip(self._parts(self.keys), self._parts(self.values), strict=True)
+        """Copy the kept tokens of the segment that the chunk ends in, unless it ends with that segment."""
+        batch, sizes = slice(chunk.batch_begin, chunk.batch_end), self.slots(self.capacity)
+        slots = zip(self.keys.split(sizes, 2), self.values.split(sizes, 2), strict=True)
         for branch, (keys, values) in zip(self.branches, slots, strict=True):
             last_begin = chunk.length - min(chunk.length, chunk.total % branch.w)
-            for rows in chunk_rows(chunk, branch, False):
-                if rows.begin != last_begin:
+            for piece in chunk_slices(chunk, branch, False):
+                if piece.begin != last_begin:
                     continue
-                heads = slice(rows.head, rows.head + (rows.heads - 1) * rows.head_step + 1, rows.head_step)
-                places = slice(rows.before, rows.before + rows.rows)
-                keys[batch, heads, places] = rows_view(key_states, chunk, branch, rows)[:, 0]
-                values[batch, heads, places] = rows_view(value_states, chunk, branch, rows)[:, 0]
+                heads, numbers = slice_heads(piece), slice(piece.prefix, piece.prefix + piece.seqlen)
+                keys[batch, heads, numbers] = slice_view(key_states, chunk, branch, piece)[:, 0]
+                values[batch, heads, numbers] = slice_view(value_states, chunk, branch, piece)[:, 0]
 
     def check_whole(self) -> None:
-        """Raise ValueError where writing was interrupted: some slots then hold other tokens than the lengths say."""
+        """Raise ValueError if writing was interrupted: some slots then hold other tokens than the lengths claim."""
         if self.columns < 0:
             raise ValueError("an earlier forward was interrupted while it wrote the cache; start a new one.")
 
@@ -192,13 +189,8 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.check_whole()
         batch, _, heads, dim = key_states.shape
         given = (batch, heads, dim, key_states.dtype, key_states.device)
-        held = (
-            self.keys.shape[0],
-            self.keys.shape[1],
-            self.keys.shape[3],
-            self.keys.dtype,
-            self.keys.device,
-        )
+        batch, heads, _, dim = self.keys.shape
+        held = (batch, heads, dim, self.keys.dtype, self.keys.device)
         if given != held:
             raise ValueError(
                 "the cache was filled with (batch, key/value heads, head dimension, dtype, device) = "
@@ -206,11 +198,11 @@ class LongNetCacheLayer(CacheLayerMixin):
             )
 
     def get_seq_length(self) -> int:
-        """Columns fed, padding counted."""
+        """Return the columns fed, padding included."""
         return self.columns
 
     def get_max_length(self) -> int:
-        """-1: a text has no longest length."""
+        """Return -1: there is no maximum."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -222,20 +214,20 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.lengths = [0] * len(self.lengths)
         self.columns = 0
         self.ends_in_padding = False
-        self._undo = None
+        self._record = None
 
     def activate_past_recording(self) -> None:
-        """From now on `crop` can take back the last update of several columns and all steps since it, or since a crop.
+        """Let `crop` take back the last update of several columns and all steps since it, or since a crop.
 
         Their keys and values are kept until then.
         """
         self.is_recording = True
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` columns; negative, take that many back (0: none, as Transformers counts).
+        """Keep the first `max_length` columns; if negative, remove that many (0: none, as in Transformers).
 
         Raises:
-            ValueError: rows of those columns were given up, at the end of their segment.
+            ValueError: keys before those columns were discarded at the end of their segment.
         """
         self.check_whole()
         target = int(max_length)
@@ -243,14 +235,14 @@ class LongNetCacheLayer(CacheLayerMixin):
         if back > self.columns:
             raise ValueError(f"crop({max_length}): the cache holds only {self.columns} columns.")
         kept = self.columns - back
-        if self._undo is not None and self._undo.columns <= kept:
-            self._redo(self._undo, kept)
+        if self._record is not None and self._record.columns <= kept:
+            self._replay(self._record, kept)
         elif back:
-            self._go_back(back, max_length)
-        self._undo = None
+            self._remove(back, max_length)
+        self._record = None
 
-    def _go_back(self, back: int, max_length: int) -> None:
-        """Forget the last columns where none of the rows before them was given up since."""
+    def _remove(self, back: int, max_length: int) -> None:
+        """Remove the last columns, if no key before them was discarded since."""
         if self.ends_in_padding:
             raise ValueError(
                 f"crop({max_length}): padding followed the tokens of a row, and in which of the last {back} columns "
@@ -271,25 +263,27 @@ class LongNetCacheLayer(CacheLayerMixin):
                     )
         self.lengths, self.columns = lengths, self.columns - back
 
-    def _redo(self, undo: _Undo, kept: int) -> None:
-        """Go back to the record's beginning and take in again what leaves `kept` columns."""
+    def _replay(self, record: _Record, kept: int) -> None:
+        """Return to the start of the record and store again what leaves `kept` columns."""
         if kept == self.columns:
             return
         is_recording, self.is_recording = self.is_recording, False
-        *held, updates = undo
+        *held, updates = record
         self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding = held
         for keys, values, chunks in updates:
             columns = min(kept - self.columns, keys.shape[1])
             if columns:
-                chunks = chunks.clone()
-                removed = (chunks[:, 3] - columns).clamp(min=0)
-                chunks[:, 3] -= removed
-                chunks[:, 5] -= removed
-                self.update(keys[:, :columns], values[:, :columns], chunks[chunks[:, 3] > chunks[:, 2]])
+                cut = (min(c.column_end, columns) for c in chunks)
+                chunks = [
+                    c._replace(column_end=end, total=c.total - (c.column_end - end))
+                    for c, end in zip(chunks, cut, strict=True)
+                    if end > c.column_begin
+                ]
+                self.update(keys[:, :columns], values[:, :columns], tuple(chunks))
         self.is_recording = is_recording
 
-    def step(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: Step, scale: float) -> Tensor:
-        """One token: write its rows, then one softmax over every slot its heads see (the multiset of Eq. 9-10).
+    def decode(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: DecodingStep, scale: float):
+        """Store one token and attend: one softmax over every slot its heads see (the multiset of Eq. 9-10).
 
         Args:
             query: (B, 1, H, D). key_states, value_states: (B, 1, G, D).
@@ -305,10 +299,11 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.values[step.written] = value_states[batch, 0, head]
         self.lengths = [t + 1 for t in self.lengths]
         self.columns = columns
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), *(x[:, :, : step.mask.shape[-1]] for x in (self.keys, self.values)),
-            attn_mask=step.mask, scale=scale, enable_gqa=query.shape[2] > key_states.shape[2],
-        )  # fmt: skip
+        keys, values = (x[:, :, : step.mask.shape[-1]] for x in (self.keys, self.values))
+        shares_heads = query.shape[2] > key_states.shape[2]
+        out = scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=step.mask, scale=scale, enable_gqa=shares_heads
+        )
         if self.offloading:
             self.offload()
         if step.covered is not None:
@@ -316,57 +311,57 @@ class LongNetCacheLayer(CacheLayerMixin):
         return out.transpose(1, 2)
 
     def prefetch(self) -> None:
-        """Bring the slots to the device of the model's keys."""
+        """Move the slots to the device of the model's keys."""
         if self.is_initialized and self.keys.device != self.device:
             self._move(self.device)
 
     def offload(self) -> None:
-        """Bring the slots to the CPU."""
+        """Move the slots to the CPU."""
         if self.is_initialized:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        # Waits for the copy, unlike Transformers': beams are reordered on the CPU at once.
+        # Synchronous, unlike Transformers': beams are reordered on the CPU at once.
         with torch.inference_mode(False):
             self.keys, self.values = self.keys.to(device), self.values.to(device)
 
     def copy_slots(self) -> tuple[Tensor, Tensor]:
-        """Copies of keys and values that any mode may write."""
+        """Return copies of keys and values that may be written in and outside of inference mode."""
         with torch.inference_mode(False):
             return self.keys.clone(), self.values.clone()
 
     def _select(self, rows: list[int]) -> None:
-        """Batch row i becomes a copy of the old row `rows[i]`."""
+        """Make batch row i a copy of the old row `rows[i]`."""
         index = torch.tensor(rows, device=self.keys.device)
         with torch.inference_mode(False):
             self.keys, self.values = (x.index_select(0, index) for x in (self.keys, self.values))
         self.lengths = [self.lengths[row] for row in rows]
-        self._undo = None
+        self._record = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row i continues what row `beam_idx[i]` was."""
+        """Let batch row i continue row `beam_idx[i]` (beam search)."""
         if self.is_initialized:
             self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side."""
+        """Repeat every batch row `repeats` times, side by side."""
         if self.is_initialized:
             self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
+        """Keep these batch rows only."""
         if self.is_initialized:
             self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
 
 
 class LongNetCache(Cache):
-    """A Transformers cache whose size stops growing with the text; `generate` and `forward` make it by themselves.
+    """A Transformers cache whose size stops growing with the sequence; `generate` and `forward` create it.
 
     Args:
         config: of the model.
-        max_length: tokens to make room for at once; None lets the memory grow with the text, up to its bound.
-        offloading: keep the layers' slots on the CPU, and on the model's device those of one layer at a time. A
-            bounded cache is mostly small enough to stay; each step then waits for all of it to be copied twice.
+        max_length: tokens to allocate for at once; None lets memory grow with the sequence, up to its bound.
+        offloading: keep the slots on the CPU, and those of one layer at a time on the model's device. A bounded cache
+            rarely needs this; every step then copies all of it twice.
 
     Example:
         >>> cache = LongNetCache(model.config)
@@ -385,7 +380,7 @@ class LongNetCache(Cache):
         self._slots: Slots | None = None
 
     def check(self, config: LongNetConfig, batch: int) -> None:
-        """Raise ValueError unless a model of this config can go on with a batch of this size."""
+        """Raise ValueError unless a model of this config can continue with a batch of this size."""
         given = (cache_pattern(config), config.num_hidden_layers)
         if given != (self.pattern, len(self.layers)):
             raise ValueError(
@@ -398,7 +393,7 @@ class LongNetCache(Cache):
         self.check_whole()
 
     def check_whole(self) -> None:
-        """Raise ValueError where an earlier forward was interrupted, and left a layer half written or behind."""
+        """Raise ValueError if an interrupted forward left a layer half written or behind the others."""
         for layer in self.layers:
             layer.check_whole()
         if len({(layer.columns, layer.capacity) for layer in self.layers}) > 1:
@@ -406,11 +401,11 @@ class LongNetCache(Cache):
 
     @property
     def lengths(self) -> list[int]:
-        """Real tokens seen of each row; empty before the first."""
+        """Real tokens seen in each batch row; empty before the first."""
         return self.layers[0].lengths
 
     def slots(self) -> Slots:
-        """The slots' table, as the layers are allocated now."""
+        """Return the table of slots for the layers' current allocation."""
         layer = self.layers[0]
         if self._slots is None or self._slots.w.device != layer.device or len(self._slots.w) != layer.keys.shape[2]:
             sizes = torch.tensor(layer.slots(layer.capacity), device="cpu")
@@ -421,10 +416,10 @@ class LongNetCache(Cache):
         return self._slots
 
     def seen_slots(self, positions: Tensor) -> Tensor:
-        """Which slots the queries at these positions see: those of their segment's earlier rows, if rows themselves.
+        """Return which slots the queries at these positions see: the earlier kept tokens of their segment.
 
         Args:
-            positions: (B, L), each at least its row's length.
+            positions: (B, L), each at least the length of its batch row.
 
         Returns:
             (B, G, L, P) bool.
@@ -434,15 +429,15 @@ class LongNetCache(Cache):
         filled = (start % slots.w)[:, None, None]  # (B, 1, 1, P)
         p = positions[:, None, :, None]  # (B, 1, L, 1)
         offset = slots.offset[:, None]  # (G, 1, P)
-        is_row = (p % slots.w) % slots.r == offset
+        is_kept = (p % slots.w) % slots.r == offset
         same_segment = p // slots.w == (start // slots.w)[:, None, None]
-        return is_row & same_segment & (slots.number * slots.r + offset < filled)
+        return is_kept & same_segment & (slots.number * slots.r + offset < filled)
 
-    def step(self, num_heads: int) -> Step:
-        """Prepare a decoding step of one token a row, for `num_heads` query heads.
+    def step(self, num_heads: int) -> DecodingStep:
+        """Prepare a decoding step of one token per batch row, for `num_heads` query heads.
 
-        Counted by branch, on the CPU. Where rates pass the number of heads, most tokens are no row of the more dilated
-        branches, whose slots are then left alone.
+        Counted per branch on the CPU. If rates exceed the number of heads, most tokens are not kept in the more dilated
+        branches, and those slots are not read.
         """
         first = self.layers[0]
         for layer in self.layers:
@@ -450,17 +445,17 @@ class LongNetCache(Cache):
         slots, (w, r, offset) = self.slots(), self._branches
         place = torch.tensor(self.lengths, device="cpu")[:, None] % w  # (B, n), in the segment
         number = place // r
-        is_row = (place % r)[:, None] == offset  # (B, G, n)
-        counts = torch.where(is_row, number[:, None] + 1, 0)  # a head that has this row sees those before it
+        is_kept = (place % r)[:, None] == offset  # (B, G, n)
+        counts = torch.where(is_kept, number[:, None] + 1, 0)  # a head that keeps the token sees those before it
         sizes = torch.tensor(first.slots(first.capacity), device="cpu")
-        batch, head, branch = is_row.nonzero(as_tuple=True)
+        batch, head, branch = is_kept.nonzero(as_tuple=True)
         slot = (number + sizes.cumsum(0) - sizes)[batch, branch]
         end = int(slot.max()) + 1 if len(slot) else 1
         seen = slots.number[:end] < counts.to(first.device)[:, :, slots.branch[:end]]  # (B, G, S)
         seen = seen[:, :, None].repeat_interleave(num_heads // len(offset), 1)
         mask = torch.zeros(seen.shape, dtype=first.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         covered = None if any(b.r == 1 for b in first.branches) else seen.any(-1, keepdim=True)
-        return Step(tuple(x.to(first.device) for x in (batch, head, slot)), mask, covered)
+        return DecodingStep(tuple(x.to(first.device) for x in (batch, head, slot)), mask, covered)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A copy of everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""
@@ -487,7 +482,7 @@ class LongNetCache(Cache):
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
             for name in _COUNTS:
                 setattr(layer, name, tensors[name].tolist())
-            layer.is_initialized, layer._undo = True, None
+            layer.is_initialized, layer._record = True, None
 
     def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
         first = self.layers[0]
@@ -511,20 +506,19 @@ class LongNetCache(Cache):
             if given != (shape, sample.dtype):
                 raise ValueError(f"saved cache: {name} has shape {given}; expected {(shape, sample.dtype)}.")
 
-    def can_step(self, chunks: Tensor, length: int) -> bool:
-        """Is this a decoding step: one real token in every row, no gradient to keep and no state to go back to?"""
-        rows = int((chunks[:, 1] - chunks[:, 0]).sum())
+    def can_step(self, chunks: tuple[Chunk, ...], length: int) -> bool:
+        """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""
         first = self.layers[0]
         return (
             length == 1
             and first.is_initialized
-            and rows == len(first.lengths)
+            and sum(c.batch for c in chunks) == len(first.lengths)
             and not torch.is_grad_enabled()
             and not first.is_recording
         )
 
 
 def cache_pattern(config: LongNetConfig) -> tuple:
-    """What two configs must share to share a cache."""
+    """Return what two configs must have in common to share a cache."""
     lists = tuple(config.segment_lengths), tuple(config.dilation_rates)
     return (*lists, config.num_key_value_heads, config.head_offsets)

@@ -9,10 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .backends import BACKEND_NAMES
 from .branches import HEAD_OFFSETS, check_branches, count_work
 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
-ATTENTION_BACKENDS = ("auto", "torch", "flash_attn", "triton")
 # Fields under the names that TorchScale and others give them.
 OTHER_NAMES = {
     "segment_length": "segment_lengths",
@@ -235,7 +235,7 @@ class LongNetConfig(PreTrainedConfig):
         check_branches(self.segment_lengths, self.dilation_rates)
         self._check_name("head_offsets", HEAD_OFFSETS)
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
-        self._check_name("attention_backend", ATTENTION_BACKENDS)
+        self._check_name("attention_backend", tuple(name for name in BACKEND_NAMES if name != "eager"))
         self._check_name("hidden_act", tuple(ACT2FN))
         if self.attend_zero_padding and self.is_causal:
             raise ValueError("attend_zero_padding=True needs is_causal=False: no causal query sees the padding.")

@@ -9,12 +9,14 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
+from .attention_context import make_context
+from .compat import capture_outputs, merge_with_config_defaults
 from .configuration_longnet import LongNetConfig
-from .modeling_longnet import LongNetModel
+from .modeling_longnet import LongNetBackbone
 
-# What `LongNetModel.forward` takes and an image has not.
+# Arguments of text models, refused by name.
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values")
 
 
@@ -84,7 +86,7 @@ class ImageEncoderOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class LongNetImageEncoder(LongNetModel):
+class LongNetImageEncoder(LongNetBackbone):
     """An image's patches, projected, with learned positions, through a LongNet; LongViT.
 
     Example:
@@ -118,36 +120,39 @@ class LongNetImageEncoder(LongNetModel):
             init.xavier_normal_(module.weight)
             init.zeros_(module.bias)
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(self, pixel_values: Tensor | None = None, **kwargs) -> ImageEncoderOutput:
         """Encode images.
 
         Args:
-            pixel_values: (B, C, image_size, image_size), normalised as in the training.
-            output_hidden_states, output_attentions, return_dict: as `LongNetModel.forward`.
+            pixel_values: (B, C, image_size, image_size), normalised as in training.
+            output_hidden_states, output_attentions, return_dict: as in `LongNetModel.forward`.
 
         Raises:
-            ValueError: no images, or a text's inputs; images of another size; the learned positions belong to this one.
+            ValueError: no images, inputs of a text model, or images of another size, for which there are no learned
+                positions.
         """
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share an image; give each one its own images.")
-        config = self.config
-        given = [name for name in TEXT_INPUTS if kwargs.get(name) is not None]
+        self._check_images(pixel_values, kwargs)
+        patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).mT.contiguous()
+        embeds = patches + self.position_embed
+        backend = self.backend(embeds, kwargs.get("output_attentions", self.config.output_attentions))
+        hidden_states = self.encode(embeds, make_context(self.config, embeds, backend))
+        logits = self.head(self.norm(hidden_states.mean(1))) if self.config.num_classes else None
+        return ImageEncoderOutput(last_hidden_state=hidden_states, logits=logits)
+
+    def _check_images(self, pixel_values: Tensor | None, others: dict) -> None:
+        given = [name for name in TEXT_INPUTS if others.get(name) is not None]
         if pixel_values is None or given:
             raise ValueError(f"an image encoder takes pixel_values and nothing of a text; given {given}.")
-        expected = (config.num_channels, config.image_size, config.image_size)
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, "
                 f"{', '.join(map(str, expected))})."
             )
-        patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).mT.contiguous()
-        outputs = super().forward(inputs_embeds=patches + self.position_embed, return_dict=True, **kwargs)
-        logits = self.head(self.norm(outputs.last_hidden_state.mean(1))) if config.num_classes else None
-        return ImageEncoderOutput(
-            last_hidden_state=outputs.last_hidden_state, logits=logits, hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )  # fmt: skip
 
 
 LongNetImageConfig.register_for_auto_class()

@@ -1,14 +1,9 @@
 """LongNet as a Transformers model (arXiv 2307.02486), with Magneto's sub-LN block (arXiv 2210.06423).
 
-Letters: B batch, L tokens, E hidden size, H query heads, G key/value heads, D head dimension, V vocabulary.
+Letters: B batch, L tokens, E hidden size, H query heads, G key/value heads, D head dimension, V vocabulary, N blocks.
 """
 
 import math
-import re
-from dataclasses import fields
-from pathlib import Path
-from string import Template
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,48 +13,28 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from .attend import choose_backend
-from .branches import make_branches
-from .cache_longnet import LongNetCache, Step, cache_pattern
+from .attention_context import AttentionContext, make_context, make_sharded_context
+from .backends import choose_backend
+from .cache_longnet import LongNetCache
 from .chunked_loss import chunked_cross_entropy
+from .compat import CACHE, attn_implementation, capture_outputs, merge_with_config_defaults
 from .configuration_longnet import LongNetConfig
-from .dilated_attention import Plan, attend_chunks, autocast_dtype
-from .packing import pack
-from .positions import Turns, make_turns, turn
-from .reference import count_branches, count_zero_padding, dense_attention
-from .sharding import SequenceSharded, Shard, ShardInputs, attend_sharded, check_same_batch, group_loss, shard_inputs
-
-# Transformers 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.
-CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+from .dilated_attention import autocast_dtype
+from .positions import apply_rotary
+from .sharding import check_same_batch, group_loss
+from .sharding_accelerate import SequenceSharded
+from .sharding_plan import Shard
 
 
-class AttentionInputs(NamedTuple):
-    """What every layer's attention needs to know of the batch, made once in a forward pass."""
-
-    chunks: Tensor  # (N, 6), see packing.Packing
-    backend: str
-    turns: Turns | None
-    cache: LongNetCache | None
-    step: Step | None  # a decoding step of one token
-    counts: Tensor | None  # (B, G, L, P + L), for the dense reference: how often each key is seen
-    zero_padding: Tensor | None  # (B, G, L), likewise: zero keys
-    sharded: ShardInputs | None = None  # where other processes hold parts of the same sequences
-
-
+# Written `torch.nn.Module`: Transformers 5.24 takes a file with `class ...Attention(nn.Module)` for one that ignores
+# set_attn_implementation.
 class LongNetAttention(torch.nn.Module):
     """Projections, positions, dilated attention, and sub-LN's inner norm before the output projection."""
 
     def __init__(self, config: LongNetConfig, layer_idx: int):
         super().__init__()
-        # Read once: Transformers' configuration looks up an attribute in microseconds, at each layer of each step.
-        self.head_dim, self.is_causal = config.head_dim, config.is_causal
-        self.attend_zero_padding = config.attend_zero_padding
-        self.layer_idx = layer_idx
-        self.branches = make_branches(*cache_pattern(config))
-        self.scale = config.head_dim**-0.5
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
         shared = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, shared)
@@ -68,43 +43,17 @@ class LongNetAttention(torch.nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj.init_gain = self.out_proj.init_gain = magneto_gain(config)
 
-    def forward(self, hidden_states: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        """(B, L, E) -> (B, L, E), and the (B, H, L, P + L) attention weights under the dense reference."""
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if inputs.turns is not None:
-            query, key = turn(query, inputs.turns.query), turn(key, inputs.turns.key)
-        out, weights = self._attend(query, key, value, inputs)
+    def project(self, x: Tensor, projection: nn.Linear) -> Tensor:
+        """(B, L, E) -> (B, L, heads, D)."""
+        return projection(x).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, hidden_states: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+        """Return (B, L, E), and the (B, H, L, P + L) attention weights under the dense reference, else None."""
+        query, key, value = (self.project(hidden_states, p) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if context.rotary is not None:
+            query, key = apply_rotary(query, context.rotary.query), apply_rotary(key, context.rotary.key)
+        out, weights = context.attend(query, key, value, self.layer_idx)
         return self.out_proj(self.inner_attn_ln(out.flatten(-2))), weights
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs):
-        layer = inputs.cache.layers[self.layer_idx] if inputs.cache is not None else None
-        if inputs.step is not None:
-            return layer.step(query, key, value, inputs.step, self.scale), None
-        if inputs.sharded is not None:
-            return attend_sharded(query, key, value, inputs.sharded), None
-        before = layer.before(key) if layer is not None else None
-        if inputs.backend == "eager":
-            out, weights = self._attend_dense(query, key, value, before, inputs)
-        else:
-            weights = None
-            out = attend_chunks(
-                query, key, value, self.branches, chunks=inputs.chunks, before=before, scale=self.scale,
-                is_causal=self.is_causal, backend=inputs.backend, zero_padding=self.attend_zero_padding,
-            )  # fmt: skip
-        if layer is not None:
-            layer.update(key, value, inputs.chunks)
-        return out, weights
-
-    def _attend_dense(self, query: Tensor, key: Tensor, value: Tensor, before, inputs: AttentionInputs):
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if before is not None:
-            key = torch.cat([*before.keys, key], 2)
-            value = torch.cat([*before.values, value], 2)
-        out, weights, _ = dense_attention(query, key, value, inputs.counts, self.scale, inputs.zero_padding)
-        return out.transpose(1, 2), weights
 
 
 class LongNetFeedForward(nn.Module):
@@ -135,22 +84,22 @@ class LongNetBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
 
-    def forward(self, hidden_states: Tensor, inputs: AttentionInputs) -> Tensor:
-        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), inputs)
+    def forward(self, hidden_states: Tensor, context: AttentionContext) -> Tensor:
+        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), context)
         hidden_states = hidden_states + self._drop(attended)
         return hidden_states + self._drop(self.ffn(self.ffn_layer_norm(hidden_states)))
 
-    def _drop(self, branch: Tensor) -> Tensor:
-        """Dropout; and in training a text loses the whole branch now and then, the others' grow accordingly."""
-        branch = self.dropout(branch)
+    def _drop(self, residual: Tensor) -> Tensor:
+        """Apply dropout and, in training, drop the residual of a whole sequence (stochastic depth)."""
+        residual = self.dropout(residual)
         if not self.training or self.drop_path == 0:
-            return branch
-        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * kept / (1 - self.drop_path)
+            return residual
+        kept = residual.new_empty(len(residual), 1, 1).bernoulli_(1 - self.drop_path)
+        return residual * kept / (1 - self.drop_path)
 
 
 def magneto_gain(config: LongNetConfig) -> float:
-    """sqrt(ln(2 N)), by which values, output and feed-forward start larger (Magneto, section 3.2)."""
+    """Return sqrt(ln(2 N)), the initial gain of value, output and feed-forward layers (Magneto, section 3.2)."""
     return math.sqrt(math.log(2 * config.num_hidden_layers))
 
 
@@ -182,52 +131,13 @@ class LongNetPreTrainedModel(SequenceSharded, PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in Transformers; the folder also gets the model card, unless its README.md is somebody's own."""
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            self._write_card(Path(save_directory))
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        self._write_card(Path(working_dir))  # Transformers puts its generic card there first
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def _write_card(self, folder: Path) -> None:
-        """Write README.md where there is none, or one that a machine wrote for another model or without knowing it."""
-        source, readme = Path(__file__).with_name("model_card.md"), folder / "README.md"
-        if not source.exists():
-            return
-        template = source.read_text("utf-8")
-        written = readme.read_text("utf-8") if readme.exists() else None
-        ours = re.sub(r"\\\$\w+", ".*", re.escape(template))
-        if written is None or re.fullmatch(ours, written) or "model card has been automatically generated" in written:
-            part = folder / "README.md.part"
-            part.write_text(self._model_card(template), "utf-8")
-            part.replace(readme)
-
-    def _model_card(self, template: str) -> str:
-        config = self.config
-        return Template(template).safe_substitute(
-            parameters=f"{self.num_parameters():,}",
-            layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            heads=config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            branches=", ".join(
-                f"({w}, {r})" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True)
-            ),
-            positions=config.position_embedding,
-            direction="causal decoder" if config.is_causal else "bidirectional encoder",
-            pipeline_tag="text-generation" if "ForCausalLM" in type(self).__name__ else "feature-extraction",
-            auto_class="AutoModelForCausalLM" if "ForCausalLM" in type(self).__name__ else "AutoModel",
-        )
-
-
-class LongNetModel(LongNetPreTrainedModel):
-    """Embeddings, blocks and a final norm: a decoder, or an encoder with `is_causal=False`."""
+class LongNetBackbone(LongNetPreTrainedModel):
+    """What the text, slide and image models share: embeddings and an attention context in, hidden states out."""
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
+        # First: the order of parameters is that of saved optimizer states.
         if config.vocab_size is not None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
@@ -235,6 +145,38 @@ class LongNetModel(LongNetPreTrainedModel):
         size, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm = nn.LayerNorm(size, eps=eps) if config.final_layer_norm else nn.Identity()
         self.gradient_checkpointing = False
+
+    def encode(self, embeds: Tensor, context: AttentionContext) -> Tensor:
+        """Return the hidden states after the final norm: (B, L, E) -> (B, L, E)."""
+        hidden_states = self.dropout(embeds)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, context)
+        return self.layer_norm(hidden_states)
+
+    def backend(self, embeds: Tensor, output_attentions: bool | None = None) -> str:
+        """Return the backend: "eager" under that implementation, flash-attn under its own, else the config's."""
+        implementation = attn_implementation(self.config)
+        if implementation == "eager":
+            return "eager"
+        if output_attentions:
+            raise ValueError(
+                f"attn_implementation={implementation!r} has no attention weights to give; load the model with "
+                'attn_implementation="eager" or call model.set_attn_implementation("eager").'
+            )
+        if implementation not in ("sdpa", "flash_attention_2"):
+            raise ValueError(
+                f"attn_implementation={implementation!r}: allowed are 'eager', 'sdpa', 'flash_attention_2'."
+            )
+        name = "flash_attn" if implementation == "flash_attention_2" else self.config.attention_backend
+        sample = torch.empty(0, self.config.head_dim, dtype=autocast_dtype(embeds), device=embeds.device)
+        return choose_backend(name, sample)
+
+
+class LongNetModel(LongNetBackbone):
+    """Token embeddings and the backbone: a decoder, or an encoder with `is_causal=False`."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
         self.post_init()
 
     @merge_with_config_defaults
@@ -250,22 +192,22 @@ class LongNetModel(LongNetPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of a batch of texts, or of the next part of them.
+        """Compute the hidden states of a batch of sequences, or of their next tokens.
 
         Args:
-            input_ids: (B, L) token ids; or inputs_embeds: (B, L, E), taken as they are.
-            attention_mask: (B, columns so far), nonzero for real tokens, padding on the left or the right; a
-                document's segments and positions begin at its first real token. Padding gets meaningless outputs.
-            position_ids: (B or 1, L). Where they start again at 0 another packed document begins, which sees
-                nothing of those before it; otherwise they are not needed.
-            cache, past_key_values: a `LongNetCache` to go on from and to extend (two names of two versions of
-                Transformers); use_cache makes one.
+            input_ids: (B, L) token ids; or inputs_embeds: (B, L, E), used as they are.
+            attention_mask: (B, columns so far), nonzero for real tokens, with padding on the left or the right. The
+                segments and positions of a document begin at its first real token. Outputs at padding are meaningless.
+            position_ids: (B or 1, L). A restart at 0 begins another packed document, which sees nothing before it.
+                Otherwise not needed.
+            cache, past_key_values: a `LongNetCache` to continue from and extend (the names of two versions of
+                Transformers); use_cache creates one.
             output_hidden_states, output_attentions: as in Transformers; maps need attn_implementation="eager".
 
         Returns:
-            last_hidden_state (B, L, E) after the final norm, the cache, and what was asked for. Where processes
-            share each sequence (`set_sequence_group`, `SequenceSharding`) and no cache is given, all take the whole
-            batch and get their part of the outputs, without a cache; `gather_sequence` joins them.
+            last_hidden_state (B, L, E) after the final norm, the cache, and what was requested. If processes share each
+            sequence (`set_sequence_group`, `SequenceSharding`) and no cache is given, all take the whole batch and
+            return their part, without a cache; `gather_sequence` concatenates the parts.
 
         Raises:
             ValueError: inputs that do not fit each other, the vocabulary or the cache.
@@ -273,22 +215,20 @@ class LongNetModel(LongNetPreTrainedModel):
         cache = cache if cache is not None else past_key_values
         shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
         if shard is not None:
-            check_same_batch(
-                shard.group, input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                position_ids=position_ids, labels=kwargs.get("labels"), shift_labels=kwargs.get("shift_labels"),
-            )  # fmt: skip
+            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            labels = {name: kwargs.get(name) for name in ("labels", "shift_labels")}
+            check_same_batch(shard.group, **inputs, position_ids=position_ids, **labels)
         embeds = self._embed(input_ids, inputs_embeds, shard)
-        backend = self._backend(embeds, kwargs)
+        backend = self.backend(embeds, kwargs.get("output_attentions", self.config.output_attentions))
         if cache is None and use_cache and self.config.is_causal and shard is None:
             cache = LongNetCache(self.config)
         if shard is None:
-            inputs = self._attention_inputs(embeds, attention_mask, position_ids, cache, backend)
+            self._check_cache(cache, len(embeds))
+            context = make_context(self.config, embeds, backend, attention_mask, position_ids, cache)
         else:
-            inputs = self._sharded_inputs(embeds, attention_mask, position_ids, shard, backend)
-        hidden_states = self.dropout(embeds)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, inputs)
-        return BaseModelOutputWithPast(last_hidden_state=self.layer_norm(hidden_states), **{CACHE: cache})
+            self._check_sharded()
+            context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
+        return BaseModelOutputWithPast(last_hidden_state=self.encode(embeds, context), **{CACHE: cache})
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, shard: Shard | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -312,59 +252,10 @@ class LongNetModel(LongNetPreTrainedModel):
         embeds = self.embed_tokens(input_ids if shard is None else shard.cut(input_ids))
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
-    def _backend(self, embeds: Tensor, kwargs: dict) -> str:
-        """The dense reference under "eager", the flash-attn package under "flash_attention_2", else the config's."""
-        implementation = self.config._attn_implementation
-        if implementation == "eager":
-            return "eager"
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            raise ValueError(
-                f"attn_implementation={implementation!r} has no attention weights to give; load the model with "
-                'attn_implementation="eager" or call model.set_attn_implementation("eager").'
-            )
-        if implementation not in ("sdpa", "flash_attention_2"):
-            raise ValueError(
-                f"attn_implementation={implementation!r}: allowed are 'eager', 'sdpa', 'flash_attention_2'."
-            )
-        name = "flash_attn" if implementation == "flash_attention_2" else self.config.attention_backend
-        sample = torch.empty(0, self.config.head_dim, dtype=autocast_dtype(embeds), device=embeds.device)
-        return choose_backend(name, sample)
-
-    def _attention_inputs(self, embeds, attention_mask, position_ids, cache, backend) -> AttentionInputs:
-        batch, length, _ = embeds.shape
-        starts, columns = None, 0
-        if cache is not None:
-            self._check_cache(cache, batch)
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                raise ValueError(
-                    "gradient checkpointing computes each block twice, and would take its tokens into the cache twice: "
-                    "turn it off, or train without a cache."
-                )
-            starts, columns = cache.lengths or None, cache.get_seq_length()
-        packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
-        turns = make_turns(self.config, packing.positions, autocast_dtype(embeds))
-        counts = zero_padding = step = None
-        if backend == "eager":
-            counts = self._count_keys(packing, cache)
-            zero_padding = self._count_padding(packing, embeds) if self.config.attend_zero_padding else None
-        elif cache is not None and cache.can_step(packing.chunks, length):
-            step = cache.step(self.config.num_attention_heads)
-        return AttentionInputs(packing.chunks, backend, turns, cache, step, counts, zero_padding)
-
-    def _sharded_inputs(self, embeds, attention_mask, position_ids, shard: Shard, backend: str) -> AttentionInputs:
-        attention, config = self.layers[0].self_attn, self.config
-        if self.training and config.drop_path_rate:
-            raise ValueError(
-                f"drop_path_rate={config.drop_path_rate}: each process would draw for itself which texts skip a block, "
-                "of a text they share; train it with drop_path_rate=0, or with whole sequences on each process."
-            )
-        plan = Plan((), attention.branches, config.is_causal, attention.scale, backend, config.attend_zero_padding)
-        packing, sharded = shard_inputs(shard, embeds, attention_mask, position_ids, plan)
-        turns = make_turns(config, packing.positions, autocast_dtype(embeds))
-        return AttentionInputs(packing.chunks, backend, turns, None, None, None, None, sharded)
-
     def _check_cache(self, cache, batch: int) -> None:
-        # By name: beside remote code there may be a second class of that name, of the same making.
+        if cache is None:
+            return
+        # Compared by name: beside remote code there may be a second class of this name.
         if type(cache).__name__ != "LongNetCache":
             raise ValueError(
                 f"a LongNet model cannot use a {type(cache).__name__}: it keeps each branch's current segment only. "
@@ -373,25 +264,18 @@ class LongNetModel(LongNetPreTrainedModel):
         if not self.config.is_causal:
             raise ValueError("a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones.")
         cache.check(self.config, batch)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "gradient checkpointing computes each block twice, and would take its tokens into the cache twice: "
+                "turn it off, or train without a cache."
+            )
 
-    def _count_keys(self, packing, cache) -> Tensor:
-        """(B or 1, G, L, P + L): how often each cached slot and each token at hand counts for a query."""
-        branches = self.layers[0].self_attn.branches
-        positions, documents = packing.positions, packing.documents
-        counts = count_branches(branches, positions, positions, documents, documents, is_causal=self.config.is_causal)
-        if cache is None or not any(cache.lengths):
-            return counts
-        seen = cache.seen_slots(positions.expand(len(cache.lengths), -1))
-        if documents is not None:
-            seen = seen & (documents >= 0)[:, None, :, None]
-        return torch.cat([seen, counts.expand(len(seen), -1, -1, -1)], -1)
-
-    def _count_padding(self, packing, embeds: Tensor) -> Tensor:
-        branches = self.layers[0].self_attn.branches
-        result = torch.zeros(len(embeds), len(branches[0].offsets), embeds.shape[1], dtype=torch.int64)
-        for first, last, begin, end, *_ in packing.chunks.tolist():
-            result[first:last, :, begin:end] = count_zero_padding(branches, end - begin)
-        return result.to(embeds.device)
+    def _check_sharded(self) -> None:
+        if self.training and self.config.drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate={self.config.drop_path_rate}: each process would draw for itself which texts skip a "
+                "block, of a text they share; train it with drop_path_rate=0, or with whole sequences on each process."
+            )
 
 
 def _check_not_empty(name: str, x: Tensor) -> None:
@@ -411,6 +295,20 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
         raise ValueError(
             f"{name} holds {int(ids[wrong][0])}; allowed are 0 to {vocab_size - 1} (vocab_size={vocab_size}){also}."
         )
+
+
+_SHARDED_LOGITS = (
+    "a shared sequence needs labels here: label smoothing and compute_loss_func, in training and in evaluation, would "
+    "compare this process's logits with the whole sequence's labels. Turn them off; or, to get this process's part of "
+    "the logits, pass logits_to_keep=0 (gather_sequence joins the parts)."
+)
+
+
+def _keep_last(hidden_states: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
+    """Return the (B, kept, E) hidden states whose logits are wanted."""
+    if logits_to_keep is None or isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    return hidden_states[:, logits_to_keep]
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
@@ -436,73 +334,59 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         past_key_values: LongNetCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits, or with labels the loss, which is computed without the logits of the whole sequence.
+        """Compute next-token logits, or with labels the loss, without the logits of the whole sequence.
 
         Args:
             labels: (B, L) token ids, shifted here: the loss at token i is that of labels[i + 1]; -100 is ignored.
-            logits_to_keep: 0 for the logits of every token, n for the last n, an index tensor for those tokens.
-                Left out, it is 0 without labels; with labels `logits` is then None, and neither forward nor
-                backward holds more than a chunk of them.
-            shift_labels (keyword): (B, L) labels that are shifted already.
-            num_items_in_batch (keyword): the loss is the sum divided by it, instead of the mean over the targets.
-            Others: as `LongNetModel.forward`.
+            logits_to_keep: 0 for the logits of every token, n for the last n, an index tensor for those tokens. The
+                default is 0 without labels; with labels `logits` is None, and at most a chunk of them is in memory.
+            shift_labels: (B, L) labels that are shifted already.
+            num_items_in_batch: the loss is the sum divided by it, instead of the mean over the targets.
+            Others: as in `LongNetModel.forward`.
 
         Returns:
-            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was asked for.
-            Where processes share each sequence, the loss is that of all of it, and logits_to_keep counts in this
-            process's part; use_cache=True, asked for here, reads the whole sequence on every process.
+            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was requested. If
+            processes share each sequence, the loss is of the whole of it, and logits_to_keep counts in this process's
+            part; use_cache=True, requested here, reads the whole sequence on every process.
         """
         cache = cache if cache is not None else past_key_values
-        shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
-        if shard is not None and use_cache:
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        shard = self.shard(inputs) if cache is None else None
+        if shard is not None and kwargs.get("use_cache"):
             cache, shard = LongNetCache(self.config), None
         shift_labels = kwargs.get("shift_labels")
-        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if given is not None and inputs is not None:
-            self._check_labels(name, given, inputs.shape[:2])
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, labels=labels,
-            **kwargs,
-        )  # fmt: skip
+        self._check_labels(labels, shift_labels, inputs)
+        tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs)
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or shift_labels is not None:
             loss = self._loss(hidden_states, labels, shift_labels, kwargs.get("num_items_in_batch"), shard)
-        # Not before: where only one rank has labels, the others would wait for it in the comparison of the batches.
-        if shard is not None and loss is None and logits_to_keep is None:
-            raise ValueError(
-                "a shared sequence needs labels here: label smoothing and compute_loss_func, in training and in "
-                "evaluation, would compare this process's logits with the whole sequence's labels. Turn them off; or, "
-                "to get this process's part of the logits, pass logits_to_keep=0 (gather_sequence joins the parts)."
-            )
+        elif shard is not None and logits_to_keep is None:
+            # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
+            raise ValueError(_SHARDED_LOGITS)
         if logits_to_keep is not None or loss is None:
-            keep = 0 if logits_to_keep is None else logits_to_keep
-            kept = (
-                slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep
-            )
-            logits = self.lm_head(hidden_states[:, kept])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
-        )  # fmt: skip
+            logits = self.lm_head(_keep_last(hidden_states, logits_to_keep))
+        recorded = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
-    def _check_labels(self, name: str, labels: Tensor, shape: tuple[int, int]) -> None:
-        if labels.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(labels.shape)}; expected {tuple(shape)} as the input.")
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"{name} has dtype {labels.dtype}; expected whole numbers, such as torch.int64.")
+    def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> None:
+        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        if given is None or inputs is None:
+            return
+        if given.shape != inputs.shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {tuple(inputs.shape[:2])} as the input.")
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise ValueError(f"{name} has dtype {given.dtype}; expected whole numbers, such as torch.int64.")
         if name == "labels" and not self.config.is_causal:
             raise ValueError(
                 "labels are next tokens, which a bidirectional model (is_causal=False) sees; give the targets of "
                 "masked tokens as shift_labels, which stay where they are."
             )
-        _check_ids(name, labels, self.config.vocab_size, ignored=-100)
+        _check_ids(name, given, self.config.vocab_size, ignored=-100)
 
     def _loss(self, hidden_states: Tensor, labels, shift_labels, num_items, shard: Shard | None) -> Tensor:
         length = hidden_states.shape[1] if shard is None else shard.total
@@ -510,7 +394,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if shard is None:
             hidden_states = hidden_states[:, : targets.shape[1]]
         else:
-            # Shifted before they are cut: a shard's last target is the next shard's first token.
+            # Shifted before the cut: a shard's last target is the next shard's first token.
             targets = shard.cut(nn.functional.pad(targets, (0, length - targets.shape[1]), value=-100))
         targets = targets.reshape(-1).to(hidden_states.device, torch.int64)
         total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
@@ -522,7 +406,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
-        """`generate` gets a bounded cache; caches of other makes are refused."""
+        """Give `generate` a bounded cache; refuse other kinds."""
         name = generation_config.cache_implementation
         if name not in (None, "offloaded") or (name and model_kwargs.get(CACHE) is not None):
             raise ValueError(

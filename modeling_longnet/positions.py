@@ -10,27 +10,27 @@ from torch import Tensor
 
 from .configuration_longnet import FLOAT16_SCALE, LongNetConfig
 
-# Positions turned at a time: float64 intermediates of a long sequence would outweigh its keys.
-_SLICE = 1 << 16
+# Positions per step: the float64 intermediates of a long sequence would take more memory than its keys.
+_POSITIONS_PER_STEP = 1 << 16
 
 
-class Turns(NamedTuple):
-    """Complex factors of the pairs (2i, 2i+1) of queries and keys, each (B or 1, L, 1, D/2), complex64 or 128."""
+class Rotary(NamedTuple):
+    """scale * (cos + i sin) of each pair (2i, 2i+1), for queries and keys: (B or 1, L, 1, D/2), complex64 or 128."""
 
     query: Tensor
     key: Tensor
 
 
-def make_turns(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> Turns | None:
-    """The factors zeta_i ** (n / base) * exp(1j * n * theta_i) for queries, and with the inverse scale for keys.
+def make_rotary(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> Rotary | None:
+    """Return zeta_i ** (n / base) * exp(1j * n * theta_i) for queries and, with the inverse scale, for keys.
 
-    n is the position modulo `config.position_period`, for xPos centred in it: only differences of n matter, and
-    tokens that meet lie in one period. Rotation alone needs no centre, and where segments do not nest a period is
-    so long that its middle has few digits left for an angle. theta_i = rope_theta ** (-2i / D), zeta_i =
-    (2i + 0.4 D) / (1.4 D) (xPos, section 3).
+    n is the position modulo `config.position_period`. xPos centres it in the period, which keeps its scales small; only
+    differences of n matter, and tokens that meet share a period. Rotation alone needs no centre, and the middle of a
+    very long period would cost digits of the angle. theta_i = rope_theta ** (-2i / D) and
+    zeta_i = (2i + 0.4 D) / (1.4 D) (xPos, section 3).
 
     Args:
-        positions: (B or 1, L) integers on the device that attention runs on, each token's place in its document.
+        positions: (B or 1, L) integers on the device of the attention, each token's position in its document.
         dtype: of the attention.
 
     Returns:
@@ -42,45 +42,49 @@ def make_turns(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> 
     if config.position_embedding == "none":
         return None
     if config.position_embedding == "xpos" and dtype == torch.float16:
-        smallest = config.smallest_xpos_scale_base(FLOAT16_SCALE)
-        if smallest > config.xpos_scale_base:
-            raise ValueError(
-                f"float16 cannot hold xPos over {config.position_period} tokens with "
-                f"xpos_scale_base={config.xpos_scale_base} (the smallest that fits is {smallest}); use bfloat16, "
-                "whose range is that of float32."
-            )
+        _check_float16(config)
     # MPS has no float64.
     device = positions.device if positions.device.type != "mps" else torch.device("cpu")
     period = min(config.position_period, 1 << 62)
     n = positions.to(device) % period
     if config.position_embedding == "xpos":
         n = n - period // 2
-    parts = [_turn(config, part, dtype) for part in n.double().split(_SLICE, dim=1)]
-    return Turns(*(torch.cat(x, 1).to(positions.device) if len(x) > 1 else x[0].to(positions.device)
-                   for x in zip(*parts, strict=True)))  # fmt: skip
+    parts = [_rotary(config, part, dtype) for part in n.double().split(_POSITIONS_PER_STEP, dim=1)]
+    whole = (torch.cat(x, 1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
+    return Rotary(*(x.to(positions.device) for x in whole))
 
 
-def _turn(config: LongNetConfig, n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Query and key factors of float64 positions n (B or 1, L)."""
+def _check_float16(config: LongNetConfig) -> None:
+    smallest = config.smallest_xpos_scale_base(FLOAT16_SCALE)
+    if smallest > config.xpos_scale_base:
+        raise ValueError(
+            f"float16 cannot hold xPos over {config.position_period} tokens with xpos_scale_base="
+            f"{config.xpos_scale_base} (the smallest that fits is {smallest}); use bfloat16, whose range is that of "
+            "float32."
+        )
+
+
+def _rotary(config: LongNetConfig, n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the query's and the key's factors for float64 positions n (B or 1, L)."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=n.device)
     angle = n[..., None, None] * config.rope_theta ** (-i / config.head_dim)
     out = torch.complex128 if dtype == torch.float64 else torch.complex64
     if config.position_embedding == "rope":
-        turn = torch.polar(torch.ones_like(angle), angle).to(out)
-        return turn, turn
+        rotation = torch.polar(torch.ones_like(angle), angle).to(out)
+        return rotation, rotation
     zeta = (i + 0.4 * config.head_dim) / (1.4 * config.head_dim)
     scale = zeta ** (n[..., None, None] / config.xpos_scale_base)
     return torch.polar(scale, angle).to(out), torch.polar(1 / scale, angle).to(out)
 
 
-def turn(x: Tensor, factors: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, factors: Tensor) -> Tensor:
     """Rotate and scale interleaved pairs: y[2i] + 1j y[2i+1] = factor_i * (x[2i] + 1j x[2i+1]).
 
     Args:
-        x: (B, L, heads, D), any floating dtype. factors: (B or 1, L, 1, D/2) complex.
+        x: (B, L, heads, D), any floating dtype. factors: (B or 1, L, 1, D/2), complex.
 
     Returns:
-        (B, L, heads, D) in x's dtype, computed in the factors' precision.
+        (B, L, heads, D) in x's dtype, computed in the precision of the factors.
     """
     pairs = torch.view_as_complex(x.to(factors.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Dense dilated attention from one predicate of (head, query, key): slow, obvious, and what the rest is tested by.
+"""Dense dilated attention from one predicate of (head, query, key), against which every fast path is tested.
 
 Letters: B batch, L queries, S keys, H query heads, G key/value heads, D head dimension.
 """
@@ -17,15 +17,15 @@ def count_branches(
     key_documents: Tensor | None = None,
     is_causal: bool = True,
 ) -> Tensor:
-    """In how many branches does a head's query see a key? (design of LongNet, Eq. 4-8 and 13-15)
+    """Count the branches in which each query sees each key (LongNet, Eq. 4-8 and 13-15).
 
-    Query p and key q see each other in branch (w, r) when `p // w == q // w`, both are rows of the head
-    (`(p mod w) mod r == o == (q mod w) mod r`) and, when causal, `q <= p`.
+    Query p sees key q in branch (w, r) if they share a segment (`p // w == q // w`), the head keeps both
+    (`(p mod w) mod r == o == (q mod w) mod r`) and, if causal, `q <= p`.
 
     Args:
-        query_positions, key_positions: (B, L) and (B, S) integers, the place of a token in its own document.
+        query_positions, key_positions: (B, L) and (B, S) integers, each token's position in its own document.
         query_documents, key_documents: (B, L) and (B, S) integers; tokens of different documents never meet, and
-            a negative one marks padding, which meets nothing. None: one document a row.
+            a negative number marks padding, which meets nothing. None: one document per batch row.
 
     Returns:
         (B, G, L, S) int64 counts.
@@ -47,13 +47,13 @@ def count_branches(
 
 
 def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
-    """How many zero keys the released implementation shows each query of a bidirectional document (bug 1 there).
+    """Count the zero keys that each query of a bidirectional document attends to in the released implementation.
 
-    TorchScale pads a document to whole segments of min(w, length), and those to whole multiples of r, with zero
-    keys and values that it does not mask.
+    TorchScale pads a document to whole segments of min(w, length), and those to multiples of r, with zero keys and
+    values that it does not mask.
 
     Returns:
-        (G, length) int64 counts over all branches in which the query is a row.
+        (G, length) int64 counts over all branches that keep the query.
     """
     p = torch.arange(length)
     counts = torch.zeros(len(branches[0].offsets), length, dtype=torch.int64)
@@ -61,9 +61,9 @@ def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
         for head, o in enumerate(offsets):
             segment = p // w
             real = torch.zeros(int(segment[-1]) + 1, dtype=torch.int64)
-            row = (p % w) % r == o
-            real.index_add_(0, segment, row.long())
-            counts[head] += torch.where(row, -(-min(w, length) // r) - real[segment], 0)
+            is_kept = (p % w) % r == o
+            real.index_add_(0, segment, is_kept.long())
+            counts[head] += torch.where(is_kept, -(-min(w, length) // r) - real[segment], 0)
     return counts
 
 
@@ -75,16 +75,16 @@ def dense_attention(
     scale: float,
     zero_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One softmax over the multiset of keys that the branches show (Eq. 9-10): a key seen twice counts twice.
+    """Take one softmax over the multiset of keys of all branches (Eq. 9-10); a key of two branches counts twice.
 
     Args:
-        query: (B, H, L, D); key, value: (B, G, S, D), any floating dtype; scores are taken in at least float32.
+        query: (B, H, L, D); key, value: (B, G, S, D), any floating dtype. Scores are computed in at least float32.
         counts: (B or 1, G or 1, L, S), how often a key counts for a query.
-        zero_padding: (B or 1, G, L), that many further keys with score 0 and value 0.
+        zero_padding: (B or 1, G, L), number of further keys with score 0 and value 0.
 
     Returns:
-        out (B, H, L, D) in the query's dtype; attention weights (B, H, L, S), likewise; lse (B, H, L), the
-        logarithm of the denominator. A query that sees no key gets out 0, weights 0 and lse -inf.
+        out (B, H, L, D) and attention weights (B, H, L, S) in the query's dtype; lse (B, H, L), the logarithm of the
+        denominator. A query that sees no key gets out 0, weights 0 and lse -inf.
     """
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention_context import config_branches, count_zero_keys, make_context
 from .configuration_longnet import LongNetConfig
-from .modeling_longnet import LongNetBlock, LongNetModel
+from .modeling_longnet import LongNetBackbone, LongNetBlock
 from .packing import pack
 from .reference import count_branches, dense_attention
 
@@ -151,8 +152,8 @@ def place_features(size: int, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1).float()
 
 
-class LongNetSlideEncoder(LongNetModel):
-    """Tiles' features and places in, the slide's embedding out; Prov-GigaPath's `LongNetViT`.
+class LongNetSlideEncoder(LongNetBackbone):
+    """Features and coordinates of tiles in, the slide's embedding out; Prov-GigaPath's `LongNetViT`.
 
     Example:
         >>> encoder = LongNetSlideEncoder(LongNetSlideConfig(num_hidden_layers=2)).eval()
@@ -213,7 +214,7 @@ class LongNetSlideEncoder(LongNetModel):
             coordinates = _take(coordinates, layout.tiles).masked_fill(~layout.real[..., None], 0)
         hidden_states = self.dropout(self._embed_tiles(tiles, coordinates))
         mask = None if layout is None else nn.functional.pad(layout.real, (1, 0), value=True)
-        inputs = self._attention_inputs(hidden_states, mask, None, None, self._backend(hidden_states, {}))
+        context = make_context(self.config, hidden_states, self.backend(hidden_states), mask)
         queries = None if attention_queries is None else self._prepare_queries(attention_queries, hidden_states, layout)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -224,7 +225,7 @@ class LongNetSlideEncoder(LongNetModel):
                 maps.append(_put_back(weights.movedim(-1, 1), layout).movedim(1, -1))
             if output_hidden_states:
                 states.append(_put_back(hidden_states, layout))
-            hidden_states = layer(hidden_states, inputs)
+            hidden_states = layer(hidden_states, context)
             pooled.append(self._pool(hidden_states, layout))
         hidden_states = self.layer_norm(hidden_states)
         whole = _put_back(hidden_states, layout)
@@ -304,26 +305,25 @@ class LongNetSlideEncoder(LongNetModel):
             columns = places[:, tokens]
         positions = torch.arange(length + 1, device=tokens.device).expand(batch, -1)
         with_outside = nn.functional.pad(documents, (0, 1), value=-1)
-        branches = self.layers[0].self_attn.branches
+        of_queries = positions.gather(1, columns), with_outside.gather(1, columns)
         counts = count_branches(
-            branches, positions.gather(1, columns), positions[:, :-1], with_outside.gather(1, columns), documents,
-            is_causal=False,
-        )  # fmt: skip
+            config_branches(self.config), of_queries[0], positions[:, :-1], of_queries[1], documents, is_causal=False
+        )
         columns = columns.clamp(max=length - 1)
         padding = None
         if self.config.attend_zero_padding:
             packing = pack(batch, length, hidden_states.device, None if layout is None else documents >= 0)
-            padding = self._count_padding(packing, hidden_states)  # (B, G, L)
+            padding = count_zero_keys(self.config, packing, hidden_states)  # (B, G, L)
             padding = padding.gather(2, columns[:, None].expand(-1, padding.shape[1], -1))
         return _Queries(columns, counts, padding)
 
     def _map(self, layer: LongNetBlock, hidden_states: Tensor, queries: _Queries) -> Tensor:
         """What a layer's dense attention gives the chosen queries: (B, H, Q, L), without the others' rows."""
-        attention, dim = layer.self_attn, self.config.head_dim
+        attention, scale = layer.self_attn, self.config.head_dim**-0.5
         hidden_states = layer.self_attn_layer_norm(hidden_states)
-        query = attention.q_proj(_take(hidden_states, queries.columns)).unflatten(-1, (-1, dim)).transpose(1, 2)
-        key = attention.k_proj(hidden_states).unflatten(-1, (-1, dim)).transpose(1, 2)
-        return dense_attention(query, key, key[..., :0], queries.counts, attention.scale, queries.padding)[1]
+        query = attention.project(_take(hidden_states, queries.columns), attention.q_proj).transpose(1, 2)
+        key = attention.project(hidden_states, attention.k_proj).transpose(1, 2)
+        return dense_attention(query, key, key[..., :0], queries.counts, scale, queries.padding)[1]
 
 
 LongNetSlideConfig.register_for_auto_class()

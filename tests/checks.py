@@ -8,6 +8,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from modeling_longnet import LongNetConfig
+from modeling_longnet.attention_autograd import AttentionPlan, HaloKV, attend_chunks
+from modeling_longnet.branches import Branch, Chunk, whole_batch
 
 ROUNDING = 1e-12  # float64, a few hundred additions
 
@@ -25,6 +27,31 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float =
     scale = max(1.0, expected.abs().max().item())
     error = (actual.to(expected.dtype) - expected).abs().max().item() / scale
     assert error <= tolerance, f"{name}: deviation {error:.3g} of the largest value, allowed {tolerance:.3g}"
+
+
+def make_halo(keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> HaloKV:
+    """The halo of each branch's (B, G, P, D) keys and values."""
+    return HaloKV(torch.cat(keys, 2), torch.cat(values, 2), tuple(x.shape[2] for x in keys))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    branches: tuple[Branch, ...],
+    chunks: list | None = None,
+    prefix: HaloKV | None = None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    backend: str = "torch",
+    zero_padding: bool = False,
+) -> Tensor:
+    """`attend_chunks` of (B, L, heads, D) tensors; chunks are lists of a `Chunk`'s fields, the whole batch if None."""
+    chunks = whole_batch(*query.shape[:2]) if chunks is None else tuple(Chunk(*chunk) for chunk in chunks)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    plan = AttentionPlan(chunks, branches, is_causal, scale, backend, zero_padding)
+    return attend_chunks(query, key, value, plan, prefix)
 
 
 def make_config(**overrides) -> LongNetConfig:

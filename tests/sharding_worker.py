@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
+from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
 from modeling_longnet.branches import Chunk, make_branches
-from modeling_longnet.dilated_attention import Plan, attend_chunks
-from modeling_longnet.sharding import Shard, ShardInputs, attend_sharded, plan_exchange
+from modeling_longnet.sharding import GroupExchange, attend_sharded
+from modeling_longnet.sharding_plan import Shard, plan_exchange
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-12  # float64
@@ -113,13 +114,13 @@ def op(cases: str) -> None:
         inputs = [torch.randn(batch, length, n, 5, dtype=torch.float64) for n in (heads * repeat, heads, heads)]
         grad = torch.randn_like(inputs[0])
         whole = [x.clone().requires_grad_() for x in inputs]
-        table = torch.tensor(chunks, dtype=torch.int64).reshape(-1, 6)
-        expected = attend_chunks(*whole, branches, chunks=table, is_causal=is_causal)
+        plan = AttentionPlan(chunks, branches, is_causal, 5**-0.5, "torch")
+        expected = attend_chunks(*whole, plan)
         expected.backward(grad)
         parts = [shard.cut(x).clone().requires_grad_() for x in inputs]
-        plan = Plan(shard.cut_chunks(chunks, rank), branches, is_causal, 5**-0.5, "torch", False)
         exchange = plan_exchange(shard, chunks, branches, is_causal, batch, torch.device("cpu"))
-        out = attend_sharded(*parts, ShardInputs(dist.group.WORLD, plan, exchange))
+        plan = plan._replace(chunks=shard.cut_chunks(chunks, rank))
+        out = attend_sharded(*parts, plan, GroupExchange(dist.group.WORLD, exchange))
         out.backward(shard.cut(grad))
         what = f"case {case}, rank {rank}: w={w}, r={r}, causal={is_causal}, borders={shard.borders}, {chunks}: "
         close(what + "out", out, shard.cut(expected))

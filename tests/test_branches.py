@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from modeling_longnet.branches import (
     Branch,
     Chunk,
-    chunk_rows,
-    count_rows,
+    chunk_slices,
+    count_kept,
     count_work,
     make_branches,
     prefix_lengths,
@@ -39,20 +39,21 @@ def chunk_cases(draw):
     return Branch(w, r, offsets), Chunk(0, 1, column, column + length, start, total)
 
 
-def positions_of(rows, chunk, branch):
+def positions_of(piece, chunk, branch):
     """(head, position in the document) of each element that the views of `rows` show."""
-    for i in range(rows.heads):
-        for segment in range(rows.segments):
-            for j in range(rows.rows):
-                column = rows.begin + segment * branch.w + rows.row + i * rows.row_step + j * branch.r
-                yield rows.head + i * rows.head_step, chunk.start + column
+    for i in range(piece.heads):
+        for segment in range(piece.segments):
+            for j in range(piece.seqlen):
+                column = piece.begin + segment * branch.w + piece.first + i * piece.first_stride + j * branch.r
+                yield piece.head + i * piece.head_stride, chunk.start + column
 
 
 @given(chunk_cases(), st.booleans())
 def test_views_show_each_row_of_each_head_once(case, shared_heads):
     branch, chunk = case
     w, r, offsets = branch
-    shown = Counter(p for rows in chunk_rows(chunk, branch, shared_heads) for p in positions_of(rows, chunk, branch))
+    pieces = chunk_slices(chunk, branch, shared_heads)
+    shown = Counter(p for piece in pieces for p in positions_of(piece, chunk, branch))
     expected = {
         (head, p)
         for head, o in enumerate(offsets)
@@ -67,22 +68,22 @@ def test_rows_outside_the_chunk_are_counted(case, shared_heads):
     branch, chunk = case
     w, r, offsets = branch
     end = chunk.start + chunk.length
-    for rows in chunk_rows(chunk, branch, shared_heads):
-        for head, position in positions_of(rows, chunk, branch):
+    for piece in chunk_slices(chunk, branch, shared_heads):
+        for head, position in positions_of(piece, chunk, branch):
             segment = range(position // w * w, min(position // w * w + w, chunk.total))
             of_head = [p for p in segment if (p % w) % r == offsets[head]]
-            assert rows.before == sum(p < chunk.start for p in of_head)
-            assert rows.after == sum(p >= end for p in of_head)
-            assert rows.before + rows.rows + rows.after == len(of_head)
-            assert rows.padding == math.ceil(min(w, chunk.total) / r) - len(of_head)
+            assert piece.prefix == sum(p < chunk.start for p in of_head)
+            assert piece.suffix == sum(p >= end for p in of_head)
+            assert piece.prefix + piece.seqlen + piece.suffix == len(of_head)
+            assert piece.padding == math.ceil(min(w, chunk.total) / r) - len(of_head)
 
 
 @given(chunk_cases())
 def test_shared_heads_are_neighbours_with_one_offset(case):
     branch, chunk = case
-    for rows in chunk_rows(chunk, branch, True):
-        heads = branch.offsets[rows.head : rows.head + rows.heads]
-        assert rows.heads == 1 or (rows.head_step == 1 and rows.row_step == 0 and len(set(heads)) == 1)
+    for piece in chunk_slices(chunk, branch, True):
+        heads = branch.offsets[piece.head : piece.head + piece.heads]
+        assert piece.heads == 1 or (piece.head_stride == 1 and piece.first_stride == 0 and len(set(heads)) == 1)
 
 
 @pytest.mark.parametrize(("w", "r", "heads", "offsets", "views"), [
@@ -96,13 +97,13 @@ def test_a_whole_branch_takes_few_views(w, r, heads, offsets, views):
     """Where rows per head are equal, one view shows as many heads as strides allow: that is the speed."""
     (branch,) = make_branches((w,), (r,), heads, offsets)
     equal = w % r == 0
-    pieces = chunk_rows(Chunk(0, 1, 0, 4 * w, 0, 4 * w), branch, False)
+    pieces = chunk_slices(Chunk(0, 1, 0, 4 * w, 0, 4 * w), branch, False)
     assert len(pieces) <= (views if equal else 2 * views)
 
 
 @given(st.integers(0, 60), st.integers(0, 8), st.integers(1, 9))
-def test_count_rows(length, offset, r):
-    assert count_rows(length, offset, r) == len(range(offset, length, r))
+def test_count_kept(length, offset, r):
+    assert count_kept(length, offset, r) == len(range(offset, length, r))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True), st.integers(0, 200))
@@ -172,9 +173,9 @@ def test_zero_padding_of_the_reference_and_of_the_views_agree(case):
     length = chunk.total
     dense = count_zero_padding((branch,), length)
     seen = torch.zeros_like(dense)
-    for rows in chunk_rows(Chunk(0, 1, 0, length, 0, length), branch, False):
-        for head, position in positions_of(rows, chunk._replace(start=0), branch):
-            seen[head, position] = rows.padding
+    for piece in chunk_slices(Chunk(0, 1, 0, length, 0, length), branch, False):
+        for head, position in positions_of(piece, chunk._replace(start=0), branch):
+            seen[head, position] = piece.padding
     assert torch.equal(dense, seen)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel, cache_longnet
-from modeling_longnet.modeling_longnet import CACHE
+from modeling_longnet.testing import CACHE
 
 EXACT = 1e-10  # float64, through two layers
 
@@ -66,7 +66,7 @@ def test_chunks_and_steps_equal_one_forward(model, data):
             ).detach())  # fmt: skip
         begin = end
         for layer in cache.layers:
-            for held, n in zip(layer.held_rows(), lengths, strict=True):
+            for held, n in zip(layer.held_keys(), lengths, strict=True):
                 assert held <= most_rows(model.config, max(0, n - (width - end)))
             assert layer.keys.shape[2] == most_rows(model.config, layer.capacity)
             assert layer.keys.shape[2] <= most_rows(model.config, 1 << 40)
@@ -75,14 +75,14 @@ def test_chunks_and_steps_equal_one_forward(model, data):
         assert_close(f"row {i}", out[i, width - n :], expected[i].detach(), EXACT)
 
 
-def test_held_rows_at_every_step():
+def test_held_keys_at_every_step():
     model = make_model(LongNetModel, segment_lengths=[4, 6, 20], dilation_rates=[1, 4, 7])
     cache = LongNetCache(model.config)
     with torch.no_grad():
         for t in range(1, 121):
             model(torch.randint(0, 29, (2, 1)), **{CACHE: cache})
             for layer in cache.layers:
-                assert max(layer.held_rows()) <= most_rows(model.config, t)
+                assert max(layer.held_keys()) <= most_rows(model.config, t)
                 # Counted where they lie (no slot is zero by chance): head 0 begins every segment, and has all of them.
                 written = (layer.keys != 0).any(-1).sum(-1)  # (B, G)
                 assert written.max() == written[0, 0] == most_rows(model.config, t)
@@ -226,7 +226,7 @@ def test_many_steps_are_taken_back_over_a_border(is_padded):
         ids = torch.cat([ids, drafts], 1)[:, :kept]
         cache.crop(-back)
         assert cache.lengths == [kept, kept]
-        assert all(layer._undo is None for layer in cache.layers)
+        assert all(layer._record is None for layer in cache.layers)
     assert_goes_on_like(model, cache, ids)
 
 
@@ -428,7 +428,7 @@ def test_an_interrupted_forward_is_noticed(monkeypatch):
         model(torch.randint(0, 29, (2, 3)), **{CACHE: cache})
 
 
-@pytest.mark.parametrize(("name", "call"), [("_store", 0), ("rows_view", 4)], ids=["rows written", "half written"])
+@pytest.mark.parametrize(("name", "call"), [("_store", 0), ("slice_view", 4)], ids=["all written", "half written"])
 def test_an_interrupted_write_is_noticed(monkeypatch, name, call):
     """In the first and only layer too, where no other layer tells."""
     model = make_model(LongNetModel, num_hidden_layers=1)

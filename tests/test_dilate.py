@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.attention_context import config_branches
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
-from modeling_longnet.modeling_longnet import CACHE
+from modeling_longnet.testing import CACHE
 
 SIZES = {
     "vocab_size": 37, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -473,7 +474,7 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
     with refused("xpos_scale_base=16 is too small", "[8, 1048576]", "trained model", "shorter segments"):
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
     longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 10])
-    assert longer.model.layers[0].self_attn.branches[1].w == 1 << 10
+    assert config_branches(longer.config)[1].w == 1 << 10
 
 
 def test_the_example_that_extends_a_llama(tmp_path):

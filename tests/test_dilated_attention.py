@@ -14,25 +14,23 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from checks import ROUNDING, assert_close, refused
+from checks import ROUNDING, assert_close, attend, make_halo, refused
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_longnet import attend, attend_flash, attend_torch, dilated_attention
-from modeling_longnet.branches import Chunk, make_branches
-from modeling_longnet.dilated_attention import (
-    Outside,
-    Plan,
-    attend_chunks,
+from modeling_longnet import backend_flash, backend_strided, backend_torch, dilated_attention
+from modeling_longnet.attention_autograd import (
+    AttentionPlan,
     backward_chunks,
-    backward_outside,
+    backward_halo,
     forward_chunks,
-    forward_outside,
-    whole_batch,
+    forward_halo,
 )
+from modeling_longnet.backends import BACKENDS
+from modeling_longnet.branches import Chunk, make_branches, whole_batch
 from modeling_longnet.reference import count_branches, count_zero_padding, dense_attention
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("attention_*.safetensors"))
@@ -148,7 +146,7 @@ def test_calls_cut_into_slabs_change_nothing(monkeypatch):
     case = Case(3, 45, 6, 3, 5, *NESTED, True, "interleaved")
     inputs = make_inputs(case)
     whole = run(case, *inputs)
-    monkeypatch.setitem(dilated_attention.__globals__, "_CPU_BYTES_PER_CALL", 1)
+    monkeypatch.setattr(backend_strided, "_CPU_BYTES_PER_CALL", 1)
     assert_all_close(run(case, *inputs), whole)
 
 
@@ -156,11 +154,11 @@ def test_a_mask_made_in_inference_mode_serves_training():
     """The mask of calls that are cut in two is kept."""
     case = Case(1, 450, 3, 3, 8, (450,), (1,), True, "interleaved")
     inputs = make_inputs(case)
-    attend_torch._cut_mask.cache_clear()
+    backend_torch._causal_mask.cache_clear()
     with torch.inference_mode():
         out = dilated_attention(*inputs[:3], case.lengths, case.rates)
     results = run(case, *inputs)
-    assert attend_torch._cut_mask.cache_info().misses == 1
+    assert backend_torch._causal_mask.cache_info().misses == 1
     assert torch.equal(out, results["out"])
     assert_all_close(results, run(case, *inputs, backend="eager"))
 
@@ -233,7 +231,7 @@ def test_released_numbers(path, backend):
 def test_lse(path):
     tensors, metadata = read_fixture(path)
     case = fixture_case(tensors, metadata)
-    plan = Plan((Chunk(0, case.batch, 0, case.length, 0, case.length),), case.branches, case.is_causal,
+    plan = AttentionPlan((Chunk(0, case.batch, 0, case.length, 0, case.length),), case.branches, case.is_causal,
                 case.dim**-0.5, "torch", False)  # fmt: skip
     _, lse = forward_chunks(tensors["q"], tensors["k"], tensors["v"], plan)
     expected = tensors["exact_lse"].transpose(1, 2)
@@ -251,8 +249,7 @@ def test_zero_padding_is_the_released_output(path, backend):
     case = fixture_case(tensors, metadata)
     query, key, value = (tensors[name] for name in "qkv")
     if backend == "torch":
-        chunks = whole_batch(case.batch, case.length)
-        out = attend_chunks(query, key, value, case.branches, chunks=chunks, is_causal=False, zero_padding=True)
+        out = attend(query, key, value, case.branches, is_causal=False, zero_padding=True)
     else:
         out = dense_with_padding(case, query, key, value)
     assert_close("out", out, tensors["out"])
@@ -272,8 +269,8 @@ def test_zero_padding_equals_the_dense_reference(case):
     results = []
     for dense in (False, True):
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = dense_with_padding(case, *inputs) if dense else attend_chunks(
-            *inputs, case.branches, chunks=whole_batch(case.batch, case.length), is_causal=False, zero_padding=True
+        out = dense_with_padding(case, *inputs) if dense else attend(
+            *inputs, case.branches, is_causal=False, zero_padding=True
         )  # fmt: skip
         results.append(dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, inputs, grad_out)), strict=True)))
     assert_all_close(*results)
@@ -325,7 +322,7 @@ def test_low_precision_with_many_branches(dtype):
 def test_half_precision_takes_no_larger_copy_where_few_roundings_are_due(rates, expected):
     """One branch a token after the first, on average, or less: its dtype holds the sums; else float32 does."""
     case = Case(1, 64, 2, 2, 8, (8, 16, 32, 64)[: len(rates)], rates, True, "interleaved")
-    plan = Plan((Chunk(0, 1, 0, 64, 0, 64),), case.branches, True, 1.0, "torch", False)
+    plan = AttentionPlan((Chunk(0, 1, 0, 64, 0, 64),), case.branches, True, 1.0, "torch", False)
     query, key, value, grad_out = (x.transpose(1, 2) for x in make_inputs(case, torch.bfloat16))
     out, lse = forward_chunks(query, key, value, plan)
     grads = backward_chunks(grad_out, query, key, value, out.to(query.dtype), lse, plan)
@@ -342,8 +339,7 @@ def test_padding_changes_no_digit(dtype):
     for pad in (0, 9):
         query, key, value, grad_out = (torch.nn.functional.pad(x, (0, 0, 0, 0, pad, 0)) for x in inputs)
         leaves = [x.requires_grad_() for x in (query, key, value)]
-        chunks = torch.tensor([[0, 1, pad, pad + case.length, 0, case.length]])
-        out = attend_chunks(*leaves, case.branches, chunks=chunks)
+        out = attend(*leaves, case.branches, [[0, 1, pad, pad + case.length, 0, case.length]])
         results.append([x[:, pad:] for x in (out.detach(), *torch.autograd.grad(out, leaves, grad_out))])
     for name, alone, padded in zip(NAMES, *results, strict=True):
         assert torch.equal(alone, padded), name
@@ -369,8 +365,7 @@ def test_the_order_of_branches_does_not_matter(case, random):
         if shuffled:
             random.shuffle(branches)
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        chunks = whole_batch(case.batch, case.length)
-        out = attend_chunks(*inputs, tuple(branches), chunks=chunks, is_causal=case.is_causal)
+        out = attend(*inputs, tuple(branches), is_causal=case.is_causal)
         results.append(dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, inputs, grad_out)), strict=True)))
     assert_all_close(*results)
 
@@ -391,7 +386,7 @@ def test_no_look_ahead(case, data, backend):
         assert (results[name][:, :, t:] == 0).all(), name
 
 
-def outside_rows(x, case, starts, ends, after=False):
+def halo_keys(x, case, starts, ends, after=False):
     """Each branch's (B, G, P, D) rows before (after) each text's chunk, by the rule; what is no row stays NaN."""
     result = []
     for w, r, offsets in case.branches:
@@ -433,8 +428,8 @@ def test_any_cut_into_chunks_equals_the_whole(case, data):
             [b, b + 1, s - c, e - c, s, data.draw(st.sampled_from([e, case.length]))]
             for b, (s, e, c) in enumerate(zip(starts, ends, columns, strict=True)) if s < e
         ]  # fmt: skip
-        before = Outside(*(outside_rows(x, case, starts, ends) for x in inputs[1:]))
-        part = attend_chunks(*parts, case.branches, chunks=torch.tensor(table), before=before)
+        prefix = make_halo(*(halo_keys(x, case, starts, ends) for x in inputs[1:]))
+        part = attend(*parts, case.branches, table, prefix)
         for b, (s, e, c) in enumerate(zip(starts, ends, columns, strict=True)):
             out = out.index_put((torch.tensor(b), torch.arange(s, e)), part[b, s - c : e - c])
     grads = torch.autograd.grad(out, inputs, grad_out)
@@ -454,9 +449,9 @@ def test_low_precision_of_chunks_with_their_prefixes(dtype):
     parts = []
     for start in range(0, case.length, 37):
         end = min(start + 37, case.length)
-        before = Outside(*(outside_rows(x, case, [start], [end]) for x in leaves[1:]))
-        chunks = torch.tensor([[0, 1, 0, end - start, start, end]])
-        parts.append(attend_chunks(*(x[:, start:end] for x in leaves), case.branches, chunks=chunks, before=before))
+        prefix = make_halo(*(halo_keys(x, case, [start], [end]) for x in leaves[1:]))
+        chunks = [[0, 1, 0, end - start, start, end]]
+        parts.append(attend(*(x[:, start:end] for x in leaves), case.branches, chunks, prefix))
     out = torch.cat(parts, 1)
     for name, value in zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, grad_out)), strict=True):
         assert_low_precision(name, value.transpose(1, 2), dense[name], exact[name])
@@ -479,25 +474,28 @@ def test_a_bidirectional_chunk_between_its_neighbours(case, data, zero_padding):
         ).transpose(1, 2)  # fmt: skip
     expected = dict(zip(NAMES, (expected_out, *torch.autograd.grad(expected_out, whole, grad_out)), strict=True))
 
-    plan = Plan((Chunk(0, case.batch, 0, end - start, start, case.length),), case.branches, False,
+    plan = AttentionPlan((Chunk(0, case.batch, 0, end - start, start, case.length),), case.branches, False,
                 case.dim**-0.5, "torch", zero_padding)  # fmt: skip
     q, k, v, g = (x[:, start:end] for x in (query, key, value, grad_out))
     leaves = [x.detach().requires_grad_() for x in (key, value)]
     starts, ends = [start] * case.batch, [end] * case.batch
     out, lse = forward_chunks(q, k, v, plan)
-    sides = {after: Outside(*(outside_rows(x, case, starts, ends, after) for x in leaves)) for after in (False, True)}
-    for after, rows in sides.items():
-        forward_outside(q, out, lse, rows, plan, after)
+    sides = {
+        side: make_halo(*(halo_keys(x, case, starts, ends, side == "suffix") for x in leaves))
+        for side in ("prefix", "suffix")
+    }
+    for side, halo in sides.items():
+        forward_halo(q, out, lse, halo, plan, side)
     assert_close("out", out, expected["out"].detach()[:, start:end])
 
-    dq, dk, dv = backward_chunks(g, q, k, v, out, lse, plan)
+    saved = BACKENDS["torch"].prepare_backward(out, g)
+    dq, dk, dv = backward_chunks(g, q, k, v, saved, lse, plan)
     grads = [
         torch.zeros_like(x).index_add(1, torch.arange(start, end), d) for x, d in zip(leaves, (dk, dv), strict=True)
     ]
-    for after, rows in sides.items():
-        found = backward_outside(g, q, out, lse, rows, dq, plan, after)
-        given_rows, given_grads = rows.keys + rows.values, found.keys + found.values
-        for total, part in zip(grads, torch.autograd.grad(given_rows, leaves, given_grads), strict=True):
+    for side, halo in sides.items():
+        found = backward_halo(g, q, saved, lse, halo, dq, plan, side)
+        for total, part in zip(grads, torch.autograd.grad(halo[:2], leaves, found), strict=True):
             total += part
     assert_close("dq", dq, expected["dq"][:, start:end])
     assert_close("dk", grads[0], expected["dk"])
@@ -507,8 +505,7 @@ def test_a_bidirectional_chunk_between_its_neighbours(case, data, zero_padding):
 def test_tokens_in_no_chunk_get_zero_and_no_gradient():
     case = Case(2, 23, 3, 3, 5, *NESTED, True, "interleaved")
     inputs = [x.transpose(1, 2).detach().requires_grad_() for x in make_inputs(case)[:3]]
-    chunks = torch.tensor([[0, 1, 4, 20, 0, 16], [1, 2, 0, 7, 0, 7]])
-    out = attend_chunks(*inputs, case.branches, chunks=chunks)
+    out = attend(*inputs, case.branches, [[0, 1, 4, 20, 0, 16], [1, 2, 0, 7, 0, 7]])
     outside = torch.ones(2, 23, dtype=torch.bool)
     outside[0, 4:20] = outside[1, :7] = False
     assert (out[outside] == 0).all()
@@ -520,12 +517,12 @@ def test_tokens_in_no_chunk_get_zero_and_no_gradient():
 def test_a_chunk_without_its_prefix_is_refused():
     case = Case(1, 11, 3, 3, 5, *NESTED, True, "interleaved")
     inputs = [x.transpose(1, 2) for x in make_inputs(case)[:3]]
-    chunks = torch.tensor([[0, 1, 0, 11, 3, 14]])
-    with refused("before"):
-        attend_chunks(*inputs, case.branches, chunks=chunks)
-    few = Outside(*([torch.zeros(1, 3, 2, 5, dtype=torch.float64)] * 3 for _ in range(2)))
+    chunks = [[0, 1, 0, 11, 3, 14]]
+    with refused("prefix"):
+        attend(*inputs, case.branches, chunks)
+    few = make_halo(*([torch.zeros(1, 3, 2, 5, dtype=torch.float64)] * 3 for _ in range(2)))
     with refused("(4, 1)", "2 slots", "need 3"):
-        attend_chunks(*inputs, case.branches, chunks=chunks, before=Outside(*map(tuple, few)))
+        attend(*inputs, case.branches, chunks, few)
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("auto", False), ("auto", True), ("eager", False)])
@@ -690,16 +687,16 @@ def test_only_wanted_gradients():
 
 def test_a_second_copy_of_the_file_beside_the_first():
     """Remote code loads the files again in a process that has the installed package."""
-    first = sys.modules["modeling_longnet.dilated_attention"]
+    first = sys.modules["modeling_longnet.attention_autograd"]
     spec = importlib.util.spec_from_file_location("modeling_longnet.second_copy", first.__file__)
     second = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(second)
     case = Case(2, 21, 3, 3, 5, *NESTED, True, "interleaved")
     query, key, value, _ = make_inputs(case)
     assert second._namespace != first._namespace
-    assert torch.equal(
-        second.dilated_attention(query, key, value, *NESTED), first.dilated_attention(query, key, value, *NESTED)
-    )
+    plan = first.AttentionPlan(whole_batch(2, 21), case.branches, True, 1.0, "torch")
+    tensors = [x.transpose(1, 2) for x in (query, key, value)]
+    assert torch.equal(second.attend_chunks(*tensors, plan), first.attend_chunks(*tensors, plan))
 
 
 def flash_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
@@ -751,12 +748,11 @@ def _flash_dense(q, k, v, scale, causal):
 
 @pytest.fixture
 def fake_flash(monkeypatch):
-    """attend_flash as if flash-attn were installed, its kernels replaced, the check for a GPU lifted."""
-    monkeypatch.setattr(attend_flash, "_flash_attn_forward", flash_forward, raising=False)
-    monkeypatch.setattr(attend_flash, "_flash_attn_backward", flash_backward, raising=False)
-    monkeypatch.setattr(attend_flash, "_missing", None)
-    backend = attend.BACKENDS["flash_attn"]._replace(unavailable=lambda query: None)
-    monkeypatch.setitem(attend.BACKENDS, "flash_attn", backend)
+    """The backend as if flash-attn were installed, its kernels replaced, the check for a GPU lifted."""
+    monkeypatch.setattr(backend_flash, "flash_attn_forward", flash_forward)
+    monkeypatch.setattr(backend_flash, "flash_attn_backward", flash_backward)
+    monkeypatch.setattr(backend_flash, "flash_attn_missing", None)
+    monkeypatch.setattr(BACKENDS["flash_attn"], "unavailable", lambda query: None)
 
 
 @pytest.mark.usefixtures("fake_flash")
@@ -778,11 +774,9 @@ def test_flash_attn_backend_with_a_prefix():
     results = []
     for backend in ("flash_attn", "torch"):
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        before = Outside(*(outside_rows(x, case, starts, ends) for x in inputs[1:]))
-        chunks = torch.tensor([[0, case.batch, 0, case.length - cut, cut, case.length]])
-        out = attend_chunks(
-            *(x[:, cut:] for x in inputs), case.branches, chunks=chunks, before=before, backend=backend
-        )  # fmt: skip
+        prefix = make_halo(*(halo_keys(x, case, starts, ends) for x in inputs[1:]))
+        chunks = [[0, case.batch, 0, case.length - cut, cut, case.length]]
+        out = attend(*(x[:, cut:] for x in inputs), case.branches, chunks, prefix, backend=backend)
         grads = torch.autograd.grad(out, inputs, grad_out[:, cut:])
         results.append(dict(zip(NAMES, (out.detach(), *grads), strict=True)))
     assert_all_close(*results)
@@ -794,7 +788,7 @@ def test_flash_attn_backend_with_a_prefix():
     pytest.param(torch.empty(1, 8, device="meta"), "CUDA", id="meta"),
 ])  # fmt: skip
 def test_flash_attn_says_why_it_cannot_run(sample, word):
-    assert word in attend_flash.unavailable(sample)
+    assert word in backend_flash.FlashAttentionBackend().unavailable(sample)
 
 
 @pytest.mark.usefixtures("fake_flash")
@@ -805,7 +799,7 @@ def test_flash_attn_says_why_it_cannot_run(sample, word):
 ])  # fmt: skip
 def test_flash_attn_limits_on_a_gpu(dtype, dim, word):
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, dim))
-    assert word in attend_flash.unavailable(on_gpu)
+    assert word in backend_flash.FlashAttentionBackend().unavailable(on_gpu)
 
 
 def test_flash_attn_interface_is_called_as_documented():

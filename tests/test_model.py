@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, layer_norm, scaled_dot_product_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel
-from modeling_longnet.modeling_longnet import CACHE
+from modeling_longnet.testing import CACHE
 
 VARIANTS = [
     pytest.param({}, id="xpos"),

@@ -160,7 +160,7 @@ def test_chunks_are_found():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0] * 6])
     positions = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 1], [0, 1, 2, 0, 0, 0], [0] * 6])
     packing = pack(4, 6, torch.device("cpu"), mask, positions)
-    assert packing.chunks.tolist() == [[0, 2, 2, 4, 0, 2], [0, 2, 4, 6, 0, 2], [2, 3, 0, 3, 0, 3]]
+    assert packing.chunks == ((0, 2, 2, 4, 0, 2), (0, 2, 4, 6, 0, 2), (2, 3, 0, 3, 0, 3))
     assert packing.documents.tolist() == [
         [-1, -1, 0, 0, 1, 1], [-1, -1, 0, 0, 1, 1], [2, 2, 2, -1, -1, -1], [-1] * 6
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from modeling_longnet import LongNetConfig, LongNetModel, dilated_attention
 from modeling_longnet.configuration_longnet import FLOAT16_SCALE, FLOAT32_SCALE
-from modeling_longnet.positions import make_turns, turn
+from modeling_longnet.positions import apply_rotary, make_rotary
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("xpos_*.safetensors"))
 
@@ -39,9 +39,9 @@ def test_released_xpos(path):
         hidden_size=dim, num_attention_heads=1, segment_lengths=[period], dilation_rates=[1],
         xpos_scale_base=metadata["scale_base"],
     )  # fmt: skip
-    turns = make_turns(config, tensors["position"][None], torch.float64)
+    turns = make_rotary(config, tensors["position"][None], torch.float64)
     x = tensors["x"].double()[:, :, None]
-    query, key = (turn(x, factors)[:, :, 0] for factors in turns)
+    query, key = (apply_rotary(x, factors)[:, :, 0] for factors in turns)
     ours, exact = products(query, key), products(tensors["q_exact"], tensors["k_exact"])
     assert_close("real parts", ours.real, exact.real)
     assert_close("imaginary parts", ours.imag, exact.imag)
@@ -51,7 +51,7 @@ def test_released_xpos(path):
 def test_factors_are_the_papers(position_embedding):
     """zeta_i ** (n / base) * exp(1j n theta_i), by exact arithmetic, up to a common centre."""
     config = make_config(position_embedding=position_embedding, xpos_scale_base=7, rope_theta=100.0)
-    turns = make_turns(config, torch.arange(16)[None], torch.float64)
+    turns = make_rotary(config, torch.arange(16)[None], torch.float64)
     for i in range(config.head_dim // 2):
         theta = mpmath.mpf(100) ** (-mpmath.mpf(2 * i) / config.head_dim)
         zeta = (2 * i + 0.4 * config.head_dim) / (1.4 * config.head_dim) if position_embedding == "xpos" else 1
@@ -67,7 +67,7 @@ def test_positions_repeat_with_the_period(lengths):
     period = config.position_period
     assert period == math.lcm(*lengths)
     positions = torch.arange(3 * period)[None]
-    for factors in make_turns(config, positions, torch.float64):
+    for factors in make_rotary(config, positions, torch.float64):
         first, *others = factors.split(period, 1)
         for other in others:
             assert torch.equal(other, first)
@@ -79,7 +79,7 @@ def test_tokens_that_meet_see_their_true_distance(position_embedding, start):
     """Two tokens of one segment of any branch, anywhere: their factors depend on their distance alone."""
     config = make_config(position_embedding=position_embedding, segment_lengths=[6, 10], dilation_rates=[1, 2])
     positions = start + torch.arange(70)
-    near, far = (make_turns(config, p[None], torch.float64) for p in (torch.arange(10), positions))
+    near, far = (make_rotary(config, p[None], torch.float64) for p in (torch.arange(10), positions))
     for w in config.segment_lengths:
         for n, m in combinations_with_replacement(range(69, -1, -1), 2):
             if positions[n] // w != positions[m] // w:
@@ -94,7 +94,7 @@ def test_rope_at_a_billion(dtype):
     """Angles are no float32 products: at 10^9 they are as exact as the dtype's own rounding of a factor."""
     config = make_config(position_embedding="rope", segment_lengths=[1 << 30], dilation_rates=[1])
     positions = [10**9, 10**9 + 1, (1 << 30) - 1]
-    factors = make_turns(config, torch.tensor([positions]), dtype).query
+    factors = make_rotary(config, torch.tensor([positions]), dtype).query
     assert factors.dtype == torch.complex64
     for row, n in enumerate(positions):
         for i in range(config.head_dim // 2):
@@ -112,27 +112,27 @@ def test_rope_where_segments_do_not_nest():
     assert config.position_period > 10**13
     plain = make_config(position_embedding="rope", segment_lengths=[1 << 20], dilation_rates=[1])
     positions = torch.arange(0, 1 << 20, 9973)[None]
-    assert torch.equal(*(make_turns(c, positions, torch.float64).query for c in (config, plain)))
+    assert torch.equal(*(make_rotary(c, positions, torch.float64).query for c in (config, plain)))
 
 
 def test_a_period_beyond_64_bits():
     primes = [1048573, 2097143, 4194301, 8388593]
     config = make_config(position_embedding="rope", segment_lengths=primes, dilation_rates=[1] * 4)
     assert config.position_period > 2**63
-    assert torch.isfinite(torch.view_as_real(make_turns(config, torch.arange(5)[None], torch.float32).query)).all()
+    assert torch.isfinite(torch.view_as_real(make_rotary(config, torch.arange(5)[None], torch.float32).query)).all()
 
 
 def test_long_sequences_are_turned_in_slices(monkeypatch):
     config = make_config()
     positions = torch.arange(33)[None]
-    whole = make_turns(config, positions, torch.float64)
-    monkeypatch.setattr("modeling_longnet.positions._SLICE", 7)
-    for actual, expected in zip(make_turns(config, positions, torch.float64), whole, strict=True):
+    whole = make_rotary(config, positions, torch.float64)
+    monkeypatch.setattr("modeling_longnet.positions._POSITIONS_PER_STEP", 7)
+    for actual, expected in zip(make_rotary(config, positions, torch.float64), whole, strict=True):
         assert torch.equal(actual, expected)
 
 
 def test_no_positions():
-    assert make_turns(make_config(position_embedding="none"), torch.arange(5)[None], torch.float32) is None
+    assert make_rotary(make_config(position_embedding="none"), torch.arange(5)[None], torch.float32) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -140,9 +140,9 @@ def test_turning_computes_in_float32(dtype):
     """One rounding to the dtype at the end, none between."""
     config = make_config()
     x = torch.randn(2, 16, 6, 4).to(dtype)
-    factors = make_turns(config, torch.arange(16)[None], dtype).query
-    exact = turn(x.double(), make_turns(config, torch.arange(16)[None], torch.float64).query)
-    turned = turn(x, factors)
+    factors = make_rotary(config, torch.arange(16)[None], dtype).query
+    exact = apply_rotary(x.double(), make_rotary(config, torch.arange(16)[None], torch.float64).query)
+    turned = apply_rotary(x, factors)
     assert turned.dtype == dtype
     assert ((turned.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all()
 
@@ -150,8 +150,8 @@ def test_turning_computes_in_float32(dtype):
 def attend_with_positions(config, dtype, inputs):
     """out, dq, dk, dv of one branch over the whole period, computed in `dtype`."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    turns = make_turns(config, torch.arange(inputs[0].shape[1])[None], dtype)
-    query, key = turn(leaves[0], turns.query), turn(leaves[1], turns.key)
+    turns = make_rotary(config, torch.arange(inputs[0].shape[1])[None], dtype)
+    query, key = apply_rotary(leaves[0], turns.query), apply_rotary(leaves[1], turns.key)
     out = dilated_attention(*(x.transpose(1, 2) for x in (query, key, leaves[2])), [config.position_period], [1])
     return out, *torch.autograd.grad(out.square().sum(), leaves)
 
@@ -187,9 +187,9 @@ def test_float16_that_does_not_fit_names_bfloat16():
     config = make_config(segment_lengths=[32768], dilation_rates=[1], xpos_scale_base=512)
     smallest = config.smallest_xpos_scale_base(FLOAT16_SCALE)
     with refused("float16", "32768", "xpos_scale_base=512", "bfloat16", f"fits is {smallest}"):
-        make_turns(config, torch.arange(5)[None], torch.float16)
+        make_rotary(config, torch.arange(5)[None], torch.float16)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert make_turns(config, torch.arange(5)[None], dtype) is not None
+        assert make_rotary(config, torch.arange(5)[None], dtype) is not None
 
 
 def test_a_float16_forward_is_refused_too():

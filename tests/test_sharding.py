@@ -17,7 +17,8 @@ from benchmarks import communication
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.reference import count_branches
-from modeling_longnet.sharding import Shard, _checksum, count_received, outside_rows, plan_exchange, shard_borders
+from modeling_longnet.sharding import _checksum
+from modeling_longnet.sharding_plan import Shard, count_received, halo_slices, plan_exchange, shard_borders
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration" / "accelerate").glob("*.yaml"))
 
@@ -64,7 +65,7 @@ def test_received_rows_stop_growing_with_the_sequence(devices):
     borders = shard_borders(length, devices, w[0])
     rank = min(devices, 16) - 1
     shard = Shard(None, rank, borders)
-    needs = list(outside_rows(shard, (Chunk(0, 1, 0, length, 0, length),), branches, True, rank))
+    needs = list(halo_slices(shard, (Chunk(0, 1, 0, length, 0, length),), branches, True, rank))
     bound = 12 * sum(math.ceil(x / y) for x, y in zip(w[1:], r[1:], strict=True))
     assert 0 < count_received(shard, needs).sum() <= bound
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM
-from modeling_longnet.modeling_longnet import CACHE
+from modeling_longnet.testing import CACHE
 
 LENGTHS = [11, 29, 3, 18]
 

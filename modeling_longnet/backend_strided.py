@@ -1,0 +1,210 @@
+"""The loop shared by kernels that take strided (batch, heads, seqlen, D) views: PyTorch's and flash-attn's.
+
+A branch is cut into slices (see `branches`). Each slice is one or a few kernel calls on views of the tensors, and the
+results are merged into views of the running out and lse.
+
+Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension, P halo slots, n segments, h heads of a
+slice. Tensors are (B, L, H, D), which makes every slice a strided view.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .backend import Backend, BranchCall, Grads
+from .branches import Branch, Chunk, Slice, chunk_slices
+
+# A kernel's result above this size comes from fresh pages, which the system must clear each time.
+_CPU_BYTES_PER_CALL = 2 << 20
+# CUDA kernels put the batch into a grid dimension of at most 65,535.
+_CUDA_BATCH_PER_CALL = 32768
+
+# Attention of some of the queries: which ones, out (B, H, L, D) and lse (B, H, L).
+Part = tuple[slice, Tensor, Tensor]
+
+
+def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Merge another softmax into `out` and `lse` in place: the result is over both multisets of keys (Eq. 9-10).
+
+    Args:
+        out: (..., D), 0 where lse is -inf. lse: (...), -inf where no key was seen yet.
+        other_out, other_lse: the same for the other keys; each query has seen at least one.
+    """
+    weight = torch.sigmoid(other_lse - lse)  # the other's share of both denominators
+    other = other_out.to(weight.dtype)
+    if out.dtype == weight.dtype:
+        out.lerp_(other, weight[..., None])
+    else:  # half precision: one float32 temporary
+        out.add_(other.sub_(out).mul_(weight[..., None]))
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
+def slice_view(x: Tensor, chunk: Chunk, branch: Branch, piece: Slice, heads_per_group: int = 1) -> Tensor:
+    """Return a slice of a (B, L, heads, ...) tensor as a strided (B, n, h, seqlen, ...) view."""
+    batch, token, head = x.stride()[:3]
+    offset = (
+        x.storage_offset()
+        + chunk.batch_begin * batch
+        + (chunk.column_begin + piece.begin + piece.first) * token
+        + piece.head * heads_per_group * head
+    )
+    head_stride = head if heads_per_group > 1 else piece.head_stride * head + piece.first_stride * token
+    size = (chunk.batch, piece.segments, piece.heads * heads_per_group, piece.seqlen)
+    stride = (batch, branch.w * token, head_stride, branch.r * token)
+    return x.as_strided(size + x.shape[3:], stride + x.stride()[3:], offset)
+
+
+def slice_heads(piece: Slice) -> slice:
+    """Return the key/value heads of a slice as an index."""
+    return slice(piece.head, piece.head + (piece.heads - 1) * piece.head_stride + 1, piece.head_stride)
+
+
+def _halo_view(x: Tensor, chunk: Chunk, piece: Slice, count: int) -> Tensor:
+    """Return the first `count` slots of the slice's heads: (B, P, G, D) -> (B, h, count, D)."""
+    return x[chunk.batch_begin : chunk.batch_end, :count, slice_heads(piece)].transpose(1, 2)
+
+
+def branch_views(
+    call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the (batch, h, seqlen, ...) views of each kernel call that computes a slice.
+
+    Args:
+        of_queries: (B, L, H, ...) tensors. of_keys: (B, L, G, ...) tensors, or (B, P, G, ...) for a halo.
+    """
+    repeat = of_queries[0].shape[2] // of_keys[0].shape[2]
+    views = [slice_view(x, call.chunk, call.branch, piece, repeat) for x in of_queries]
+    if call.keys == "chunk":
+        yield from _kernel_calls(*views, *(slice_view(x, call.chunk, call.branch, piece) for x in of_keys))
+    elif count := piece.prefix if call.keys == "prefix" else piece.suffix:
+        yield *(x[:, 0] for x in views), *(_halo_view(x, call.chunk, piece, count) for x in of_keys)
+
+
+def _whole_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]) -> list[Tensor]:
+    """Return the (batch, h, seqlen, ...) views of a slice that one call computes (`StridedBackend.is_whole`)."""
+    repeat = of_queries[0].shape[2] // of_keys[0].shape[2]
+    views = [slice_view(x, call.chunk, call.branch, piece, repeat) for x in of_queries]
+    views += [slice_view(x, call.chunk, call.branch, piece) for x in of_keys]
+    return [x.flatten(0, 1) for x in views]
+
+
+def _kernel_calls(*views: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Reshape (B, n, h, seqlen, ...) views to (batch, h, seqlen, ...), in as few kernel calls as strides allow."""
+    batch, segments = views[0].shape[:2]
+    if segments == 1:
+        views = [x[:, 0] for x in views]
+    elif batch == 1:
+        views = [x[0] for x in views]
+    elif all(x.stride(0) == segments * x.stride(1) for x in views):
+        views = [x.flatten(0, 1) for x in views]
+    elif all(x.shape[2] == 1 for x in views):
+        views = [x[:, :, 0] for x in views]
+    else:
+        for dim in range(batch) if batch < segments else range(segments):
+            yield from _split_batch([x[dim] if batch < segments else x[:, dim] for x in views])
+        return
+    yield from _split_batch(views)
+
+
+def _split_batch(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Split a call so that its results stay in reused memory (CPU) or its batch within the grid's limit (CUDA)."""
+    query = views[0]
+    most = _CUDA_BATCH_PER_CALL
+    if query.device.type == "cpu":
+        most = max(1, _CPU_BYTES_PER_CALL // max(1, query[0].numel() * query.element_size()))
+    for begin in range(0, query.shape[0], most):
+        yield tuple(x[begin : begin + most] for x in views)
+
+
+def _as_tokens(x: Tensor, like: Tensor) -> Tensor:
+    """Reshape a kernel's (B * n, h, seqlen, ...) result to (B, L, h, ...): a view of what the kernel wrote."""
+    return x.transpose(1, 2).reshape(like.shape[: x.dim()])
+
+
+class StridedBackend(Backend):
+    """A backend whose kernel takes (batch, heads, seqlen, D) views of any strides with D contiguous.
+
+    Key and value may have fewer heads than the query. lse is (batch, heads, seqlen).
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
+        """Return softmax(q k^T * scale) v and its lse, in one or several parts of the queries.
+
+        With is_causal, query and key have the same length and a query sees keys up to its own index.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        is_causal: bool,
+        scale: float,
+    ) -> Grads:
+        """Return the gradients of query, key and value; `out` and `lse` may be of a softmax over more keys."""
+        raise NotImplementedError
+
+    def splits_queries(self, query: Tensor, seqlen: int) -> bool:
+        """Return True if causal attention over `seqlen` tokens takes several calls."""
+        return False
+
+    def forward_branch(self, call, query, key, value, out, lse):
+        repeat = query.shape[2] // key.shape[2]
+        for piece in chunk_slices(call.chunk, call.branch, repeat > 1):
+            if self.is_whole(call, piece, query, key):
+                # The result becomes the running out: no copy and no second set of fresh pages.
+                views = _whole_views(call, piece, [query], [key, value])
+                [(_, out, lse)] = self.forward(*views, call.is_causal, call.scale)
+                return _as_tokens(out, query), _as_tokens(lse, query)
+            for q, o, s, k, v in branch_views(call, piece, [query, out, lse], [key, value]):
+                for queries, new_out, new_lse in self.forward(q, k, v, call.is_causal, call.scale):
+                    _write(call.is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
+                if call.zero_padding and piece.padding:
+                    # n zero keys have out 0 and lse ln(n).
+                    merge_(o, s, torch.zeros_like(o), torch.full_like(s, piece.padding).log_())
+        return out, lse
+
+    def backward_branch(self, call, grad_out, query, key, value, saved, lse, grads):
+        repeat = query.shape[2] // key.shape[2]
+        for piece in chunk_slices(call.chunk, call.branch, repeat > 1):
+            if self.is_whole(call, piece, query, key):
+                g, q, o, s, k, v = _whole_views(call, piece, [grad_out, query, saved, lse], [key, value])
+                parts = self.backward(g, q, k, v, o, s, call.is_causal, call.scale)
+                return tuple(_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True))
+            of_queries, of_keys = [query, grad_out, saved, lse, grads[0]], [key, value, *grads[1:]]
+            for q, g, o, s, dq, k, v, dk, dv in branch_views(call, piece, of_queries, of_keys):
+                parts = self.backward(g, q, k, v, o, s, call.is_causal, call.scale)
+                for total, part in zip((dq, dk, dv), parts, strict=True):
+                    total.copy_(part) if call.is_first else total.add_(part)
+        return grads
+
+    def is_whole(self, call: BranchCall, piece: Slice, query: Tensor, key: Tensor) -> bool:
+        """Return True if one kernel call computes every head and token, in the order of memory.
+
+        Not in half precision, which is slower this way (benchmarks/README.md).
+        """
+        batch, length, heads = key.shape[:3]
+        return (
+            call.is_first
+            and not (call.zero_padding and piece.padding)
+            and call.chunk.batch == batch
+            and piece.heads == heads
+            and piece.segments * piece.seqlen == length
+            and all(x.stride(0) == length * x.stride(1) or batch == 1 for x in (query, key))
+            and not (call.is_causal and self.splits_queries(query, piece.seqlen))
+            and query.dtype in (torch.float32, torch.float64)
+            and (query.device.type == "cpu" or batch * piece.segments <= _CUDA_BATCH_PER_CALL)
+        )
+
+
+def _write(is_first: bool, out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    if is_first:
+        out.copy_(new_out)
+        lse.copy_(new_lse)
+    else:
+        merge_(out, lse, new_out, new_lse)

@@ -1,0 +1,145 @@
+"""The backend "torch": PyTorch's own flash and memory-efficient kernels, called so that they return the log-sum-exp."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .backend import Grads
+from .backend_strided import Part, StridedBackend
+from .compat import (
+    cpu_flash,
+    cpu_flash_backward,
+    cuda_efficient,
+    cuda_efficient_backward,
+    cuda_flash,
+    cuda_flash_backward,
+)
+
+_KERNELS = {
+    "cpu": (cpu_flash, cpu_flash_backward),
+    "cuda": (cuda_flash, cuda_flash_backward, cuda_efficient, cuda_efficient_backward),
+}
+
+
+class TorchBackend(StridedBackend):
+    """PyTorch's kernels on CPU and CUDA.
+
+    Args:
+        split_seqlens: causal attention over so many tokens takes two CPU calls. The CPU kernel computes whole blocks of
+            512 keys, so one call costs as much as attention without a mask (benchmarks/README.md).
+        gathered_bytes: up to this size, half-precision slices are made contiguous before a CPU kernel, which is faster
+            copies included (benchmarks/README.md); larger copies would cost memory.
+    """
+
+    # With split_seqlens, the first queries see their own keys; the others are a second call under a mask.
+    split = 256
+
+    def __init__(self, split_seqlens: range = range(384, 513), gathered_bytes: int = 4 << 20):
+        self.split_seqlens, self.gathered_bytes = split_seqlens, gathered_bytes
+
+    def unavailable(self, query: Tensor) -> str | None:
+        device = query.device.type
+        if device not in _KERNELS:
+            return f"PyTorch has no attention kernel with a log-sum-exp on device {device!r}; use 'eager'"
+        if None in _KERNELS[device]:
+            return f"PyTorch {torch.__version__} has no attention kernel that returns its log-sum-exp; use 'eager'"
+        if not query.is_floating_point():
+            return f"dtype {query.dtype} is no floating-point type"
+        if device == "cuda" and query.dtype == torch.float64:
+            return "PyTorch's CUDA kernels have no float64; use float32, or 'eager'"
+        if device == "cuda" and query.shape[-1] % 8:
+            return f"PyTorch's CUDA kernels take head dimensions of a multiple of 8, not {query.shape[-1]}; use 'eager'"
+        return None
+
+    def splits_queries(self, query, seqlen):
+        return query.device.type == "cpu" and seqlen in self.split_seqlens
+
+    def forward(self, query, key, value, is_causal, scale) -> list[Part]:
+        if query.device.type != "cpu":
+            return [(slice(None), *_cuda_forward(query, key, value, is_causal, scale))]
+        query, key, value = self._gather(query, key, value)
+        if is_causal and self.splits_queries(query, query.shape[-2]):
+            return self._split_forward(query, key, value, scale)
+        return [(slice(None), *cpu_flash(query, key, value, 0.0, is_causal, scale=scale))]
+
+    def backward(self, grad_out, query, key, value, out, lse, is_causal, scale) -> Grads:
+        if query.device.type != "cpu":
+            return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
+        if is_causal and self.splits_queries(query, query.shape[-2]):
+            return self._split_backward(grad_out, query, key, value, out, lse, scale)
+        tensors = self._gather(grad_out, query, key, value, out)
+        return cpu_flash_backward(*tensors, lse, 0.0, is_causal, scale=scale)
+
+    def _gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Make half-precision slices contiguous unless they are large."""
+        bytes_per_number = tensors[0].element_size()
+        if bytes_per_number > 2 or tensors[0].numel() * bytes_per_number > self.gathered_bytes:
+            return tensors
+        return tuple([x.contiguous() for x in tensors])
+
+    def _split_forward(self, query, key, value, scale) -> list[Part]:
+        first, others = slice(self.split), slice(self.split, None)
+        mask = _causal_mask(self.split, query.shape[-2], query.dtype)
+        return [
+            (first, *cpu_flash(*(x[..., first, :] for x in (query, key, value)), 0.0, True, scale=scale)),
+            (others, *cpu_flash(query[..., others, :], key, value, attn_mask=mask, scale=scale)),
+        ]
+
+    def _split_backward(self, grad_out, query, key, value, out, lse, scale) -> Grads:
+        first, others = slice(self.split), slice(self.split, None)
+        mask = _causal_mask(self.split, query.shape[-2], query.dtype)
+        g, q, o = (x[..., others, :] for x in (grad_out, query, out))
+        lse_others = lse[..., others]
+        dq, dk, dv = cpu_flash_backward(g, q, key, value, o, lse_others, 0.0, False, attn_mask=mask, scale=scale)
+        g, q, k, v, o = (x[..., first, :] for x in (grad_out, query, key, value, out))
+        dq_first, *dkv_first = cpu_flash_backward(g, q, k, v, o, lse[..., first], 0.0, True, scale=scale)
+        for total, part in zip((dk, dv), dkv_first, strict=True):
+            total[..., first, :] += part
+        return join_tokens(dq_first, dq), dk, dv
+
+
+@lru_cache(maxsize=8)
+def _causal_mask(begin: int, seqlen: int, dtype: torch.dtype) -> Tensor:
+    """Return the causal mask of the queries from `begin` on: (seqlen - begin, seqlen), 0 and -inf."""
+    return torch.full((seqlen - begin, seqlen), -torch.inf, dtype=dtype, device="cpu").triu_(begin + 1)
+
+
+def join_tokens(*parts: Tensor) -> Tensor:
+    """Concatenate (B, H, L, D) parts along L in the kernel's own layout, (B, L, H, D); return one part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
+
+
+def _uses_flash(query: Tensor) -> bool:
+    """Flash takes half precision, head dimensions that are multiples of 8 up to 256, and Ampere or newer."""
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _cuda_forward(query, key, value, is_causal, scale) -> tuple[Tensor, Tensor]:
+    if _uses_flash(query):
+        out, lse, *_ = cuda_flash(query, key, value, 0.0, is_causal, False, scale=scale)
+        return out, lse
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (_repeat_heads(x, repeat) for x in (key, value))
+    out, lse, *_ = cuda_efficient(query, key, value, None, True, 0.0, is_causal, scale=scale)
+    return out, lse[..., : query.shape[2]]  # the kernel pads lse to a multiple of 32 queries
+
+
+def _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale) -> Grads:
+    seed = torch.zeros((), dtype=torch.int64, device=query.device)  # read with dropout only
+    if _uses_flash(query):
+        inputs = (grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2])
+        return cuda_flash_backward(*inputs, 0.0, is_causal, seed, seed, scale=scale)
+    groups, repeat = key.shape[1], query.shape[1] // key.shape[1]
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
+    key, value = (_repeat_heads(x, repeat) for x in (key, value))
+    inputs = (grad_out, query, key, value, None, out, padded, seed, seed, 0.0, (True, True, True, False), is_causal)
+    dq, dk, dv, _ = cuda_efficient_backward(*inputs, scale=scale)
+    dk, dv = (x.unflatten(1, (groups, repeat)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _repeat_heads(x: Tensor, repeat: int) -> Tensor:
+    """Return (B, G, L, D) as (B, G * repeat, L, D), copied only if repeat > 1."""
+    return x if repeat == 1 else x.repeat_interleave(repeat, 1)

@@ -1,0 +1,6 @@
+from .backend import Backend
+
+
+class TritonBackend(Backend):
+    def unavailable(self, query):
+        return "stub"

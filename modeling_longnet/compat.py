@@ -1,0 +1,104 @@
+"""Private and semi-private APIs of other libraries, one section per library.
+
+Each entry notes what replaces it when it is gone. `tests/test_compat.py` fails by name when an upgrade removes one. A
+missing name never breaks the import of the package, so saved folders still load.
+"""
+
+from dataclasses import fields
+from functools import wraps
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# --- PyTorch: attention kernels that return the log-sum-exp. Checked with 2.11 and 2.13.
+# Without them the backend "torch" is unavailable and "auto" falls back to the dense reference.
+
+
+def _aten(name: str):
+    return getattr(torch.ops.aten, name, None)
+
+
+cpu_flash = _aten("_scaled_dot_product_flash_attention_for_cpu")
+cpu_flash_backward = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
+cuda_flash = _aten("_scaled_dot_product_flash_attention")
+cuda_flash_backward = _aten("_scaled_dot_product_flash_attention_backward")
+cuda_efficient = _aten("_scaled_dot_product_efficient_attention")
+cuda_efficient_backward = _aten("_scaled_dot_product_efficient_attention_backward")
+
+# --- flash-attn: the functions that return the log-sum-exp. Checked against the source of 2.8; no GPU has run them.
+# Without them the backend "flash_attn" is unavailable and its error says why.
+try:
+    from flash_attn.flash_attn_interface import _flash_attn_backward as flash_attn_backward
+    from flash_attn.flash_attn_interface import _flash_attn_forward as flash_attn_forward
+except ImportError as error:
+    flash_attn_backward = flash_attn_forward = None
+    flash_attn_missing = str(error)
+else:
+    flash_attn_missing = None
+
+# --- Accelerate: the state that Accelerator and Trainer share. Checked with 1.15.
+# Without `_shared_state` the public constructor returns the same state, slower. `SequenceSharding` overrides the
+# private hook `_validate_accelerator`, which otherwise refuses sizes above 1 on a CPU.
+try:
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState
+    from accelerate.state import is_initialized as accelerator_is_initialized
+except ImportError as error:
+    _accelerate_missing = error
+    AcceleratorState = None
+
+    class ParallelismConfig:
+        """Stands in for Accelerate's class if that package is missing."""
+
+        def __init__(self, *args, **kwargs):
+            raise ImportError("SequenceSharding needs the accelerate package: pip install accelerate") from (
+                _accelerate_missing
+            )
+
+
+def accelerator_state() -> dict:
+    """Return the shared state of Accelerate; empty if there is no Accelerator."""
+    if AcceleratorState is None:
+        return {}
+    shared = getattr(AcceleratorState, "_shared_state", None)
+    if shared is None:
+        return vars(AcceleratorState()) if accelerator_is_initialized() else {}
+    return shared
+
+
+def set_parallel_size(config: ParallelismConfig, name: str, size: int) -> None:
+    """Set one size of a ParallelismConfig, such as "dp_shard", after its construction."""
+    setattr(config, f"{name}_size", size)
+    if hasattr(config, "_set_size"):
+        config._set_size(name, size)
+
+
+# --- Transformers: what its own models use. Checked with 5.17 and 5.24.
+try:
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import capture_outputs
+except ImportError:  # then config defaults are not merged, and hidden states and attention weights are refused
+
+    def merge_with_config_defaults(forward):
+        """Return the method unchanged."""
+        return forward
+
+    def capture_outputs(forward):
+        """Return the method, refusing outputs that nothing records."""
+
+        @wraps(forward)
+        def checked(self, *args, output_hidden_states=None, output_attentions=None, **kwargs):
+            if output_hidden_states or output_attentions:
+                raise ValueError("this version of Transformers has no capture_outputs to record hidden states with.")
+            return forward(self, *args, **kwargs)
+
+        return checked
+
+
+# 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def attn_implementation(config) -> str:
+    """Return the name that `attn_implementation=` or `set_attn_implementation` chose."""
+    return getattr(config, "_attn_implementation", None) or "sdpa"

@@ -1,0 +1,135 @@
+"""Sequence sharding through Accelerate and Trainer: `SequenceSharding` for them, `SequenceSharded` for the models."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .compat import ParallelismConfig, accelerator_state, set_parallel_size
+from .sharding import gather_sequence
+from .sharding_plan import Shard, shard_borders
+
+
+class SequenceSharding(ParallelismConfig):
+    """Let Accelerate shard each sequence over `cp_size` devices.
+
+    Pass it to `Accelerator(parallelism_config=...)` or the stock `TrainingArguments(parallelism_config=...)`; the model
+    finds it there. Omitted sizes come from the launch configuration. Processes beyond `cp_size` are data parallel
+    (`dp_shard_size`, for DDP too).
+
+    Accelerate's own context parallelism must not run: it cuts batches head-tail, drops masks and patches SDPA. So
+    `cp_enabled` is False, while the mesh, the dataloader and FSDP2 still have the dimension "cp".
+
+    Raises:
+        ValueError: tensor or Ulysses parallelism in addition, or sizes that do not multiply to the number of processes.
+
+    Example:
+        >>> accelerator = Accelerator(parallelism_config=SequenceSharding(cp_size=8))
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tp_size > 1 or self.sp_size > 1:
+            raise ValueError(
+                f"SequenceSharding(tp_size={self.tp_size}, sp_size={self.sp_size}): LongNet shards sequences (cp_size) "
+                "and batches (dp_shard_size, dp_replicate_size); leave the other sizes at 1."
+            )
+
+    @property
+    def cp_enabled(self) -> bool:
+        """False: torch's context parallelism stays off."""
+        return False
+
+    def _with_cp(self, names: list[str]) -> list[str]:
+        return [*names, "cp"] if self.cp_size > 1 else names
+
+    @property
+    def non_dp_dim_names(self) -> list[str]:
+        """Mesh dimensions along which the batch is the same."""
+        return self._with_cp(super().non_dp_dim_names)
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        """Mesh dimensions over which FSDP2 shards the parameters."""
+        return self._with_cp(super().dp_shard_cp_dim_names)
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        """Mesh dimensions over which gradients are averaged."""
+        return self._with_cp(super().dp_cp_dim_names)
+
+    def build_device_mesh(self, device_type: str):
+        """Return the mesh of all processes, cp innermost."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if self.data_parallel_size == 1 and world % self.cp_size == 0:
+            set_parallel_size(self, "dp_shard", world // self.cp_size)
+        self._check_world(world)
+        return super().build_device_mesh(device_type)
+
+    def _check_world(self, world: int) -> None:
+        if self.total_size != world:
+            raise ValueError(
+                f"SequenceSharding(cp_size={self.cp_size}, dp_shard_size={self.dp_shard_size}, "
+                f"dp_replicate_size={self.dp_replicate_size}) needs {self.total_size} processes, there are {world}. "
+                "Launch as many, or choose a cp_size that divides them and leave the dp sizes out."
+            )
+
+    def _validate_accelerator(self, accelerator) -> None:
+        self._check_world(accelerator.num_processes)
+
+
+def _accelerate_group() -> "dist.ProcessGroup | None":
+    """Return the group that Accelerate's state holds for sequences, None if there is none."""
+    state = accelerator_state()
+    parallelism = state.get("parallelism_config")
+    if parallelism is None or max(parallelism.cp_size, parallelism.sp_size) == 1:
+        return None
+    # Compared by name: beside remote code there may be a second class of this name.
+    if type(parallelism).__name__ != "SequenceSharding":
+        raise ValueError(
+            f"a {type(parallelism).__name__} with cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size} cuts "
+            "sequences in a way that LongNet's segments cannot use; pass parallelism_config=SequenceSharding() "
+            "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments, which takes its "
+            "sizes from the launch configuration."
+        )
+    return state["device_mesh"]["cp"].get_group()
+
+
+class SequenceSharded:
+    """Methods of a LongNet model whose sequences may be sharded over a process group."""
+
+    _sequence_group = None
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_sequence_group"}
+
+    def set_sequence_group(self, group: "dist.ProcessGroup | None") -> None:
+        """Shard each sequence over the processes of `group`, without Accelerate; None turns it off.
+
+        Every process of the group then passes the same whole batch to `forward`, and gets the outputs of its part
+        (`gather_sequence` concatenates them) and the whole loss. Gradients must be averaged over the group, as
+        DistributedDataParallel does. A copied or pickled model has no group.
+
+        Raises:
+            ValueError: this process is not in the group.
+        """
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError("this process is not in the sequence group given; give each process the group it is in.")
+        for module in self.modules():
+            if isinstance(module, SequenceSharded):
+                module._sequence_group = group
+
+    def sequence_group(self) -> "dist.ProcessGroup | None":
+        """Return the group that shards each sequence: the one set here, else that of `SequenceSharding`."""
+        return self._sequence_group if self._sequence_group is not None else _accelerate_group()
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        """Concatenate sharded outputs: (B, n, ...) of each rank -> (B, L, ...) on every rank, detached."""
+        group = self.sequence_group()
+        return x if group is None else gather_sequence(x, group)
+
+    def shard(self, batch: Tensor | None) -> Shard | None:
+        """Return this process's part of a (B, L, ...) batch; None if sequences are not sharded or there is no batch."""
+        group = self.sequence_group()
+        if group is None or batch is None or batch.dim() < 2:
+            return None
+        borders = shard_borders(batch.shape[1], dist.get_world_size(group), min(self.config.segment_lengths))
+        return Shard(group, dist.get_rank(group), borders)

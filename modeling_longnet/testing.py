@@ -1,0 +1,48 @@
+"""Names from inside the package that its tests, benchmarks and the paper's code may import. No other code should.
+
+They may change in any release.
+"""
+
+from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
+from .attention_context import config_branches
+from .backend import BranchCall
+from .backend_strided import Part, StridedBackend, branch_views
+from .backend_torch import TorchBackend, join_tokens
+from .backends import BACKEND_NAMES, BACKENDS, choose_backend
+from .branches import Branch, Chunk, chunk_slices, count_work, make_branches, whole_batch
+from .compat import CACHE
+from .reference import count_branches, dense_attention
+from .sharding import GroupExchange, attend_sharded
+from .sharding_plan import Shard, count_received, halo_slices, plan_exchange, shard_borders
+
+__all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "CACHE",
+    "AttentionPlan",
+    "Branch",
+    "BranchCall",
+    "Chunk",
+    "GroupExchange",
+    "HaloKV",
+    "Part",
+    "Shard",
+    "StridedBackend",
+    "TorchBackend",
+    "attend_chunks",
+    "attend_sharded",
+    "branch_views",
+    "choose_backend",
+    "chunk_slices",
+    "config_branches",
+    "count_branches",
+    "count_received",
+    "count_work",
+    "dense_attention",
+    "halo_slices",
+    "join_tokens",
+    "make_branches",
+    "plan_exchange",
+    "shard_borders",
+    "whole_batch",
+]
