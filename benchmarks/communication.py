@@ -24,7 +24,7 @@ from torch.multiprocessing import spawn
 from tqdm import tqdm
 
 from modeling_longnet.branches import Branch, Chunk, chunk_rows, make_branches
-from modeling_longnet.dilated_attention import Plan
+from modeling_longnet.testing import AttentionPlan
 from modeling_longnet.sharding import (
     Shard,
     ShardInputs,

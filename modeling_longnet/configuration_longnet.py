@@ -1,4 +1,4 @@
-"""The configuration of LongNet: every field with its unit and equation, and all checks of what was asked for."""
+"""The configuration of LongNet: every field with its unit and equation, and all validation."""
 
 import difflib
 import math
@@ -13,50 +13,37 @@ from .backends import BACKEND_NAMES
 from .branches import HEAD_OFFSETS, check_branches, count_work
 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
-# Fields under the names that TorchScale and others give them.
-OTHER_NAMES = {
-    "segment_length": "segment_lengths",
-    "max_position_embeddings": "segment_lengths",
-    "dilated_ratio": "dilation_rates",
-    "xpos_rel_pos": "position_embedding",
-    "decoder_embed_dim": "hidden_size",
-    "encoder_embed_dim": "hidden_size",
-    "decoder_ffn_embed_dim": "intermediate_size",
-    "encoder_ffn_embed_dim": "intermediate_size",
-    "decoder_layers": "num_hidden_layers",
-    "encoder_layers": "num_hidden_layers",
-    "decoder_attention_heads": "num_attention_heads",
-    "encoder_attention_heads": "num_attention_heads",
-    "activation_fn": "hidden_act",
-    "causal": "is_causal",
-    "scale_base": "xpos_scale_base",
-    "xpos_base": "xpos_scale_base",
-    "rope_parameters": "rope_theta",
-    "rope_scaling": "rope_theta",
-    "sliding_window": "segment_lengths",
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "n_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "n_heads": "num_attention_heads",
-    "head_dim": "num_attention_heads",
-    "hidden_dropout_prob": "dropout",
-    "tie_embeddings": "tie_word_embeddings",
-    "backend": "attention_backend",
+# Names that TorchScale and other models give to these fields.
+_OTHER_NAMES = {
+    "segment_lengths": "segment_length max_position_embeddings sliding_window",
+    "dilation_rates": "dilated_ratio",
+    "position_embedding": "xpos_rel_pos",
+    "hidden_size": "decoder_embed_dim encoder_embed_dim d_model",
+    "intermediate_size": "decoder_ffn_embed_dim encoder_ffn_embed_dim",
+    "num_hidden_layers": "decoder_layers encoder_layers num_layers n_layers",
+    "num_attention_heads": "decoder_attention_heads encoder_attention_heads num_heads n_heads head_dim",
+    "hidden_act": "activation_fn",
+    "is_causal": "causal",
+    "xpos_scale_base": "scale_base xpos_base",
+    "rope_theta": "rope_parameters rope_scaling",
+    "dropout": "hidden_dropout_prob",
+    "tie_word_embeddings": "tie_embeddings",
+    "attention_backend": "backend",
 }
-# The largest xPos scale: three quarters of a dtype's exponents, the rest is for the values that it multiplies.
+OTHER_NAMES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+# The largest xPos scale: three quarters of a dtype's exponents. The rest is for the values that it multiplies.
 FLOAT32_SCALE = 2.0**96
 FLOAT16_SCALE = 2.0**12
 
 
 def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], list[int]]:
-    """Segments 4 times as long each, from `first` until one holds the text; rates likewise, at most the heads.
+    """Return segments and rates that grow by 4, from `first` until a segment holds the sequence.
 
-    Nested, so that positions repeat only after the longest (`LongNetConfig.position_period`).
+    Rates stop at the number of heads. Segments nest, so positions repeat only after the longest (`position_period`).
     """
     segments, rates = [first], [1]
     while segments[-1] < length:
-        if rates[-1] == heads:  # a longer segment of the same rate shows all that this one does
+        if rates[-1] == heads:  # a longer segment of the same rate covers all that this one does
             segments[-1] *= 4
             continue
         segments.append(4 * segments[-1])
@@ -66,44 +53,44 @@ def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], l
 
 @strict
 class LongNetConfig(PreTrainedConfig):
-    r"""What a LongNet is made of. The defaults are the paper's 125M model (arXiv 2307.02486, section 4.1).
+    r"""Configuration of a LongNet. The defaults are the paper's 125M model (arXiv 2307.02486, section 4.1).
 
     Args:
-        vocab_size: token ids, 0 .. vocab_size - 1. Default: cl100k_base's 100,277, rounded up to a multiple of
-            64. None: no embedding table and no language model head; the model takes `inputs_embeds`.
+        vocab_size: token ids, 0 .. vocab_size - 1. The default is the 100,277 of cl100k_base, rounded up to a multiple
+            of 64. None: no embedding table and no language model head; the model takes `inputs_embeds`.
         hidden_size: features of a token, E.
         intermediate_size: features inside a feed-forward block.
         num_hidden_layers: blocks, N.
-        num_attention_heads: query heads, H; a head has D = hidden_size / H dimensions.
-        num_key_value_heads: key/value heads, G, a divisor of H; None means H (as the paper).
-        segment_lengths: w of each branch, in tokens, growing (Eq. 4).
+        num_attention_heads: query heads, H; each has D = hidden_size / H dimensions.
+        num_key_value_heads: key/value heads, G, a divisor of H; None means H (as in the paper).
+        segment_lengths: w of each branch, in tokens, ascending (Eq. 4).
         dilation_rates: r of each branch, 1 <= r <= w: a head keeps every r-th token of a segment (Eq. 5).
-        head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13),
-            "blocked" is TorchScale's `g // ceil(G / r)`, which converted checkpoints need.
+        head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13), "blocked" is
+            TorchScale's `g // ceil(G / r)`, which converted checkpoints need.
         is_causal: decoder (True) or bidirectional encoder (False).
-        position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)),
-            "rope" (rotation alone) or "none". Positions count modulo `position_period`.
+        position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)), "rope"
+            (rotation alone) or "none". Positions are taken modulo `position_period`.
         xpos_scale_base: tokens over which xPos decays by a factor zeta_i.
         rope_theta: base of the rotation's frequencies, theta_i = rope_theta ** (-2 i / D).
         attention_backend: kernels of `attn_implementation="sdpa"`: "torch", "flash_attn", "triton" or "auto".
-        attend_zero_padding: bidirectional only: attend to the zero keys of the released implementation's
-            padding, with which Prov-GigaPath's weights were trained.
+        attend_zero_padding: bidirectional only: attend to the zero keys of the released implementation's padding, with
+            which Prov-GigaPath's weights were trained.
         hidden_act: activation of the feed-forward block, a name of Transformers' ACT2FN.
         dropout: probability for embeddings and both outputs of a block, in training only.
         activation_dropout: probability inside the feed-forward block, in training only.
-        drop_path_rate: probability that a text skips a branch of the last block, in training only; it rises
+        drop_path_rate: probability that a sequence skips a residual of the last block, in training only; it rises
             linearly from 0 in the first block (stochastic depth, arXiv 1603.09382).
         attention_dropout: must be 0; no fused attention kernel here drops attention weights.
         layer_norm_eps: epsilon of every LayerNorm.
         final_layer_norm: a LayerNorm after the last block (LongViT has none).
         embedding_scale: factor of the token embeddings (TorchScale: 1, or sqrt(E) with scaled embeddings).
-        initializer_range: standard deviation of embeddings and output projection at the start; None means
+        initializer_range: initial standard deviation of embeddings and output projection; None means
             hidden_size ** -0.5. Linear layers follow Magneto (arXiv 2210.06423) in any case.
-        use_cache: let `forward` return a `LongNetCache` (never in training with gradient checkpointing).
+        use_cache: `forward` returns a `LongNetCache` (never in training with gradient checkpointing).
         tie_word_embeddings: the output projection shares the embedding table.
 
     Raises:
-        StrictDataclassError or ValueError: says the field, the value and what is allowed.
+        StrictDataclassError or ValueError: names the field, the value and what is allowed.
 
     Example:
         >>> config = LongNetConfig(segment_lengths=[512, 2048], dilation_rates=[1, 4])
@@ -160,27 +147,27 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in Transformers, which sets what `from_pretrained` was given beside the file without checking it."""
+        """Load as in Transformers, then validate: it sets the overrides of `from_pretrained` unchecked."""
         loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
 
     @classmethod
     def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, **fields):
-        """A configuration whose branches suit texts of `length` tokens; prints which, and why.
+        """Return a configuration whose branches suit sequences of `length` tokens; print which, and why.
 
-        The first branch is dense (rate 1). Segments and rates then grow by 4, the last segment to `length`, so that a
-        branch adds a quarter of the work of the one before and any two tokens share a segment. No rate is above the
-        number of key/value heads, so that some head keeps each token; where that stops a rate, branches cost more.
+        The first branch is dense (rate 1). Segments and rates then grow by 4, the last segment to `length`: each branch
+        adds a quarter of the work of the one before, and any two tokens share a segment. No rate exceeds the number of
+        key/value heads, so some head keeps each token. A rate that stops there makes its branches cost more.
 
         Args:
-            length: tokens of the texts.
-            effort: keys that a query may see on average, per head; `length / 2` is dense attention.
-            num_attention_heads, fields: as in the constructor; positions are "rope" unless given, which hold at any
+            length: tokens of the sequences.
+            effort: mean number of keys that a query may see per head; `length / 2` is dense attention.
+            num_attention_heads, fields: as in the constructor. Positions are "rope" unless given: they hold at any
                 length.
 
         Raises:
-            ValueError: an effort too small for so long a text with so few heads; it says which one is enough.
+            ValueError: the effort is too small for this length and number of heads; the message gives the least one.
         """
         heads = fields.get("num_key_value_heads") or num_attention_heads
         fields.setdefault("position_embedding", "rope")
@@ -204,7 +191,7 @@ class LongNetConfig(PreTrainedConfig):
         return cls(segment_lengths=segments, dilation_rates=rates, num_attention_heads=num_attention_heads, **fields)
 
     def _refuse_near_misses(self, kwargs: dict) -> None:
-        """Transformers makes unknown keywords attributes without a word, so a typo would be lost."""
+        """Raise ValueError on a misspelt field: Transformers turns unknown keywords into attributes silently."""
         own = [field.name for field in fields(self)]
         for key in kwargs:
             close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
@@ -213,14 +200,8 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"LongNetConfig has no field {key!r}; did you mean {meant!r}?")
 
     def validate_architecture(self):
-        """Sizes, branches and names; runs after every construction and before saving."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
+        """Check sizes, branches and names, after every construction and before saving."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
@@ -241,7 +222,7 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError("attend_zero_padding=True needs is_causal=False: no causal query sees the padding.")
 
     def validate_numbers(self):
-        """Probabilities and scales."""
+        """Check probabilities and scales."""
         for name in ("dropout", "activation_dropout", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability, 0 <= p < 1.")
@@ -255,7 +236,7 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
     def validate_positions(self):
-        """Positions must hold over one whole period: half the head dimensions rotate, and xPos stays in float32."""
+        """Check that positions hold over one period: pairs of dimensions rotate, and xPos scales fit float32."""
         if self.position_embedding == "none":
             return
         if self.head_dim % 2:
@@ -279,25 +260,26 @@ class LongNetConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head, D."""
+        """Dimensions per head, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def position_period(self) -> int:
-        """Tokens after which positions may repeat: the least length that every segment length divides.
+        """Tokens after which positions may repeat: the least common multiple of the segment lengths.
 
-        Two tokens that meet share a segment of some branch, so their distance survives the modulo. For nested
-        segments, as the paper's, this is the longest one.
+        Two tokens that meet share a segment of some branch, so the modulo keeps their distance. For nested segments, as
+        in the paper, this is the longest one.
         """
         return math.lcm(*self.segment_lengths)
 
     def smallest_xpos_scale_base(self, largest: float = FLOAT32_SCALE) -> int:
-        """The least whole base whose scales over half a period, zeta_0 ** (-period / 2 / base), stay below `largest`.
+        """Return the least integer base whose scales over half a period stay below `largest`.
 
-        zeta_0 = 0.4 / 1.4 is the fastest decay (arXiv 2212.10554, with TorchScale's gamma of 0.4).
+        These are zeta_0 ** (-period / 2 / base); zeta_0 = 0.4 / 1.4 is the fastest decay (arXiv 2212.10554, with
+        TorchScale's gamma of 0.4).
         """
-        tokens_a_base = 2 * math.log(largest) / math.log(1.4 / 0.4)
-        return math.ceil(self.position_period / Fraction(tokens_a_base))  # the period may be beyond any float
+        tokens_per_base = 2 * math.log(largest) / math.log(1.4 / 0.4)
+        return math.ceil(self.position_period / Fraction(tokens_per_base))  # the period may be beyond any float
 
 
 __all__ = ["LongNetConfig"]

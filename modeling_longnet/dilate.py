@@ -229,29 +229,20 @@ def _make_context(
     starts = None
     if past:
         starts = cache.lengths if is_bounded else [past] * rows if mask is None else mask[:, :past].sum(1).tolist()
-        _check_positions(position_ids, mask, starts, past, rows, length)
-        position_ids = None
-    branches = _branches(setting, groups)
-    columns = pack(
-        rows,
-        past + length if backend == "eager" else length,
-        sample.device,
-        mask,
-        position_ids,
-        None if backend == "eager" else starts,
-        0 if backend == "eager" else past,
-    )
-    plan = AttentionPlan(columns.chunks, branches, True, head_dim**-0.5, backend)
+    branches, device = _branches(setting, groups), sample.device
+    chunks = pack(rows, length, device, mask, position_ids, starts, past).chunks
+    plan = AttentionPlan(chunks, branches, True, head_dim**-0.5, backend)
     context = _DilatedContext(plan, key_columns=length if is_bounded else past + length)
     if backend == "eager":
-        context.counts = _count_keys(branches, columns, past)
+        _, positions, documents = pack(rows, past + length, device, mask, None if past else position_ids)
+        new = None if documents is None else documents[:, past:]
+        context.counts = count_branches(branches, positions[:, past:], positions, new, documents)
     elif is_bounded:
         context.cache = cache
-        if cache.can_step(plan.chunks, length):
-            context.step = cache.step(config.num_attention_heads)
+        context.step = cache.step(config.num_attention_heads) if cache.can_step(chunks, length) else None
     elif past:
         first = torch.zeros(rows, dtype=torch.int64) if mask is None else mask.int().argmax(1).cpu()
-        context.prefix_columns, context.prefix_slots = _prefix_columns(branches, starts, first, past, sample.device)
+        context.prefix_columns, context.prefix_slots = _prefix_columns(branches, starts, first, past, device)
     return context
 
 
@@ -261,30 +252,6 @@ def _check_mask(mask: Tensor | None, rows: int, columns: int) -> None:
             f"the attention mask has shape {tuple(mask.shape)}, the keys' columns make {(rows, columns)}: masks of "
             "pairs and static caches have no dilated form; give a (batch, columns) mask and a dynamic cache."
         )
-
-
-def _check_positions(position_ids, mask, starts, past: int, rows: int, length: int) -> None:
-    """Raise ValueError unless new tokens continue the sequence that the cache holds."""
-    if position_ids is None:
-        return
-    if position_ids.dim() != 2:
-        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; expected (batch or 1, new tokens).")
-    ids = position_ids.expand(rows, length).cpu()
-    real = torch.ones(rows, length, dtype=torch.bool) if mask is None else mask[:, past:].cpu()
-    for row, start in enumerate(starts):
-        new = ids[row, real[row]].tolist()
-        if new and new not in (list(range(b, b + len(new))) for b in {start, past}):
-            raise ValueError(
-                f"position_ids row {row} go on at {new[0]} after {start} tokens in the cache: packed documents, and "
-                "positions with gaps, cannot go on from a cache."
-            )
-
-
-def _count_keys(branches, packing, past: int) -> Tensor:
-    """Return (B or 1, G, n, S): how often each key counts for the last queries."""
-    positions, documents = packing.positions, packing.documents
-    new = None if documents is None else documents[:, past:]
-    return count_branches(branches, positions[:, past:], positions, new, documents)
 
 
 def _prefix_columns(

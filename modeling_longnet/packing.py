@@ -57,7 +57,7 @@ def pack(
     if attention_mask is not None:
         rows = _mask_spans(attention_mask, batch, length, starts, columns)
     if position_ids is not None:
-        rows = _document_spans(position_ids, rows, batch, length, starts)
+        rows = _document_spans(position_ids, rows, batch, length, starts, columns)
     return _assemble(rows, starts or [0] * batch, length, device)
 
 
@@ -96,7 +96,7 @@ def _check_holes(real: Tensor) -> None:
 
 
 def _document_spans(
-    position_ids: Tensor, rows: list[Spans], batch: int, length: int, starts: list[int] | None
+    position_ids: Tensor, rows: list[Spans], batch: int, length: int, starts: list[int] | None, columns: int
 ) -> list[Spans]:
     """Cut each batch row's span where its position ids restart at 0."""
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
@@ -110,13 +110,13 @@ def _document_spans(
         if spans:
             begin, end = spans[0]
             inner = [c for c in cuts[row] if begin < c < end]
-            _check_positions(ids[row], row, begin, inner, None if starts is None else starts[row])
+            _check_positions(ids[row], row, begin, inner, None if starts is None else starts[row], columns)
             spans = list(pairwise([begin, *inner, end]))
         result.append(spans)
     return result
 
 
-def _check_positions(ids: Tensor, row: int, begin: int, borders: list[int], seen: int | None) -> None:
+def _check_positions(ids: Tensor, row: int, begin: int, borders: list[int], seen: int | None, columns: int) -> None:
     """Raise ValueError unless positions restart at 0 at the borders, and begin where the cache ends (`seen`)."""
     for border in borders:
         if ids[border] != 0 or seen is not None:
@@ -125,12 +125,12 @@ def _check_positions(ids: Tensor, row: int, begin: int, borders: list[int], seen
                 "they must grow by 1, or start again at 0 for the next packed document (which a cache cannot hold: "
                 "pass packed documents without one)."
             )
+    # They may count columns instead, as in Transformers' models for padded batches.
     first = int(ids[begin])
-    # Without a cache they may count columns instead, as in Transformers' models for padded batches.
-    if first != (seen or 0) and (seen or (seen is None and first != begin)):
+    if first not in (seen or 0, columns + begin):
         raise ValueError(
             f"position_ids row {row} begin at {first}, but the cache holds {seen or 0} tokens: they must begin at "
-            f"{seen or 0}."
+            f"{seen or 0}. Packed documents, and positions with gaps, cannot go on from a cache."
         )
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """Names from inside the package that its tests, benchmarks and the paper's code may import. No other code should.
 
 They may change in any release.
@@ -14,35 +15,3 @@ from .compat import CACHE
 from .reference import count_branches, dense_attention
 from .sharding import GroupExchange, attend_sharded
 from .sharding_plan import Shard, count_received, halo_slices, plan_exchange, shard_borders
-
-__all__ = [
-    "BACKENDS",
-    "BACKEND_NAMES",
-    "CACHE",
-    "AttentionPlan",
-    "Branch",
-    "BranchCall",
-    "Chunk",
-    "GroupExchange",
-    "HaloKV",
-    "Part",
-    "Shard",
-    "StridedBackend",
-    "TorchBackend",
-    "attend_chunks",
-    "attend_sharded",
-    "branch_views",
-    "choose_backend",
-    "chunk_slices",
-    "config_branches",
-    "count_branches",
-    "count_received",
-    "count_work",
-    "dense_attention",
-    "halo_slices",
-    "join_tokens",
-    "make_branches",
-    "plan_exchange",
-    "shard_borders",
-    "whole_batch",
-]
