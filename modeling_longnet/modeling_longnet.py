@@ -4,10 +4,7 @@ Letters: B batch, L tokens, E hidden size, H query heads, G key/value heads, D h
 """
 
 import math
-import re
 from dataclasses import fields
-from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 import torch
@@ -27,6 +24,7 @@ from .cache_longnet import LongNetCache, Step, cache_pattern
 from .chunked_loss import chunked_cross_entropy
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import Plan, attend_chunks, autocast_dtype
+from .model_card import ModelCardMixin
 from .packing import pack
 from .positions import Turns, make_turns, turn
 from .reference import count_branches, count_zero_padding, dense_attention
@@ -154,7 +152,7 @@ def magneto_gain(config: LongNetConfig) -> float:
     return math.sqrt(math.log(2 * config.num_hidden_layers))
 
 
-class LongNetPreTrainedModel(SequenceSharded, PreTrainedModel):
+class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     """Loading, saving and initialisation of the LongNet models."""
 
     config: LongNetConfig
@@ -181,46 +179,6 @@ class LongNetPreTrainedModel(SequenceSharded, PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-
-    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in Transformers; the folder also gets the model card, unless its README.md is somebody's own."""
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            self._write_card(Path(save_directory))
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        self._write_card(Path(working_dir))  # Transformers puts its generic card there first
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def _write_card(self, folder: Path) -> None:
-        """Write README.md where there is none, or one that a machine wrote for another model or without knowing it."""
-        source, readme = Path(__file__).with_name("model_card.md"), folder / "README.md"
-        if not source.exists():
-            return
-        template = source.read_text("utf-8")
-        written = readme.read_text("utf-8") if readme.exists() else None
-        ours = re.sub(r"\\\$\w+", ".*", re.escape(template))
-        if written is None or re.fullmatch(ours, written) or "model card has been automatically generated" in written:
-            part = folder / "README.md.part"
-            part.write_text(self._model_card(template), "utf-8")
-            part.replace(readme)
-
-    def _model_card(self, template: str) -> str:
-        config = self.config
-        return Template(template).safe_substitute(
-            parameters=f"{self.num_parameters():,}",
-            layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            heads=config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            branches=", ".join(
-                f"({w}, {r})" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True)
-            ),
-            positions=config.position_embedding,
-            direction="causal decoder" if config.is_causal else "bidirectional encoder",
-            pipeline_tag="text-generation" if "ForCausalLM" in type(self).__name__ else "feature-extraction",
-            auto_class="AutoModelForCausalLM" if "ForCausalLM" in type(self).__name__ else "AutoModel",
-        )
 
 
 class LongNetModel(LongNetPreTrainedModel):
