@@ -2,7 +2,7 @@
 
     python examples/stream.py MODEL_FOLDER TEXT_FILE --state reading.safetensors
 
-Stop it at any time (Ctrl-C, a kill) and start it again with the same command: it goes on from the last saved state.
+Stop it at any time (Ctrl-C, a kill). The same command resumes from the last saved state.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_longnet import stream
+from modeling_longnet import Scored, stream
 
 PIECE = 1 << 20  # characters that are tokenized at once
 
@@ -42,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a LongNetForCausalLM and its tokenizer")
     parser.add_argument("text", type=Path, help="UTF-8 text file")
-    parser.add_argument("--chunk-size", type=int, default=4096, help="tokens a forward")
-    parser.add_argument("--state", type=Path, help="safetensors file to save to and to go on from")
+    parser.add_argument("--chunk-size", type=int, default=4096, help="tokens per forward pass")
+    parser.add_argument("--state", type=Path, help="safetensors file to save to and to resume from")
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     if torch.accelerator.is_available():
@@ -53,10 +53,9 @@ def main() -> None:
         tokens = tokenize(arguments.text, tokenizer, folder)
         chunks = stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state)
         last = deque(chunks, maxlen=1)
-    if last:
-        print(f"{last[0].stop:,} tokens, perplexity {last[0].perplexity:.3f}")
-    else:
-        print("nothing left to read: the state file already stands at the end of the text")
+    # No chunk is left if an earlier run finished the text.
+    scored = last[0] if last else Scored.from_state_file(arguments.state)
+    print(f"{scored.stop:,} tokens, perplexity {scored.perplexity:.3f}")
 
 
 if __name__ == "__main__":

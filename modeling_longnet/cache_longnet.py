@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .attention_autograd import HaloKV
 from .backend_strided import slice_heads, slice_view
 from .branches import Branch, Chunk, chunk_slices, count_kept, make_branches
+from .cache_file import cache_to_tensors, load_cache_tensors
 from .configuration_longnet import LongNetConfig
 
 
@@ -31,10 +32,6 @@ class _Record(NamedTuple):
     capacity: int
     ends_in_padding: bool
     updates: list[tuple[Tensor, Tensor, tuple[Chunk, ...]]]  # keys, values and chunks, as `update` takes them
-
-
-# What the layers of a cache have in common beside their slots.
-_COUNTS = ("lengths", "columns", "capacity", "ends_in_padding")
 
 
 class Slots(NamedTuple):
@@ -458,53 +455,16 @@ class LongNetCache(Cache):
         return DecodingStep(tuple(x.to(first.device) for x in (batch, head, slot)), mask, covered)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """A copy of everything the cache holds, for `safetensors.torch.save_file`; `load_tensors` takes it back."""
-        first = self.layers[0]
-        if not first.is_initialized:
-            raise ValueError("an empty cache has nothing to save.")
-        self.check_whole()
-        tensors = {name: torch.tensor(getattr(first, name)) for name in _COUNTS}
-        tensors["branches"] = torch.tensor([[b.w, b.r, *b.offsets] for b in first.branches])
-        for i, layer in enumerate(self.layers):
-            tensors |= {f"{i}.{name}": x for name, x in zip(("keys", "values"), layer.copy_slots(), strict=True)}
-        return tensors
+        """Return a copy of what the cache holds, for `safetensors.torch.save_file` (see `cache_file`)."""
+        return cache_to_tensors(self)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Become a copy of the cache that `to_tensors` saved, of the same config; on any misfit raise and stay as is.
+        """Become a copy of the cache that `to_tensors` saved, of the same config, or raise and stay unchanged.
 
         Raises:
-            ValueError: tensors missing, damaged, or of another config.
+            ValueError: tensors are missing, damaged, or of another config.
         """
-        self._check_tensors(tensors)
-        for i, layer in enumerate(self.layers):
-            layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
-            layer.keys, layer.values = layer.copy_slots()
-            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-            for name in _COUNTS:
-                setattr(layer, name, tensors[name].tolist())
-            layer.is_initialized, layer._record = True, None
-
-    def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
-        first = self.layers[0]
-        names = [f"{i}.{name}" for i in range(len(self.layers)) for name in ("keys", "values")]
-        if set(tensors) != {*names, *_COUNTS, "branches"}:
-            raise ValueError(f"a saved cache of {len(self.layers)} layers was expected; found {sorted(tensors)}.")
-        branches = [[b.w, b.r, *b.offsets] for b in first.branches]
-        if tensors["branches"].tolist() != branches:
-            raise ValueError(
-                f"saved cache: its branches, each (w, r, offset of each key/value head), are "
-                f"{tensors['branches'].tolist()}; this model's are {branches}."
-            )
-        lengths, columns, capacity, _ = (tensors[name].tolist() for name in _COUNTS)
-        needed = min(max(lengths), max(b.w for b in first.branches))
-        if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
-            raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
-        sample = tensors[names[0]]
-        shape = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), sample.shape[-1])
-        for name in names:
-            given = tuple(tensors[name].shape), tensors[name].dtype
-            if given != (shape, sample.dtype):
-                raise ValueError(f"saved cache: {name} has shape {given}; expected {(shape, sample.dtype)}.")
+        load_cache_tensors(self, tensors)
 
     def can_step(self, chunks: tuple[Chunk, ...], length: int) -> bool:
         """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""

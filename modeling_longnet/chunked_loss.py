@@ -1,44 +1,40 @@
-"""Cross-entropy of a language model without the logits of the whole sequence.
-
-Letters: T tokens, E features, V vocabulary.
-"""
+"""Cross-entropy in chunks of tokens, without all logits at once. Letters: T tokens, E features, V vocabulary."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-# Logits of one chunk: enough tokens that adding up the head's gradient (V x E) is cheap beside computing it, and
-# a block that stays in reused memory on a CPU.
+# Logits per chunk: enough tokens that adding to the head's gradient is cheap, few enough that a CPU reuses memory.
 _MIN_TOKENS = 512
 _CPU_LOGITS = 1 << 22
 _CUDA_LOGITS = 1 << 27
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the losses; gradients are taken chunk by chunk during the forward pass, where the logits are."""
+    """Sum of the losses. The forward pass also computes the gradients, while it holds the logits of a chunk."""
 
     @staticmethod
     def forward(hidden, targets, head, size, needed, *params):
-        """Total, and the gradients of `hidden` and `params`; an empty tensor for each that is not `needed`."""
+        """Return the sum and the gradients of `hidden` and `params`; an empty tensor for each that is not `needed`."""
         wanted = [p for p, is_needed in zip(params, needed[1:], strict=True) if is_needed]
         total = _zero(hidden)
         grad_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
-        # In at least float32: thousands of chunks added up in bfloat16 would lose most of their digits.
-        grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
+        # At least float32: a sum of thousands of chunks in bfloat16 would lose most of its digits.
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         for i, (part, target) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
             with torch.enable_grad():
                 part = part.detach().requires_grad_(needed[0])
                 loss = _loss(head, part, target)
             total += loss.detach()
-            found = list(torch.autograd.grad(loss, ([part] if needed[0] else []) + wanted))
+            grads = list(torch.autograd.grad(loss, [part, *wanted] if needed[0] else wanted))
             if needed[0]:
-                grad_hidden[i * size : i * size + len(part)] = found.pop(0)
-            for grad, new in zip(grads, found, strict=True):
-                grad += new
-        grads = iter(grads)
-        return total, grad_hidden, *(next(grads) if is_needed else p.new_empty(0)
-                                     for p, is_needed in zip(params, needed[1:], strict=True))  # fmt: skip
+                grad_hidden[i * size : i * size + len(part)] = grads.pop(0)
+            for running, grad in zip(sums, grads, strict=True):
+                running += grad
+        sums = iter(sums)
+        filled = [next(sums) if n else p.new_empty(0) for p, n in zip(params, needed[1:], strict=True)]
+        return total, grad_hidden, *filled
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -50,18 +46,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, *_):
         inputs, grads = ctx.saved_tensors[: len(ctx.needed)], ctx.saved_tensors[len(ctx.needed) :]
         scaled = [
-            _Scaled.apply(grad, g, x) if needed else None
-            for x, g, needed in zip(inputs, grads, ctx.needed, strict=True)
+            _Scale.apply(grad, g, x) if needed else None for x, g, needed in zip(inputs, grads, ctx.needed, strict=True)
         ]
         return scaled[0], None, None, None, None, *scaled[1:]
 
 
-class _Scaled(torch.autograd.Function):
-    """The gradients as a function of their own, so that a second derivative is refused by name."""
+class _Scale(torch.autograd.Function):
+    """The saved gradient times the loss's, as a function of its own that refuses a second derivative by name."""
 
     @staticmethod
-    def forward(grad, kept, x):
-        return (grad * kept).to(x.dtype)
+    def forward(grad, saved, x):
+        return (grad * saved).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -70,8 +65,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise NotImplementedError(
-            "the loss of labels has no second derivative: its gradients are taken where the logits are. Leave labels "
-            "out and take the cross-entropy of the logits instead."
+            "the loss of labels has no second derivative: its gradients are computed in the forward pass. Leave labels "
+            "out and compute the cross-entropy of the logits instead."
         )
 
 
@@ -94,16 +89,16 @@ def _sum(hidden: Tensor, targets: Tensor, head: Callable, size: int, params: tup
 
 
 def tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
-    """Tokens whose logits are held at a time: (T, E) `hidden` tells the device, `head` the vocabulary."""
+    """Return how many tokens' logits to hold at a time, by the device of `hidden` (T, E) and the head's vocabulary."""
     vocabulary = getattr(head, "out_features", None) or head(hidden[:1]).shape[-1]
     return max(_MIN_TOKENS, (_CPU_LOGITS if hidden.device.type == "cpu" else _CUDA_LOGITS) // vocabulary)
 
 
 @torch.compiler.disable
 def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, ignore_index: int = -100) -> Tensor:
-    """Sum of -log softmax(head(hidden))[target] over the tokens whose target is not `ignore_index`.
+    """Return the sum of -log softmax(head(hidden))[target] over the tokens whose target is not `ignore_index`.
 
-    Forward and backward hold the logits of one chunk of tokens at a time; nothing is computed twice.
+    Forward and backward pass hold the logits of one chunk of tokens at a time. Nothing is computed twice.
 
     Args:
         hidden: (T, E). targets: (T,) int64. head: the output projection, any module (T, E) -> (T, V).
@@ -115,7 +110,7 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
     if not keep.all():
         hidden, targets = hidden[keep], targets[keep]
     forward, size, is_replaced = head.forward, tokens_per_chunk(hidden, head), "forward" in vars(head)
-    # The head's hooks run once, around all chunks: in them FSDP2 gathers, reduces and frees its parameters.
+    # The head's hooks run once, around all chunks: FSDP2 gathers, reduces and frees its parameters in them.
     head.forward = lambda x: _sum(x, targets, forward, size, tuple(head.parameters()))
     try:
         return head(hidden)

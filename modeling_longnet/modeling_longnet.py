@@ -21,6 +21,7 @@ from .chunked_loss import chunked_cross_entropy
 from .compat import CACHE, attn_implementation, capture_outputs, merge_with_config_defaults
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import autocast_dtype
+from .model_card import ModelCardMixin
 from .positions import apply_rotary
 from .sharding import check_same_batch, group_loss
 from .sharding_accelerate import SequenceSharded
@@ -103,7 +104,7 @@ def magneto_gain(config: LongNetConfig) -> float:
     return math.sqrt(math.log(2 * config.num_hidden_layers))
 
 
-class LongNetPreTrainedModel(SequenceSharded, PreTrainedModel):
+class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     """Loading, saving and initialisation of the LongNet models."""
 
     config: LongNetConfig

@@ -13,10 +13,14 @@ import torch
 import yaml
 from checks import make_model
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_imports
 from transformers.utils.hub import PushToHubMixin
 
-from modeling_longnet import LongNetForCausalLM, LongNetModel
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
+from modeling_longnet.model_card import make_model_card
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # In a process of its own: what a user's machine lacks cannot be imported there.
 PRELUDE = """
@@ -103,6 +107,7 @@ def test_a_local_folder_loads_without_the_package(saved, tmp_path):
     check_loading(folder, expected, tmp_path)
     again = {path.name for path in (tmp_path / "again").iterdir()}
     assert {path.name for path in folder.glob("*.py")} <= again
+    assert (tmp_path / "again" / "README.md").read_text() == (folder / "README.md").read_text()
 
 
 def test_a_hub_repository_loads_without_the_package(saved, tmp_path):
@@ -141,7 +146,7 @@ def test_remote_code_beside_the_installed_package(saved, tmp_path):
     report = run_python(
         f"""
 del sys.modules["modeling_longnet"]
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+sys.path.insert(0, {str(ROOT)!r})
 import modeling_longnet
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 remote_class = get_class_from_dynamic_module("modeling_longnet.LongNetForCausalLM", sys.argv[1])
@@ -177,7 +182,8 @@ def test_what_a_folder_holds(saved):
 def test_every_carried_file_passes_the_import_scan(saved):
     """Transformers reads the files as text: whatever it finds must be installed wherever Transformers is."""
     folder, _ = saved
-    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy"} | set(sys.stdlib_module_names)
+    required = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "yaml"}  # by Transformers
+    allowed = required | set(sys.stdlib_module_names)
     for path in folder.glob("*.py"):
         assert set(get_imports(path)) <= allowed, path.name
         for node in ast.walk(ast.parse(path.read_text())):
@@ -244,3 +250,59 @@ def test_a_push_carries_the_card(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(generic)
     make_model(LongNetModel, torch.float32)._upload_modified_files(tmp_path, "me/model", {})
     assert "(4, 1), (8, 2), (16, 4)" in uploaded[0]
+
+
+def test_a_renewed_card_keeps_the_metadata(tmp_path):
+    """Tags from `push_to_hub(tags=...)` and fields that a person added; the text is the new model's."""
+    make_model(LongNetModel, torch.float32).save_pretrained(tmp_path)
+    readme = tmp_path / "README.md"
+    added = "license: mit\nlanguage: de\n"
+    readme.write_text(readme.read_text().replace("license: apache-2.0\n", added).replace("tags:\n", "tags:\n- mine\n"))
+    make_model(LongNetForCausalLM, torch.float32).save_pretrained(tmp_path)
+    metadata, body = read_card(tmp_path)
+    assert (metadata["license"], metadata["language"]) == ("mit", "de")
+    assert {"mine", "longnet"} <= set(metadata["tags"])
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert "AutoModelForCausalLM" in body
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda card: card.replace("causal decoder", "causal decoder of my texts"),
+        lambda card: card.replace("pipeline_tag:", "pipeline_tag: [:"),
+        lambda card: card.replace("---\n", "", 1),
+    ],
+    ids=["a cell", "metadata that are no YAML", "no metadata"],
+)
+def test_an_edited_card_is_kept(tmp_path, edit):
+    model = make_model(LongNetModel, torch.float32)
+    model.save_pretrained(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(edit(readme.read_text()))
+    edited = readme.read_text()
+    make_model(LongNetModel, torch.float32, segment_lengths=[32], dilation_rates=[1]).save_pretrained(tmp_path)
+    assert readme.read_text() == edited
+
+
+def test_the_trainers_card_stays_behind_ours(tmp_path):
+    """`Trainer.push_to_hub` replaces README.md right before the upload; the model's next save or push adds to it."""
+    model = make_model(LongNetForCausalLM, torch.float32)
+    model.save_pretrained(tmp_path)
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    trainer.create_model_card(tags="mine")
+    model.save_pretrained(tmp_path)
+    metadata, body = read_card(tmp_path)
+    assert {"mine", "generated_from_trainer", "longnet"} <= set(metadata["tags"])
+    assert metadata["model-index"]
+    assert body.index("trust_remote_code=True") < body.index("### Training hyperparameters")
+    written = (tmp_path / "README.md").read_text()
+    make_model(LongNetModel, torch.float32).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == written
+
+
+def test_the_repository_has_the_card_of_the_papers_model():
+    """If it fails, write `str(make_model_card(model))` to model_card.md."""
+    with torch.device("meta"):
+        model = LongNetForCausalLM(LongNetConfig.from_pretrained(ROOT / "configuration" / "longnet-125m.json"))
+    assert (ROOT / "model_card.md").read_text() == str(make_model_card(model))

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
-from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream, streaming
+from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, Scored, cache_file, stream
 
 VOCABULARY = 97
 
@@ -97,6 +98,31 @@ def test_refuses_states_of_other_texts(model, tmp_path):
     assert list(stream(model, tokens.to(torch.int16), state_file=path, progress=False)) == []
 
 
+def test_a_state_saved_by_68edab1_resumes(tmp_path):
+    """It holds the scores of tokens 1 to 26."""
+    folder = Path(__file__).parent / "fixtures" / "saved_by_68edab1"
+    saved = load_file(folder / "language_model.safetensors")
+    model = LongNetForCausalLM.from_pretrained(folder / "language_model").eval()
+    state = shutil.copy(folder / "stream_state.safetensors", tmp_path)
+    rest = next(stream(model, saved["tokens"], state_file=state, progress=False))
+    assert (rest.start, rest.stop) == (27, 60)
+    torch.testing.assert_close(rest.log_probs, saved["log_probs"][26:], rtol=0, atol=1e-5)
+    assert rest.total == pytest.approx(float(saved["log_probs"].double().sum()), rel=1e-6)
+    before = Scored.from_state_file(state)
+    assert (before.start, before.stop, before.count, len(before.log_probs)) == (27, 27, 26, 0)
+    assert before.total == pytest.approx(float(saved["log_probs"][:26].double().sum()), rel=1e-6)
+
+
+def test_the_perplexity_of_a_finished_text_comes_from_its_state(model, tokens, tmp_path):
+    path = tmp_path / "state.safetensors"
+    last = list(stream(model, tokens, state_file=path, progress=False))[-1]
+    scored = Scored.from_state_file(path)
+    assert (scored.stop, scored.total, scored.count, scored.perplexity) == (last.stop, *last[3:], last.perplexity)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="damaged"):
+        Scored.from_state_file(path)
+
+
 def swapped_weights(model):
     """Of the same sum."""
     with torch.no_grad():
@@ -141,7 +167,7 @@ def changed_lengths(path):
     tensors = load_file(path)
     tensors["lengths"] -= 7
     metadata.pop("sha256")
-    metadata["sha256"] = streaming._digest(tensors, metadata)
+    metadata["sha256"] = cache_file._digest(tensors, metadata)
     save_file(tensors, path, metadata=metadata)
 
 
@@ -168,7 +194,7 @@ def test_refuses_damaged_states_and_leaves_them(model, tokens, tmp_path, damage,
 @pytest.mark.parametrize("name", ["save_file", "replace"])
 def test_a_failed_save_leaves_the_state_before(model, tokens, expected, tmp_path, monkeypatch, name):
     """The disk is full within the second save, or its last step is refused."""
-    path, owner = tmp_path / "state.safetensors", {"save_file": streaming, "replace": os}[name]
+    path, owner = tmp_path / "state.safetensors", {"save_file": cache_file, "replace": os}[name]
     real, calls = getattr(owner, name), []
 
     def fail(first, target, **kwargs):
@@ -285,11 +311,29 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens(model):
     assert max(sizes[5:]) - sizes[4] < 32 << 10
 
 
-def test_the_example_tokenizes_piece_by_piece(tmp_path, monkeypatch):
+@pytest.fixture
+def example():
     path = Path(__file__).parent.parent / "examples" / "stream.py"
     spec = importlib.util.spec_from_file_location("stream_example", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_prints_the_perplexity_of_a_finished_text_too(example, tmp_path, monkeypatch, capsys):
+    make_model(vocab_size=384).float().save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    text, state = tmp_path / "text", tmp_path / "state.safetensors"
+    text.write_text("a text of a few words, read twice")
+    monkeypatch.setattr(sys, "argv", ["stream.py", str(tmp_path), str(text), "--state", str(state)])
+    example.main()
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"33 tokens, perplexity \d+\.\d{3}\n", printed)
+    example.main()
+    assert capsys.readouterr().out == printed
+
+
+def test_the_example_tokenizes_piece_by_piece(example, tmp_path, monkeypatch):
     monkeypatch.setattr(example, "PIECE", 10)
     text = tmp_path / "text"
     text.write_text("one line\n\nanother, much longer than a piece\nänd thé last", "utf-8")

@@ -1,0 +1,161 @@
+"""File formats: a bounded cache as tensors, and the state file from which `stream` resumes.
+
+Tensors of a cache: "{i}.keys" and "{i}.values" (B, G, P, D) of layer i; "lengths" (B,), "columns", "capacity" and
+"ends_in_padding", equal in all layers; "branches" (n, 2 + G), each w, r and the offset per key/value head. A state file
+is a safetensors file of these with B = 1. Its metadata are "position", "total" (a hexadecimal float), "text" (SHA-256
+of the tokens before the position), the fields of `_model_fields`, and "sha256" of all this.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .dilated_attention import autocast_dtype
+
+# Attributes that are equal in all layers of a cache.
+_SHARED = ("lengths", "columns", "capacity", "ends_in_padding")
+_TOKENS_PER_HASH = 1 << 20
+
+
+def cache_to_tensors(cache) -> dict[str, Tensor]:
+    """Return a copy of everything that the `LongNetCache` holds."""
+    first = cache.layers[0]
+    if not first.is_initialized:
+        raise ValueError("an empty cache has nothing to save.")
+    cache.check_whole()
+    tensors = {name: torch.tensor(getattr(first, name)) for name in _SHARED}
+    tensors["branches"] = torch.tensor(_branch_table(first))
+    for i, layer in enumerate(cache.layers):
+        tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.copy_slots()
+    return tensors
+
+
+def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
+    """Fill the `LongNetCache` with a copy of the tensors; raise ValueError and leave it as it is if they do not fit."""
+    _check_tensors(cache, tensors)
+    for i, layer in enumerate(cache.layers):
+        layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
+        layer.keys, layer.values = layer.copy_slots()
+        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+        for name in _SHARED:
+            setattr(layer, name, tensors[name].tolist())
+        layer.is_initialized, layer._record = True, None
+
+
+def _branch_table(layer) -> list[list[int]]:
+    return [[b.w, b.r, *b.offsets] for b in layer.branches]
+
+
+def _check_tensors(cache, tensors: dict[str, Tensor]) -> None:
+    first = cache.layers[0]
+    names = [f"{i}.{name}" for i in range(len(cache.layers)) for name in ("keys", "values")]
+    if set(tensors) != {*names, *_SHARED, "branches"}:
+        raise ValueError(f"a saved cache of {len(cache.layers)} layers was expected; found {sorted(tensors)}.")
+    if tensors["branches"].tolist() != _branch_table(first):
+        raise ValueError(
+            "saved cache: its branches, each (w, r, offset of each key/value head), are "
+            f"{tensors['branches'].tolist()}; this model's are {_branch_table(first)}."
+        )
+    lengths, columns, capacity, _ = (tensors[name].tolist() for name in _SHARED)
+    needed = min(max(lengths), max(b.w for b in first.branches))
+    if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
+        raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
+    sample = tensors[names[0]]
+    shape = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), sample.shape[-1])
+    for name in names:
+        given = tuple(tensors[name].shape), tensors[name].dtype
+        if given != (shape, sample.dtype):
+            raise ValueError(f"saved cache: {name} has shape {given}; expected {(shape, sample.dtype)}.")
+
+
+class StateFile:
+    """The state file of one model and one text; each method raises ValueError for what it cannot use."""
+
+    def __init__(self, path: str | os.PathLike, model):
+        self.path = Path(path)
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists.")
+        self.device, self.fields, self.text = model.device, _model_fields(model), hashlib.sha256()
+
+    def add_text(self, tokens: Tensor) -> None:
+        """Add tokens to the hash of the text before the position."""
+        for part in tokens.split(_TOKENS_PER_HASH):
+            self.text.update(_bytes(part.to(torch.int64)))
+
+    def save(self, cache, position: int, total: float) -> None:
+        """Replace the file in one step: an interrupted save leaves the previous state."""
+        counts = {"position": str(position), "total": total.hex(), "text": self.text.hexdigest()}
+        tensors, metadata = cache_to_tensors(cache), self.fields | counts
+        partial = self.path.with_name(self.path.name + ".partial")
+        save_file(tensors, partial, metadata=metadata | {"sha256": _digest(tensors, metadata)})
+        os.replace(partial, self.path)
+
+    def load(self, cache, tokens: Tensor) -> tuple[int, float]:
+        """Fill the cache; return the position in the text and the total, 0 and 0.0 if there is no file."""
+        if not self.path.exists():
+            return 0, 0.0
+        tensors, metadata, position, total = read_state_file(self.path)
+        for name, value in self.fields.items():
+            if (found := metadata.get(name)) != value:
+                raise ValueError(
+                    f"state file {self.path} belongs to another model: its {name} is {found}, this model's {value}."
+                )
+        self.add_text(tokens[:position])
+        if position >= len(tokens) or metadata["text"] != self.text.hexdigest():
+            raise ValueError(f"state file {self.path} belongs to another text: the tokens before {position} differ.")
+        load_cache_tensors(cache, {name: x.to(self.device) for name, x in tensors.items()})
+        if (cache.lengths, cache.get_seq_length()) != ([position], position):
+            raise ValueError(
+                f"state file {self.path}: its cache holds {cache.lengths} tokens, its position is {position}."
+            )
+        return position, total
+
+
+def read_state_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str], int, float]:
+    """Return tensors, metadata, position and total; raise ValueError if the file is damaged or no state file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.pop("sha256") != _digest(tensors, metadata):
+            raise ValueError("its content is not what was saved")
+        return tensors, metadata, int(metadata["position"]), float.fromhex(metadata["total"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            f"state file {path} is damaged or no state file ({error}); delete it to start anew."
+        ) from error
+
+
+def _model_fields(model) -> dict[str, str]:
+    """Return what a model and its state file must share: the config's own fields, dtype, SHA-256 of the weights."""
+    config = model.config.to_dict()
+    ignored = {*PreTrainedConfig().to_dict(), "auto_map", "attention_backend"}
+    return {
+        **{name: json.dumps(config[name]) for name in sorted(set(config) - ignored)},
+        "dtype": str(autocast_dtype(next(model.parameters()))),
+        "weights": _sha256(model.named_parameters()),
+    }
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    return _sha256(sorted(tensors.items()), json.dumps(metadata, sort_keys=True))
+
+
+def _sha256(tensors: Iterable[tuple[str, Tensor]], start: str = "") -> str:
+    digest = hashlib.sha256(start.encode())
+    for name, x in tensors:
+        digest.update(name.encode())
+        digest.update(_bytes(x))
+    return digest.hexdigest()
+
+
+def _bytes(x: Tensor):
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

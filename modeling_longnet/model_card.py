@@ -1,0 +1,138 @@
+"""The model card of a saved LongNet: README.md, built with huggingface_hub's `ModelCard`.
+
+The metadata field `longnet_card` is a digest of the text: if it matches, nobody edited the card, and saving renews it.
+Transformers' generic card is replaced. The Trainer's card stays and ours goes in front. Any other README.md is left
+alone. A card that is replaced leaves its tags and other metadata to the new one.
+"""
+
+import hashlib
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+DIGEST = "longnet_card"
+# From the cards that Transformers generates.
+GENERIC = "model card has been automatically generated"
+TRAINER = "This model card has been generated automatically according to the information the Trainer had access to"
+TAGS = ["longnet", "dilated-attention", "long-context", "custom_code"]
+TEXT = """
+# LongNet
+
+A LongNet ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)): a Transformer with dilated attention,
+whose time and memory grow linearly with the sequence length.
+
+| | |
+| --- | --- |
+| kind | {kind} |
+| parameters | {parameters:,} |
+| layers, hidden size, heads | {config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads} |
+| vocabulary | {config.vocab_size} |
+| branches (segment length, dilation rate) | {branches} |
+| positions | {config.position_embedding} |
+
+This card was generated when the model was saved and describes the architecture only. Training data,
+evaluation results and intended uses are for the author to add. The licence above is that of the code in
+this folder; the author decides on the licence of the weights.
+
+## Use
+
+The folder contains its own code and needs only Transformers (5.17 or newer) and PyTorch.
+`trust_remote_code=True` runs that code: read it first.
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("path/of/this/folder", trust_remote_code=True)
+```
+
+- `attn_implementation="eager"` is the dense reference with attention maps, quadratic in the length.
+  The default, `"sdpa"`, is the fast path.
+- `segment_lengths=[...]` and `dilation_rates=[...]` passed to `from_pretrained` use the same weights
+  with other branches. Measure the quality of the result.
+- Attention dropout is not supported. Attention is dense to nearby tokens and sparse to distant ones:
+  whether a head sees a distant token depends on the token's position.
+
+## Citation
+
+```bibtex
+@article{{ding2023longnet,
+  title   = {{LongNet: Scaling Transformers to 1,000,000,000 Tokens}},
+  author  = {{Ding, Jiayu and Ma, Shuming and Dong, Li and Zhang, Xingxing and Huang, Shaohan and
+             Wang, Wenhui and Zheng, Nanning and Wei, Furu}},
+  journal = {{arXiv preprint arXiv:2307.02486}},
+  year    = {{2023}}
+}}
+```
+"""
+
+
+class ModelCardMixin:
+    """Write the model card where `save_pretrained` and `push_to_hub` of a `PreTrainedModel` write a folder."""
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """As in Transformers; the folder also gets the model card, unless a person wrote its README.md."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_model_card(self, Path(save_directory))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # Just before, Transformers puts the Hub's card or its generic one into the folder.
+        write_model_card(self, Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def write_model_card(model, folder: Path) -> None:
+    """Write README.md unless a person wrote or edited it."""
+    readme, partial = folder / "README.md", folder / "README.md.part"
+    card = make_model_card(model, readme.read_text("utf-8", errors="replace") if readme.exists() else None)
+    if card is not None:
+        card.save(partial)
+        partial.replace(readme)
+
+
+def make_model_card(model, previous: str | None = None) -> ModelCard | None:
+    """Return the card of a model, given the README.md it is to replace; None if a person wrote or edited that one."""
+    if "ForCausalLM" in type(model).__name__:
+        text, pipeline = _describe(model, "AutoModelForCausalLM"), "text-generation"
+    else:
+        text, pipeline = _describe(model, "AutoModel"), "feature-extraction"
+    metadata = {"license": "apache-2.0"}
+    own = {"library_name": "transformers", "pipeline_tag": pipeline, DIGEST: _digest(text)}
+    if previous is not None:
+        card = _parse(previous)
+        if card is None:
+            return None
+        metadata |= card.data.to_dict()
+        if TRAINER in card.text:
+            text += card.text  # the digest no longer matches: kept from now on
+    data = ModelCardData(**metadata | own | {"tags": [*TAGS, *metadata.get("tags", [])]})
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _parse(text: str) -> ModelCard | None:
+    """Return the card if a machine wrote it and nobody edited it, else None."""
+    if not any(sign in text for sign in (DIGEST, GENERIC, TRAINER)):
+        return None
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError):  # edited, and no longer valid
+        return None
+    if DIGEST in card.data:
+        return card if card.data[DIGEST] == _digest(card.text) else None
+    return card if GENERIC in card.text or TRAINER in card.text else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe(model, auto_class: str) -> str:
+    branches = zip(model.config.segment_lengths, model.config.dilation_rates, strict=True)
+    return TEXT.format(
+        config=model.config,
+        kind="causal decoder" if model.config.is_causal else "bidirectional encoder",
+        parameters=model.num_parameters(),
+        branches=", ".join(f"({w}, {r})" for w, r in branches),
+        auto_class=auto_class,
+    )
