@@ -18,10 +18,13 @@ BACKENDS: dict[str, Backend] = {
     "flash_attn": FlashAttentionBackend(),
     "triton": TritonBackend(),
 }
-# "eager" is the dense reference, which is no backend: it computes all branches at once.
-BACKEND_NAMES = ("auto", "eager", *BACKENDS)
 # What "auto" tries, by device; the dense reference comes last. Which one is faster: benchmarks/README.md.
 _PREFERRED = {"cuda": ("triton", "torch")}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the allowed names. "eager" is the dense reference: no backend, as it computes all branches at once."""
+    return ("auto", "eager", *BACKENDS)
 
 
 @lru_cache
@@ -38,8 +41,8 @@ def choose_backend(name: str, query: Tensor) -> str:
     Raises:
         ValueError: an unknown name, or a named backend that cannot run; the message gives the reason.
     """
-    if name not in BACKEND_NAMES:
-        raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, BACKEND_NAMES))}.")
+    if name not in backend_names():
+        raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, backend_names()))}.")
     if name == "eager":
         return name
     if name != "auto":

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .backends import BACKEND_NAMES
+from .backends import backend_names
 from .branches import HEAD_OFFSETS, check_branches, count_work
 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
@@ -216,7 +216,7 @@ class LongNetConfig(PreTrainedConfig):
         check_branches(self.segment_lengths, self.dilation_rates)
         self._check_name("head_offsets", HEAD_OFFSETS)
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
-        self._check_name("attention_backend", tuple(name for name in BACKEND_NAMES if name != "eager"))
+        self._check_name("attention_backend", tuple(name for name in backend_names() if name != "eager"))
         self._check_name("hidden_act", tuple(ACT2FN))
         if self.attend_zero_padding and self.is_causal:
             raise ValueError("attend_zero_padding=True needs is_causal=False: no causal query sees the padding.")

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
 from .attention_context import AttentionContext
-from .backends import BACKEND_NAMES, choose_backend
+from .backends import backend_names, choose_backend
 from .branches import Branch, make_branches, prefix_lengths
 from .cache_longnet import LongNetCache
 from .compat import CACHE, attn_implementation
@@ -95,8 +95,8 @@ def _check_setting(setting: dict, groups: int) -> None:
     if not setting["segment_lengths"] and not setting["dilation_rates"]:
         raise ValueError("give segment_lengths and dilation_rates: the model's config notes none.")
     _branches(setting, groups)
-    if setting["backend"] not in BACKEND_NAMES:
-        raise ValueError(f"backend={setting['backend']!r}: allowed are {', '.join(map(repr, BACKEND_NAMES))}.")
+    if setting["backend"] not in backend_names():
+        raise ValueError(f"backend={setting['backend']!r}: allowed are {', '.join(map(repr, backend_names()))}.")
 
 
 def _is_dilated(config) -> bool:

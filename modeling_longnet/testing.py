@@ -9,7 +9,7 @@ from .attention_context import config_branches
 from .backend import BranchCall
 from .backend_strided import Part, StridedBackend, branch_views
 from .backend_torch import TorchBackend, join_tokens
-from .backends import BACKEND_NAMES, BACKENDS, choose_backend
+from .backends import BACKENDS, backend_names, choose_backend
 from .branches import Branch, Chunk, chunk_slices, count_work, make_branches, whole_batch
 from .compat import CACHE
 from .reference import count_branches, dense_attention
