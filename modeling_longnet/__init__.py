@@ -1,6 +1,8 @@
 """LongNet for Transformers: dilated attention whose cost grows linearly with the sequence (arXiv 2307.02486)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import sys
+
+import transformers
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
@@ -12,12 +14,13 @@ from .sharding_accelerate import SequenceSharding
 from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 from .streaming import Scored, stream
 
-AutoConfig.register("longnet", LongNetConfig, exist_ok=True)
-AutoModel.register(LongNetConfig, LongNetModel, exist_ok=True)
-AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM, exist_ok=True)
-for _config, _model in ((LongNetSlideConfig, LongNetSlideEncoder), (LongNetImageConfig, LongNetImageEncoder)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
+for _config in (LongNetConfig, LongNetSlideConfig, LongNetImageConfig):
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto, _name in _config.auto_classes.items():
+        if _auto != "AutoConfig":
+            _module, _class = _name.split(".")
+            _model = getattr(sys.modules[f"{__name__}.{_module}"], _class)
+            getattr(transformers, _auto).register(_config, _model, exist_ok=True)
 
 
 def __getattr__(name: str):

@@ -99,8 +99,8 @@ class LongNetConfig(PreTrainedConfig):
     """
 
     model_type = "longnet"
-    # All keys: a folder saved from the language model must load as AutoModel too.
-    _code = {
+    # The code of each Auto class. All of them: a folder saved from the language model must load as AutoModel too.
+    auto_classes = {
         "AutoConfig": "configuration_longnet.LongNetConfig",
         "AutoModel": "modeling_longnet.LongNetModel",
         "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
@@ -142,7 +142,7 @@ class LongNetConfig(PreTrainedConfig):
         self.dilation_rates = list(self.dilation_rates)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        kwargs["auto_map"] = self._code | (kwargs.get("auto_map") or {})
+        kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -36,7 +36,7 @@ class LongNetImageConfig(LongNetConfig):
     """
 
     model_type = "longnet_image"
-    _code = {
+    auto_classes = {
         "AutoConfig": "image_encoder.LongNetImageConfig",
         "AutoModel": "image_encoder.LongNetImageEncoder",
     }

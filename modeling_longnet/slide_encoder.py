@@ -40,7 +40,7 @@ class LongNetSlideConfig(LongNetConfig):
     """
 
     model_type = "longnet_slide"
-    _code = {
+    auto_classes = {
         "AutoConfig": "slide_encoder.LongNetSlideConfig",
         "AutoModel": "slide_encoder.LongNetSlideEncoder",
     }
