@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         options = {"action": argparse.BooleanOptionalAction} if name == "is_causal" else options
         parser.add_argument(f"--{name.replace('_', '-')}", help=hint, **options)
     parser.add_argument("--attend-zero-padding", action="store_true", default=None, help="as the released kernels did")
-    parser.add_argument("--set", type=_field, action="append", default=[], metavar="FIELD=VALUE", help="others; JSON or text")
+    parser.add_argument("--set", type=_field, action="append", default=[], metavar="FIELD=VALUE", help="JSON or text")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="tensors to leave out")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     source, output_dir, ignore = given.pop("source"), given.pop("output_dir"), given.pop("ignore")
