@@ -25,10 +25,10 @@ for _config in (LongNetConfig, LongNetSlideConfig, LongNetImageConfig):
 
 def __getattr__(name: str):
     """On demand, so that `python -m modeling_longnet.conversion` does not find itself imported already."""
-    if name in ("convert_checkpoint", "to_torchscale"):
-        from .conversion import convert_checkpoint, to_torchscale
+    if name in ("convert_checkpoint", "export_checkpoint", "to_torchscale"):
+        from .conversion import convert_checkpoint, export_checkpoint, to_torchscale
 
-        return {"convert_checkpoint": convert_checkpoint, "to_torchscale": to_torchscale}[name]
+        return {x.__name__: x for x in (convert_checkpoint, export_checkpoint, to_torchscale)}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -48,6 +48,7 @@ __all__ = [
     "SequenceSharding",
     "convert_checkpoint",
     "dilated_attention",
+    "export_checkpoint",
     "stream",
     "to_torchscale",
     "use_dilated_attention",

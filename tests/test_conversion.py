@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_close, refused
+from checks import assert_close, make_model, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, LongNetModel
-from modeling_longnet.conversion import convert, convert_checkpoint, main, read_state, to_torchscale
-from modeling_longnet.image_encoder import LongNetImageEncoder
-from modeling_longnet.slide_encoder import LongNetSlideEncoder
+from modeling_longnet.conversion import (
+    convert,
+    convert_checkpoint,
+    export_checkpoint,
+    main,
+    read_state,
+    to_torchscale,
+)
+from modeling_longnet.image_encoder import LongNetImageConfig, LongNetImageEncoder
+from modeling_longnet.slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = (
@@ -196,9 +203,6 @@ def test_an_encoder_without_a_vocabulary_takes_embeddings():
 
 def test_published_models_need_no_words():
     """Their segments, rates, heads and activation are known by their sizes."""
-    from modeling_longnet.image_encoder import LongNetImageConfig
-    from modeling_longnet.slide_encoder import LongNetSlideConfig
-
     for encoder, config in (
         (LongNetSlideEncoder, LongNetSlideConfig()),
         (LongNetImageEncoder, LongNetImageConfig(image_size=4096, segment_lengths=[1024 << i for i in range(5)])),
@@ -403,6 +407,168 @@ def test_what_torchscale_cannot_be_is_not_written(changes, words):
     )  # fmt: skip
     with refused(*words):
         to_torchscale(LongNetModel(config))
+
+
+def test_a_longvit_with_xpos_goes_both_ways():
+    """Its buffers stand inside the encoder."""
+    config = LongNetImageConfig(
+        image_size=24, patch_size=6, hidden_size=32, num_hidden_layers=2, position_embedding="xpos", num_classes=3
+    )
+    state = to_torchscale(LongNetImageEncoder(config))
+    assert state["model.encoder.layers.1.self_attn.xpos.scale"].shape == (1,)
+    given = {name: getattr(config, name) for name in ("segment_lengths", "dilation_rates", "hidden_act")}
+    model = convert(state, xpos_scale_base=512, num_attention_heads=16, **given)
+    assert model.config.position_embedding == "xpos"
+    assert sorted(to_torchscale(model)) == sorted(state)
+
+
+# Heads of 6 dimensions: the permutation of 4 rows is its own inverse.
+LLAMA = {"segment_lengths": [4, 8, 16], "dilation_rates": [1, 2, 4], "head_offsets": "interleaved"}
+
+
+def make_llama(**overrides):
+    """A model that the fused Llama format can hold, and what a user has to give with its weights."""
+    rope = {"position_embedding": "rope", "rope_theta": 50.0}
+    model = make_model(LongNetForCausalLM, **(LLAMA | {"hidden_size": 36} | rope | overrides))
+    asked = (*LLAMA, "num_attention_heads", "num_key_value_heads", "hidden_act", "position_embedding", "rope_theta")
+    return model, {name: getattr(model.config, name) for name in asked}
+
+
+def run_llama(state: dict, tokens: torch.Tensor, heads: int, groups: int, theta: float | None):
+    """Logits and attention weights of a dense decoder, from tensors in the fused format alone.
+
+    Rotary embedding as Hugging Face's Llama applies it: x * cos + rotate_half(x) * sin. theta None: no positions.
+    """
+    length, size = tokens.shape[1], state["norm.weight"].shape[0]
+    dim, layers, maps = size // heads, 1 + max(int(n.split(".")[1]) for n in state if n.startswith("layers.")), []
+
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        weight = state[f"{name}.weight"]
+        return torch.nn.functional.layer_norm(x, weight.shape, weight, state[f"{name}.bias"], 1e-5)
+
+    def rotate(x):
+        if theta is None:
+            return x
+        angle = torch.arange(length).double()[:, None] / theta ** (torch.arange(0, dim, 2).double() / dim)
+        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        return x * cos + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1) * sin
+
+    hidden = state["tok_embeddings.weight"][tokens]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    for n in range(layers):
+        layer = f"layers.{n}."
+        fused = linear(f"{layer}attention.wqkv", norm(f"{layer}attention_norm", hidden))
+        query, key, value = fused.unflatten(-1, (-1, dim)).transpose(1, 2).split([heads, groups, groups], 1)
+        key, value = (x.repeat_interleave(heads // groups, 1) for x in (rotate(key), value))
+        scores = rotate(query) @ key.mT * dim**-0.5
+        maps.append(scores.masked_fill(~mask, -torch.inf).softmax(-1))
+        out = (maps[-1] @ value).transpose(1, 2).flatten(2)
+        hidden = hidden + linear(f"{layer}attention.wo", norm(f"{layer}attention.inner_norm", out))
+        inner = torch.nn.functional.gelu(linear(f"{layer}feed_forward.w1", norm(f"{layer}ffn_norm", hidden)))
+        hidden = hidden + linear(f"{layer}feed_forward.w2", norm(f"{layer}feed_forward.inner_norm", inner))
+    return norm("norm", hidden) @ state["output.weight"].T, maps
+
+
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("theta", [50.0, None], ids=["rope", "none"])
+def test_the_fused_llama_format_rotates_halves(theta, groups):
+    """A dense Llama-like decoder on the exported tensors has our attention weights and logits."""
+    positions = {"position_embedding": "rope", "rope_theta": theta} if theta else {"position_embedding": "none"}
+    dense = {"segment_lengths": [16], "dilation_rates": [1], "num_key_value_heads": groups, **positions}
+    model, _ = make_llama(implementation="eager", **dense)
+    tokens = torch.randint(29, (2, 13))
+    with torch.no_grad():
+        ours = model(tokens, output_attentions=True)
+        logits, maps = run_llama(export_checkpoint(model, "llama_fused"), tokens, 6, groups, theta)
+    for found, wanted in zip(ours.attentions, maps, strict=True):
+        assert_close("attentions", found, wanted)
+    assert_close("logits", ours.logits, logits)
+
+
+@pytest.mark.parametrize("groups", [6, 3, 1])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"position_embedding": "none"},
+        {"position_embedding": "none", "hidden_size": 30},
+        {"tie_word_embeddings": True},
+        {"head_offsets": "blocked"},
+    ],
+    ids=["rope", "none", "none-odd", "tied", "blocked"],
+)
+def test_the_fused_llama_format_goes_both_ways(changes, groups, tmp_path):
+    model, given = make_llama(num_key_value_heads=groups, **changes)
+    export_checkpoint(model, "llama_fused", tmp_path / "source.safetensors")
+    made = convert_checkpoint(tmp_path / "source.safetensors", tmp_path / "folder", **given)
+    assert made.config.converted_from == "LongNet under Llama's names (fused wqkv), source.safetensors"
+    assert made.config.tie_word_embeddings == model.config.tie_word_embeddings
+    tokens = torch.randint(29, (2, 21))
+    with torch.no_grad():
+        assert_close("logits", made(tokens).logits, model(tokens).logits)
+    loaded = LongNetForCausalLM.from_pretrained(tmp_path / "folder").state_dict()
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], x, rtol=0, atol=0)
+    value = made.model.layers[0].self_attn.v_proj.weight
+    assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), "a view of the fused tensor"
+    headless = convert({f"module.{k}": x for k, x in export_checkpoint(model.model, "llama_fused").items()}, **given)
+    assert type(headless) is LongNetModel
+
+
+def test_names_and_shapes_of_the_fused_llama_format():
+    state = export_checkpoint(make_llama(num_key_value_heads=2, num_hidden_layers=1)[0], "llama_fused")
+    layer = {
+        "attention_norm": (36,), "attention.wqkv": (60, 36), "attention.inner_norm": (36,), "attention.wo": (36, 36),
+        "ffn_norm": (36,), "feed_forward.w1": (40, 36), "feed_forward.inner_norm": (40,), "feed_forward.w2": (36, 40),
+    }  # fmt: skip
+    expected = {f"layers.0.{name}.weight": shape for name, shape in layer.items()}
+    expected |= {f"layers.0.{name}.bias": shape[:1] for name, shape in layer.items()}
+    expected |= {"norm.weight": (36,), "norm.bias": (36,), "tok_embeddings.weight": (29, 36), "output.weight": (29, 36)}
+    assert {name: tuple(x.shape) for name, x in state.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers__1__attention__wqkv__weight": torch.zeros(60, 20)}, ["wqkv.weight (60, 20), expected (60, 36)"]),
+        ({"layers__0__attention__wqkv__bias": torch.zeros(48)}, ["layers.0.attention.wqkv.bias (48,)", "(60,)"]),
+        ({"layers.1.attention.wqkv.weight": None}, ["missing tensors: layers.1.attention.wqkv.weight."]),
+        ({"inner_norm": None}, ["layers.0.attention.inner_norm.bias", "no sub-LN"]),
+        ({".bias": None, "inner_norm": None}, ["missing tensors", "layers.0.attention.wqkv.bias", "a plain Llama"]),
+        ({"layers__0__feed_forward__w3__weight": torch.zeros(2)}, ["unknown tensors: layers.0.feed_forward.w3.weight"]),
+    ],
+    ids=["shape", "bias-shape", "fused-missing", "no-sub-ln", "llama", "gated"],
+)
+def test_other_tensors_in_the_fused_llama_format_are_refused_by_name(changes, words):
+    model, given = make_llama(num_key_value_heads=2)
+    with refused(*words):
+        convert(with_changes(export_checkpoint(model, "llama_fused"), **changes), **given)
+
+
+def test_what_the_fused_llama_format_needs_and_cannot_be():
+    model, given = make_llama(num_key_value_heads=2)
+    state = export_checkpoint(model, "llama_fused")
+    for name in given:
+        with refused("please give", name, "(fused wqkv)"):
+            convert(state, **{key: value for key, value in given.items() if key != name})
+    with refused("layers.0.attention.wqkv.weight (60, 36), expected (72, 36)"):
+        convert(state, **(given | {"num_key_value_heads": 3}))
+    with refused("xpos", "rope or none"):
+        convert(state, **(given | {"position_embedding": "xpos"}))
+    for change, words in (
+        ({"position_embedding": "xpos"}, ["xpos", "rope or none"]),
+        ({"is_causal": False}, ["is_causal=False"]),
+        ({"embedding_scale": 2.0}, ["embedding_scale=2.0"]),
+    ):
+        with refused(*words):
+            export_checkpoint(make_llama(**change)[0], "llama_fused")
+    with refused("format_name='llama'", "torchscale or llama_fused"):
+        export_checkpoint(model, "llama")
+    with refused("LongNetImageEncoder", "longvit"):
+        export_checkpoint(LongNetImageEncoder(LongNetImageConfig(num_hidden_layers=1)), "llama_fused")
 
 
 def test_command_line(tmp_path, capsys):
