@@ -1,6 +1,0 @@
-from .backend import Backend
-
-
-class TritonBackend(Backend):
-    def unavailable(self, query):
-        return "stub"
