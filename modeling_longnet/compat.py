@@ -36,6 +36,20 @@ except ImportError as error:
 else:
     flash_attn_missing = None
 
+# --- Triton. Checked with 3.6 and 3.9.
+# Without `knobs` the kernels count as compiled, so CPU tensors are refused. Without `gdc_*` launches do not overlap.
+try:
+    from triton.knobs import runtime as _triton_runtime
+
+    TRITON_IS_INTERPRETED = bool(_triton_runtime.interpret)
+except (ImportError, AttributeError):
+    TRITON_IS_INTERPRETED = False
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+HAS_TRITON_GDC = gdc_wait is not None
+
 # --- Accelerate: the state that Accelerator and Trainer share. Checked with 1.15.
 # Without `_shared_state` the public constructor returns the same state, slower. `SequenceSharding` overrides the
 # private hook `_validate_accelerator`, which otherwise refuses sizes above 1 on a CPU.
