@@ -1,7 +1,6 @@
 """A text read chunk by chunk: the same numbers as one forward, bounded memory, resumable, never half saved."""
 
 import copy
-import importlib.util
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
+from examples import stream as stream_example
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, stream, streaming
 
 VOCABULARY = 97
@@ -286,16 +286,12 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens(model):
 
 
 def test_the_example_tokenizes_piece_by_piece(tmp_path, monkeypatch):
-    path = Path(__file__).parent.parent / "examples" / "stream.py"
-    spec = importlib.util.spec_from_file_location("stream_example", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    monkeypatch.setattr(example, "PIECE", 10)
+    monkeypatch.setattr(stream_example, "PIECE", 10)
     text = tmp_path / "text"
     text.write_text("one line\n\nanother, much longer than a piece\nänd thé last", "utf-8")
     tokenizer = ByT5Tokenizer()
     whole = tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
-    assert example.tokenize(text, tokenizer, str(tmp_path)).tolist() == whole
+    assert stream_example.tokenize(text, tokenizer, str(tmp_path)).tolist() == whole
     text.write_text("")
     with pytest.raises(ValueError, match="holds no text"):
-        example.tokenize(text, tokenizer, str(tmp_path))
+        stream_example.tokenize(text, tokenizer, str(tmp_path))

@@ -1,14 +1,16 @@
 """Tables and plots of the results in `results/`: rebuilt from the JSON files, nothing is typed by hand.
 
-    python examples/paper/figures.py [--results examples/paper/results/full]
+    python -m examples.paper.figures [--results examples/paper/results/full]
 
 Writes `summary.md` and the plots beside the JSON files, the README's tables, and `patterns.png`: which keys each head
 sees, the path between two tokens, and the memory of the cache, all counted from the pattern itself.
 """
 
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.paper.figures")
+
 import argparse
 import json
-import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -17,17 +19,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.figures import fill_markers
+from benchmarks.run import describe
+from modeling_longnet.branches import make_branches
+from modeling_longnet.reference import count_branches
+
+from .cells import sweep_score
+from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from cells import sweep_score  # noqa: E402
-from patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern  # noqa: E402
-
-from benchmarks.figures import fill_markers  # noqa: E402
-from benchmarks.run import describe  # noqa: E402
-from modeling_longnet.branches import make_branches  # noqa: E402
-from modeling_longnet.reference import count_branches  # noqa: E402
-
 FULL = ROOT / "examples" / "paper" / "results" / "full"
 # Perplexity on The Stack of its models of 125M parameters, beyond the trained length with blockwise causal attention;
 # ours are small and not to be compared with them.
@@ -371,7 +371,7 @@ def main() -> None:
     results = load(folder)
     plot_patterns(folder / "patterns.png")
     if not results:
-        print(f"{folder} holds no results: run examples/paper/run.py first.")
+        print(f"{folder} holds no results. Run python -m examples.paper.run first.")
         return
     (folder / "summary.md").write_text(summarize(results))
     if any(name.startswith("tokens-") for name in results):
