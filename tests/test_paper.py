@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from examples.paper import cells, figures, patterns, recall, run
-from modeling_longnet.branches import count_work
+from modeling_longnet.testing import count_work
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}

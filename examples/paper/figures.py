@@ -19,10 +19,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.figures import fill_markers
+from benchmarks.figures import fill_markers, map_attention
 from benchmarks.run import describe
-from modeling_longnet.branches import make_branches
-from modeling_longnet.reference import count_branches
 
 from .cells import sweep_score
 from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern
@@ -254,9 +252,7 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
 
 def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int, length: int) -> np.ndarray:
     """Layers until the last token has heard of each token: (length,), counted on the pattern; 0 for itself."""
-    branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), heads, "interleaved")
-    positions = torch.arange(length)[None]
-    seen = (count_branches(branches, positions, positions) > 0).any(1)[0].double()
+    seen = (map_attention(segment_lengths, dilation_rates, heads, length) > 0).any(0).double()
     reached, steps = torch.zeros(length, dtype=torch.float64), np.full(length, -1)
     reached[-1] = 1
     for layer in range(64):
@@ -273,11 +269,9 @@ def plot_patterns(path: Path) -> None:
     segments, rates, heads = [16, 64, 256], [1, 4, 16], 16
     figure = Figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplots(1, 4)
-    branches = make_branches(tuple(segments), tuple(rates), heads, "interleaved")
-    positions = torch.arange(256)[None]
-    counts = count_branches(branches, positions, positions)[0]
+    weights = map_attention(segments, rates, heads, 256)
     for axis, head in zip(axes[:2], (0, 5), strict=True):
-        axis.imshow(counts[head].clamp(max=1), cmap="Blues")
+        axis.imshow(weights[head] > 0, cmap="Blues")
         axis.set(title=f"head {head} of {heads}", xlabel="key", ylabel="query")
     for length in (256, 1024):
         longer, rising = [16 * 4**i for i in range(4)], [min(4**i, heads) for i in range(4)]
