@@ -23,7 +23,7 @@ help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it back
-	$(VENV)/bin/python examples/demo.py $(ARGS)
+	$(RUN) examples.demo $(ARGS)
 
 test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
@@ -39,15 +39,15 @@ bench: $(READY) ## time against the rivals (BENCH=op for one), write benchmarks/
 	for name in $(BENCH); do $(RUN) benchmarks.run $$name $(ARGS) || exit 1; done
 
 paper: $(READY) ## redo the paper's comparisons, small; hours, goes on where it stopped (ARGS='--hours 2')
-	$(VENV)/bin/python examples/paper/run.py $(ARGS)
+	$(RUN) examples.paper.run $(ARGS)
 
 paper-quick: $(READY) ## the same at toy size, in a minute: shows that every step runs
-	$(VENV)/bin/python examples/paper/run.py --quick --results output/paper-quick
-	$(VENV)/bin/python examples/paper/figures.py --results output/paper-quick
+	$(RUN) examples.paper.run --quick --results output/paper-quick
+	$(RUN) examples.paper.figures --results output/paper-quick
 
 figures: $(READY) ## rebuild every table and plot from the JSON files of benchmarks/ and examples/paper/
 	$(RUN) benchmarks.figures $(ARGS)
-	$(VENV)/bin/python examples/paper/figures.py
+	$(RUN) examples.paper.figures
 
 clean: ## remove the environments and caches
 	rm -rf .venv .venv-transformers-* .pytest_cache .ruff_cache .hypothesis *.egg-info build

@@ -1,19 +1,22 @@
-"""What sequences shared among devices cost: bytes that travel, balance of work, memory.
+"""The cost of sharing a sequence among devices: bytes sent, balance of work, memory.
 
-- measured: gloo processes with a fixed number of tokens each, so that the sequence grows with them. The bytes that
-  the collectives carried are counted where they are called, and must be those that the plan says.
+- measured: gloo processes with a fixed number of tokens each, so that the sequence grows with them. The bytes of each
+  collective are counted from its own arguments and must equal the plan's.
 - simulated: the same plans for up to 1,024 devices and 10^9 tokens, in integers only.
 
-Beside ours stands what a device would get by gathering every branch's rows over the whole group (as TorchScale) and
-by ring attention (all keys and values go round). Bytes are those a device receives in one layer's forward.
+Two other methods are counted beside ours: gathering the kept tokens of every branch over the whole group (TorchScale)
+and ring attention (all keys and values pass every device). Bytes are those that a device receives in one layer's
+forward pass.
 
-Letters: w, r segment length and dilation rate, G key/value heads, D head dimension.
+Letters: w, r segment length and dilation rate, G key/value heads, D head dimension, n tokens of a shard.
 """
 
 import argparse
 import json
 import math
 import tempfile
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +26,10 @@ from matplotlib.figure import Figure
 from torch.multiprocessing import spawn
 from tqdm import tqdm
 
-from modeling_longnet.branches import Branch, Chunk, chunk_rows, make_branches
-from modeling_longnet.testing import AttentionPlan
-from modeling_longnet.sharding import (
-    Shard,
-    ShardInputs,
-    attend_sharded,
-    count_received,
-    outside_rows,
-    plan_exchange,
-    shard_borders,
-)
+from modeling_longnet import LongNetConfig, LongNetModel
+from modeling_longnet.testing import Shard, count_received, halo_slices, make_branches, shard_borders, whole_batch
 
-HEADS, HEAD_DIM = 12, 64
+HEADS, HEAD_DIM, VOCABULARY = 12, 64, 97
 # A key and a value in bfloat16.
 ROW_BYTES = 2 * HEAD_DIM * 2
 MEASURED = ((512, 1024, 2048), (1, 2, 4))
@@ -49,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("configuration/longnet-billion.json"))
 
 
-def whole_group_rows(branches: tuple[Branch, ...], n: int, devices: int) -> int:
+def whole_group_rows(branches: tuple, n: int, devices: int) -> int:
     """Rows a device would get if each branch longer than a shard were gathered over the whole group."""
     return sum((devices - 1) * math.ceil(n / b.r) * len(b.offsets) for b in branches if b.w > n)
 
@@ -60,7 +54,7 @@ def ring_rows(n: int, devices: int) -> int:
 
 
 class _Carried:
-    """Counts the bytes that cross processes in `all_to_all_single`, by its own arguments."""
+    """Counts the bytes that `all_to_all_single` receives from other processes, from its arguments."""
 
     def __init__(self, rank: int):
         self.rank, self.received, self._call = rank, [], dist.all_to_all_single
@@ -72,68 +66,79 @@ class _Carried:
 
 
 def _measure(rank: int, processes: int, n: int, folder: str) -> None:
-    """One process: attention forward and backward; rank 0 writes what all of them counted and carried."""
+    """Run one layer forward and backward in one process; rank 0 writes the bytes that each rank received."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    torch.manual_seed(rank)
-    branches = make_branches(*MEASURED, HEADS, "interleaved")
-    shard = Shard(dist.group.WORLD, rank, shard_borders(n * processes, processes, MEASURED[0][0]))
-    chunks = (Chunk(0, 1, 0, shard.total, 0, shard.total),)
-    exchange = plan_exchange(shard._replace(group=None), chunks, branches, True, 1, torch.device("cpu"))
-    plan = Plan(shard.cut_chunks(chunks, rank), branches, True, HEAD_DIM**-0.5, "torch", False)
-    inputs = torch.randn(3, 1, shard.end - shard.begin, HEADS, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=VOCABULARY, hidden_size=HEADS * HEAD_DIM, intermediate_size=HEAD_DIM, num_hidden_layers=1,
+        num_attention_heads=HEADS, segment_lengths=MEASURED[0], dilation_rates=MEASURED[1],
+    )  # fmt: skip
+    model = LongNetModel(config).bfloat16()
+    model.set_sequence_group(dist.group.WORLD)
+    tokens = torch.randint(VOCABULARY, (1, n * processes))
     carried = dist.all_to_all_single = _Carried(rank)
-    attend_sharded(*inputs, ShardInputs(shard.group, plan, exchange)).float().square().sum().backward()
-    forward, backward = carried.received
-    own = {"received": sum(exchange.receive_counts) * ROW_BYTES, "sent": sum(exchange.send_counts) * ROW_BYTES}
+    model(tokens, use_cache=False).last_hidden_state.float().square().sum().backward()
     results = [None] * processes
-    dist.all_gather_object(results, own | {"forward": forward, "backward": backward})
+    dist.all_gather_object(results, carried.received)
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 def measure(processes: int, n: int) -> dict:
-    """Bytes of each rank, counted and carried, and what the other ways would carry.
+    """Bytes that each rank received, and what the other methods would send.
 
     Raises:
         RuntimeError: the collectives carried other bytes than the plan counts.
     """
     with tempfile.TemporaryDirectory() as folder:
         spawn(_measure, (processes, n, folder), nprocs=processes)
-        ranks = json.loads(Path(folder, "result.json").read_text())
-    for rank, x in enumerate(ranks):
-        if (x["forward"], x["backward"]) != (x["received"], x["sent"]):
-            raise RuntimeError(f"rank {rank} of {processes}: counted and carried bytes differ: {x}.")
+        forward, backward = zip(*json.loads(Path(folder, "result.json").read_text()), strict=True)
     branches = make_branches(*MEASURED, HEADS, "interleaved")
+    borders = shard_borders(n * processes, processes, branches[0].w)
+    counted = ROW_BYTES * np.array([count_rows(borders, branches, rank) for rank in range(processes)])
+    if (counted.sum(1).tolist(), counted.sum(0).tolist()) != (list(forward), list(backward)):
+        raise RuntimeError(f"{processes} processes: counted {counted.tolist()}, carried {forward}, back {backward}.")
     return {
         "processes": processes,
         "tokens": processes * n,
-        "received": [x["forward"] for x in ranks],
-        "returned": [x["backward"] for x in ranks],
+        "received": forward,
+        "returned": backward,
         "whole_group": whole_group_rows(branches, n, processes) * ROW_BYTES,
         "ring": ring_rows(n, processes) * ROW_BYTES,
     }
 
 
-def _pairs(shard: Shard, chunks: tuple[Chunk, ...], branches: tuple[Branch, ...], rank: int) -> int:
-    """Pairs of a query and a key that a rank computes, causal, over all heads and branches."""
-    pieces = (r for c in shard.cut_chunks(chunks, rank) for b in branches for r in chunk_rows(c, b, False))
-    return sum(p.segments * p.heads * (p.rows * (p.rows + 1) // 2 + p.rows * p.before) for p in pieces)
+def count_pairs(begin: int, end: int, branches: tuple) -> int:
+    """Pairs of a query in [begin, end) and a key that it sees, causal, over all heads and branches."""
+    pairs = 0
+    for w, r, offsets in branches:
+        starts = np.arange(begin - begin % w, end, w)
+        for offset, heads in Counter(offsets).items():
+            # Kept tokens of each segment before `begin` and before `end`.
+            low, high = ((np.clip(x - starts, 0, w) - offset + r - 1).clip(0) // r for x in (begin, end))
+            pairs += heads * int((high * (high + 1) - low * (low + 1)).sum()) // 2
+    return pairs
 
 
-def simulate(devices: int, n: int, branches: tuple[Branch, ...]) -> dict:
+def count_rows(borders: tuple[int, ...], branches: tuple, rank: int) -> np.ndarray:
+    """Keys that a rank receives from each rank, in one layer's forward pass: (devices,), read from the plan."""
+    shard = Shard(None, rank, borders)
+    return count_received(shard, list(halo_slices(shard, whole_batch(1, borders[-1]), branches, True, rank)))
+
+
+def simulate(devices: int, n: int, branches: tuple) -> dict:
     """Bytes, work and memory of every device of a group, from the plans alone."""
     length = devices * n
-    shard = Shard(None, 0, shard_borders(length, devices, branches[0].w))
-    chunks = (Chunk(0, 1, 0, length, 0, length),)
+    borders = shard_borders(length, devices, branches[0].w)
     received, sent = np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
     for rank in tqdm(range(devices), desc=f"{devices} devices", mininterval=1):
-        counts = count_received(shard, list(outside_rows(shard, chunks, branches, True, rank)))
+        counts = count_rows(borders, branches, rank)
         received[rank] = counts.sum()
         sent += counts
-    work = np.array([_pairs(shard, chunks, branches, rank) for rank in range(devices)], dtype=float)
-    shard_length = shard.borders[1]
+    work = np.array([count_pairs(*pair, branches) for pair in pairwise(borders)], dtype=float)
+    shard_length = borders[1]
     return {
         "devices": devices,
         "tokens": length,

@@ -1,13 +1,14 @@
-"""Decoding and reading on: a step's time against the context, against a dense model, and a stream's memory.
+"""Decoding: a step's time against the context and against a dense model; prefill speed; the memory of a stream.
 
-A model with random weights; times do not depend on them. The dense one is Transformers' Llama of the same sizes with
-its DynamicCache, joined anew with each token; both also continue a batch of texts at once, which read the weights
-together. "products" is the floor of a step: the model's products of weights and vectors, and one attention call a layer
-on as many keys as a token sees on average, lying together. The stream is a tiny model in a process of its own.
+Weights are random; times do not depend on them. The dense model is Transformers' Llama of the same sizes with its
+DynamicCache, which is copied at each token. Both also decode a batch of sequences at once. "products" is the lower
+bound of a step: the products of the weights with one vector each, and one attention call per layer over as many
+contiguous keys as a token sees on average. The stream is a tiny model in a process of its own.
 """
 
 import argparse
 import copy
+import inspect
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -17,8 +18,7 @@ from matplotlib.figure import Figure
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM
-from modeling_longnet.branches import count_work
-from modeling_longnet.testing import CACHE
+from modeling_longnet.testing import count_work
 
 from .measure import spread, time_alternately
 from .stream import read_along
@@ -28,6 +28,8 @@ SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_at
 TINY = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
 CHUNK = 32_768
 RIVALS = ("dense", "longnet")
+# Transformers 5.17 and 5.24 name this argument differently; LongNet takes both names.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -95,21 +95,25 @@ def fill_markers(text: str, name: str, content: str) -> str:
     return filled
 
 
-def draw_branches(path: Path) -> None:
-    """Draw who sees whom: each branch of a small pattern alone, then their mix, by the op itself.
+def map_attention(segment_lengths: list[int], dilation_rates: list[int], heads: int, tokens: int) -> torch.Tensor:
+    """Return the attention weights of the op when all scores are equal: (heads, tokens, tokens).
 
-    With zero scores every key a query sees weighs the same, and with the identity as values the
-    output is the attention map.
+    With the identity as values, the output is the map of the weights.
     """
+    scores = torch.zeros(1, 1, tokens, tokens).expand(1, heads, -1, -1)
+    values = torch.eye(tokens).expand(1, heads, -1, -1)
+    return dilated_attention(scores, scores, values, segment_lengths, dilation_rates, backend="eager")[0]
+
+
+def draw_branches(path: Path) -> None:
+    """Draw which keys a query sees: each branch of a small pattern alone, then all of them, by the op itself."""
     tokens, pattern = 64, {16: 1, 32: 2, 64: 4}
-    zeros = torch.zeros(1, 2, tokens, tokens)
-    values = torch.eye(tokens).expand(1, 2, -1, -1)
     panels = {f"w={w}, r={r}": ([w], [r]) for w, r in pattern.items()}
     panels["all, mixed"] = (list(pattern), list(pattern.values()))
     figure = Figure(figsize=(2.4 * len(panels), 5))
     axes = figure.subplots(2, len(panels), sharex=True, sharey=True)
     for column, (title, branches) in enumerate(panels.items()):
-        weights = dilated_attention(zeros, zeros, values, *branches, backend="eager")[0]
+        weights = map_attention(*branches, 2, tokens)
         axes[0][column].set_title(title)
         for head in range(2):
             # The root lets the many small weights of late queries be seen beside the early ones.

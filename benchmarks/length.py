@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
-from modeling_longnet.branches import count_work
+from modeling_longnet.testing import count_work
 
 from . import op
 from .measure import DTYPES, Call, peak_bytes, seconds_of, spread

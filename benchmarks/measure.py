@@ -40,12 +40,14 @@ def spread(samples: list[float]) -> Spread:
 
 
 def seconds_of(call: Call) -> float:
-    """Seconds of one call, its result freed outside the measured time: wall-clock, or where this process uses a GPU the
-    GPU's own from begin to end, as in a loop whose next calls are queued before the last are done."""
+    """Seconds of one call without freeing its result: wall-clock time, or the GPU's own once this process uses one.
+
+    On a GPU the call is launched while the GPU is busy, as in a loop that is not launch-bound.
+    """
     if torch.cuda.is_initialized():
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(GPU_LEAD)  # the call is queued meanwhile
+        torch.cuda._sleep(GPU_LEAD)  # the call is launched meanwhile
         begin.record()
         result = call()
         end.record()
@@ -59,8 +61,8 @@ def seconds_of(call: Call) -> float:
     return end - begin
 
 
-def queueing_seconds(call: Call) -> float:
-    """Wall-clock seconds until a call on a GPU returns, its work queued and not yet done."""
+def launch_seconds(call: Call) -> float:
+    """CPU seconds to launch a call on a GPU: until it returns, its work not yet done."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     result = call()

@@ -3,11 +3,11 @@
     git clone https://github.com/microsoft/torchscale /tmp/torchscale && pip install einops
     python -m benchmarks.run peers --torchscale /tmp/torchscale
 
-TorchScale's `DilatedAttention` runs as released, causal, its projections replaced by nothing. Where it finds no
-flash-attention package, so on every CPU, the kernel that ours calls stands in. Both take q, k, v as projections leave
-them. What differs is how rows are brought to the kernel and results back, in calls of what size, and the backward
-pass. Errors are against the dense reference in float64 with TorchScale's head offsets ("blocked"), in the Euclidean
-norm.
+TorchScale's `DilatedAttention` runs as released, causal, with its projections replaced by the identity. Where it finds
+no flash-attention package, as on every CPU, it gets the kernel that ours calls. Both take q, k, v in the layout of the
+projections. They differ in how kept tokens reach the kernel and results return, in the size of the calls, and in the
+backward pass. Errors are relative to the dense reference in float64 with TorchScale's head offsets ("blocked"), in the
+Euclidean norm.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modeling_longnet import dilated_attention
-from modeling_longnet.attend import BACKENDS
-from modeling_longnet.attend_torch import join_rows
+from modeling_longnet.testing import TorchBackend, join_tokens
 
 from . import op
 from .measure import DTYPES, Call, git, package_version, peak_bytes, spread, time_alternately
 
 PEERS = ("ours", "torchscale")
+KERNEL = TorchBackend()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Kernel(torch.autograd.Function):
-    """What stands in for flash-attention's function: (B, L, H, D) in and out, the lse (B, H, L) not differentiated."""
+    """Stands in for flash-attention's function: (B, L, H, D) in and out, the lse (B, H, L) not differentiated."""
 
     @staticmethod
     def forward(ctx, query, key, value, is_causal):
         inputs = [x.transpose(1, 2) for x in (query, key, value)]
         ctx.is_causal, ctx.scale = is_causal, query.shape[-1] ** -0.5
-        parts = BACKENDS["torch"].forward(*inputs, is_causal, ctx.scale)
-        _, outs, lses = zip(*parts, strict=True)
-        out, lse = join_rows(*outs), torch.cat(lses, 2)
+        _, outs, lses = zip(*KERNEL.forward(*inputs, is_causal, ctx.scale), strict=True)
+        out, lse = join_tokens(*outs), torch.cat(lses, 2)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.mark_non_differentiable(lse)
         return out.transpose(1, 2), lse
@@ -61,7 +60,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         grad_out = grad_out.transpose(1, 2)
-        grads = BACKENDS["torch"].backward(grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
+        grads = KERNEL.backward(grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
         return *(x.transpose(1, 2) for x in grads), None
 
 

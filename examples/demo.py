@@ -8,9 +8,12 @@ import our package. `output` then holds
     perplexity.json   the table, and perplexity.png the plot, with the loss curve
     sample.txt        what the loaded model wrote
 
-    python examples/demo.py --text my_folder --steps 1000 --output my_demo
-    python examples/demo.py --quick True
+    python -m examples.demo --text my_folder --steps 1000 --output my_demo
+    python -m examples.demo --quick True
 """
+
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.demo")
 
 import json
 import os
@@ -23,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import TextArguments, join_documents, load_text, tokenize
-from evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_results
-from finetune import ModelArguments, make_trainer, run
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+
+from .corpus import TextArguments, join_documents, load_text, tokenize
+from .evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_results
+from .finetune import ModelArguments, make_trainer, run
 
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 LOADER = Path(__file__).with_name("load_remote.py")

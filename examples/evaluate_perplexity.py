@@ -1,6 +1,6 @@
 """Perplexity of any causal language model on the same targets under several context lengths.
 
-    python examples/evaluate_perplexity.py --model out/model --trust_remote_code True \\
+    python -m examples.evaluate_perplexity --model out/model --trust_remote_code True \\
         --text python --contexts 256 1024 4096 16384 65536
 
 Under a context of c tokens a window of c tokens slides over a document by half its length, and the
@@ -8,6 +8,9 @@ second half of each window is scored: every target sees at least c / 2 and fewer
 scored stretches, `targets` tokens long, are the same for all c; a window longer than twice such a
 stretch ends with it. Writes `perplexity.json` and `perplexity.png`.
 """
+
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.evaluate_perplexity")
 
 import io
 import json
@@ -26,7 +29,6 @@ import evaluate
 import numpy as np
 import torch
 import transformers
-from corpus import TextArguments, join_documents, load_text, tokenize
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -38,6 +40,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .corpus import TextArguments, join_documents, load_text, tokenize
 
 METRIC = Path(__file__).parent / "perplexity_by_context"
 BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
@@ -339,10 +343,17 @@ def write_whole(file: Path, content: bytes) -> None:
     partial.replace(file)
 
 
+def command_line() -> str:
+    """Return the command that started this process, with the module's name instead of its file."""
+    module = sys.modules["__main__"].__spec__
+    started = ["-m", module.name] if module else sys.argv[:1]
+    return shlex.join(["python", *started, *sys.argv[1:]])
+
+
 def describe_machine() -> dict[str, str]:
     """What a result file says of the command, the machine, the versions and the day."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "machine": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -1,11 +1,14 @@
 """What does it cost to let a dense model attend dilated? A small Llama, trained here, tells it in minutes.
 
-    python examples/extend_llama.py [--text stdlib] [--output extended]
+    python -m examples.extend_llama [--text stdlib] [--output extended]
 
 A Llama is trained on short sequences of real text. Then the same weights attend dilated; then they are fine-tuned
 so on longer sequences. Beside it the dense model gets the same fine-tuning, so that the table also says what dense
 attention would have reached. All are scored on the same held-out tokens under growing contexts.
 """
+
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.extend_llama")
 
 import argparse
 import copy
@@ -13,9 +16,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
-from evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison
-from optimizer import MuonAndAdamW
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,13 +29,17 @@ from transformers import (
 
 from modeling_longnet import use_dilated_attention
 
+from .corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
+from .evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison
+from .optimizer import MuonAndAdamW
+
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 SIZES |= {"num_key_value_heads": 3, "tie_word_embeddings": True}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", default="stdlib", help="as in examples/finetune.py")
+    parser.add_argument("--text", default="stdlib", help="as in examples.finetune")
     parser.add_argument("--output", type=Path, default=Path("extended"), help="folder for the model, JSON and PNG")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence in the first training")
     parser.add_argument("--steps", type=int, default=300, help="of the first training, 8 sequences each")

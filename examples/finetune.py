@@ -1,24 +1,25 @@
 """Trains a causal language model on long packed sequences with the stock Trainer.
 
-    python examples/finetune.py --config configuration/longnet-demo.json --text stdlib \\
+    python -m examples.finetune --config configuration/longnet-demo.json --text stdlib \\
         --output_dir out --max_steps 500 --learning_rate 2e-3
-    python examples/finetune.py --model_name_or_path out --text my_folder --output_dir more
-    python examples/finetune.py settings.json
-    accelerate launch --config_file configuration/accelerate/ddp.yaml examples/finetune.py ...
+    python -m examples.finetune --model_name_or_path out --text my_folder --output_dir more
+    python -m examples.finetune settings.json
+    accelerate launch --config_file configuration/accelerate/ddp.yaml -m examples.finetune ...
 
 Every option of `TrainingArguments` works: `--bf16`, `--gradient_accumulation_steps`,
 `--resume_from_checkpoint last`, `--push_to_hub`. `output_dir` holds the model, its tokenizer and,
 for a LongNet, the code that loads it without this package.
 """
 
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.finetune")
+
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
 from datasets import DatasetDict
-from optimizer import MuonAndAdamW
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -32,6 +33,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
+
+from .corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
+from .optimizer import MuonAndAdamW
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
     python examples/load_remote.py FOLDER EXPECTED.safetensors SAMPLE.txt
 
+This file imports none of the other examples, so that it also runs where only the folder was copied to.
+
 Compares the logits with those saved beside `input_ids` when the folder was written, and lets the
 model continue a prompt.
 """

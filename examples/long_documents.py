@@ -1,8 +1,8 @@
 """Long documents, before and after: fine-tune a model on long documents, score it on others, let it continue them.
 
     make demo                                      # once: the model to start from, output/model
-    python examples/long_documents.py
-    python examples/long_documents.py --text my_books --sequence-lengths 16384
+    python -m examples.long_documents
+    python -m examples.long_documents --text my_books --sequence-lengths 16384
 
 By default a document is the folder of one of Transformers' models, file after file: names that its configuration
 sets are used in its modeling code, and its classes resemble each other. The same model is fine-tuned on the documents
@@ -14,17 +14,16 @@ The folder `output` then holds
     samples.md         how each model goes on where a held-out document is cut
 """
 
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.long_documents")
+
 import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from corpus import TextArguments, join_documents, load_text, tokenize
 from datasets import DatasetDict
-from demo import bfloat16_pays
-from evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison, write_whole
-from finetune import ModelArguments, make_trainer, run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +33,11 @@ from transformers import (
     set_seed,
 )
 
+from .corpus import TextArguments, join_documents, load_text, tokenize
+from .demo import bfloat16_pays
+from .evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison, write_whole
+from .finetune import ModelArguments, make_trainer, run
+
 SHOWN_TOKENS = 80  # of a prompt, in samples.md
 
 
@@ -41,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="output/model", help="folder or Hub name of the model to start from")
     parser.add_argument(
-        "--text", help="as in examples/finetune.py; not what the model was trained on, or 'before' is too good"
+        "--text", help="as in examples.finetune; not what the model was trained on, or 'before' is too good"
     )
     parser.add_argument("--split-seed", type=int, default=0, help="another seed holds out other documents")
     parser.add_argument(
@@ -67,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def tune(arguments: argparse.Namespace, text: DatasetDict, length: int, bfloat16: bool) -> PreTrainedModel:
-    """Fine-tune by `finetune.py`, as `python examples/finetune.py --sequence_length LENGTH ...` would."""
+    """Fine-tune by `finetune.py`, as `python -m examples.finetune --sequence_length LENGTH ...` would."""
     model = ModelArguments(
         model_name_or_path=arguments.model, sequence_length=length, muon_learning_rate=10 * arguments.learning_rate
     )

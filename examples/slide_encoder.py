@@ -1,6 +1,6 @@
 """A slide encoder on generated tiles: batches of ragged slides, embeddings, and a picture of where CLS looks.
 
-    python examples/slide_encoder.py [--model FOLDER] [--output slide.png]
+    python -m examples.slide_encoder [--model FOLDER] [--output slide.png]
 
 Without --model it builds an untrained encoder of a small size: the picture then shows how the branches spread
 attention, not what a trained model looks for. With Prov-GigaPath's own weights, first convert them:

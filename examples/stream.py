@@ -1,6 +1,6 @@
 """Read a text of any length with a LongNet in constant memory: perplexity so far, throughput, resumable.
 
-    python examples/stream.py MODEL_FOLDER TEXT_FILE --state reading.safetensors
+    python -m examples.stream MODEL_FOLDER TEXT_FILE --state reading.safetensors
 
 Stop it at any time (Ctrl-C, a kill). The same command resumes from the last saved state.
 """

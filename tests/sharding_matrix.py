@@ -114,12 +114,12 @@ def test_killed_process_ends_the_others_with_an_error(data, one_process_trainer,
 
 
 def _finetune(folder: Path, name: str, *launcher: str) -> torch.Tensor:
-    """The losses of two steps of examples/finetune.py."""
+    """The losses of two steps of `python -m examples.finetune`."""
     options = ["--vocab_size", "300", "--sequence_length", "61", "--held_out", "0.3", "--max_steps", "2"]
     options += ["--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True"]
     paths = ["--config", folder / "config.json", "--text", folder / "text", "--output_dir", folder / name]
     subprocess.run(
-        [sys.executable, *launcher, ROOT / "examples" / "finetune.py", *paths, *options],
+        [sys.executable, *launcher, "-m", "examples.finetune", *paths, *options],
         env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=True, timeout=240,
     )  # fmt: skip

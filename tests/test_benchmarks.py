@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -38,10 +39,28 @@ def test_bad_pattern_is_refused(text):
 
 
 @pytest.mark.parametrize(("count", "unit"), [(5, 1 << 20), (17, 3 << 20), (3, 20 << 20)])
-def test_floor_calls_cover_every_attention_once(count, unit):
+def test_kernel_calls_cover_every_attention_once(count, unit):
     sizes = op._call_sizes(count, unit, "cpu")
     assert sum(sizes) == count
-    assert all(size == 1 or size * unit <= op.FLOOR_BYTES_PER_CALL for size in sizes)
+    assert all(size == 1 or size * unit <= op.KERNEL_BYTES_PER_CALL for size in sizes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", op.MODES)
+def test_the_strided_kernel_computes_what_ours_computes(mode, dtype):
+    """The recorded calls cover each kept token of each head once, and hold views, not copies."""
+    case, pattern = op.Case(1000, 6, 8, dtype, mode, 1), "440/1 600/4"
+    recorded = op.record_calls(case, pattern)
+    groups = {"forward": [calls[:3] for calls in recorded.forward_calls]}
+    groups["backward"] = [calls[1:4] for calls in recorded.backward_calls]
+    assert bool(groups["backward"]) == case.backward
+    for calls in filter(None, groups.values()):
+        kept = sum((Counter({q.shape[2]: q.shape[0] * q.shape[1]}) for q, _, _ in calls), Counter())
+        assert kept == sum(op.count_kept(case.length, case.heads, pattern), Counter())
+        assert {x.untyped_storage().nbytes() for views in calls for x in views} == {
+            case.length * case.heads * case.head_dim * calls[0][0].element_size()
+        }
+    op.prepare(op.STRIDED, case, pattern)()
 
 
 def test_contestants_alternate():
@@ -84,6 +103,10 @@ def test_small_run_reaches_the_readme(tmp_path):
     assert [(s["length"], s["mode"]) for s in summary] == [(length, mode) for mode in op.MODES for length in (64, 96)]
     assert summary[0]["ideal_speedup"] < summary[1]["ideal_speedup"]
     assert all(s["error"] < 1e-5 for s in summary)
+    old = {new: name for name, new in op.RENAMED.items()}
+    older = result | {"rows": [row | {"who": old.get(row["who"], row["who"])} for row in result["rows"]]}
+    assert {"floor", "rows", "result"} < {row["who"] for row in older["rows"]}
+    assert op.tables(older) == op.tables(result)
     figures.main(["--results", str(path.parent), "--pages", str(readme), "--docs", str(tmp_path)])
     text = readme.read_text()
     assert text.startswith("before\n")

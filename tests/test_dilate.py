@@ -34,6 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from examples.evaluate_perplexity import EvaluationArguments, load_model
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.attention_context import config_branches
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
@@ -434,11 +435,8 @@ def test_calls_that_do_not_fit_are_refused():
         use_dilated_attention(model, *BRANCHES).train()(ids)
 
 
-def test_evaluation_with_other_branches(tmp_path, monkeypatch):
-    """examples/evaluate_perplexity.py --segment_lengths: a LongNet's are replaced, a Llama becomes dilated."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
-    from evaluate_perplexity import EvaluationArguments, load_model
-
+def test_evaluation_with_other_branches(tmp_path):
+    """`examples.evaluate_perplexity --segment_lengths`: a LongNet's are replaced, a Llama becomes dilated."""
     given = {"segment_lengths": [8, 32], "dilation_rates": [1, 4]}
     ids = ids_of(1, 41)
     llama = make_model()
@@ -489,7 +487,7 @@ def test_the_example_that_extends_a_llama(tmp_path):
     root = Path(__file__).parent.parent
     output = tmp_path / "output"
     subprocess.run(
-        [sys.executable, root / "examples" / "extend_llama.py", "--text", tmp_path, "--output", output, *sizes.split()],
+        [sys.executable, "-m", "examples.extend_llama", "--text", tmp_path, "--output", output, *sizes.split()],
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=tmp_path, check=True,
     )  # fmt: skip
     results = json.loads((output / "perplexity.json").read_text())["results"]

@@ -13,16 +13,11 @@ import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from examples import corpus, evaluate_perplexity, finetune
+from examples.optimizer import MuonAndAdamW
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))  # they are scripts, not a package
-
-import corpus  # noqa: E402
-import evaluate_perplexity  # noqa: E402
-import finetune  # noqa: E402
-from optimizer import MuonAndAdamW  # noqa: E402
-
+ROOT = Path(__file__).parent.parent
 TINY = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -307,6 +302,13 @@ class TestTraining:
             finetune.load_model(finetune.ModelArguments(), {})
 
 
+@pytest.mark.parametrize("name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents"])
+def test_run_by_path_names_the_command(name):
+    done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"Run this as a module from the repository's root: python -m examples.{name}\n"
+
+
 def test_demo_then_long_documents(packages, tmp_path):
     """The folder that the demo writes is loaded by itself in a process without the package, and fine-tuned further."""
     for number in range(6):
@@ -314,12 +316,13 @@ def test_demo_then_long_documents(packages, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "longnet", **TINY}))
     output = tmp_path / "output"
-    command = [sys.executable, EXAMPLES / "demo.py", "--quick", "True", "--text", packages, "--config", config]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-m", "examples.demo", "--quick", "True", "--text", packages, "--config", config]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(
         [*command, "--steps", "2", "--output", output], env=environment, check=True, stdin=subprocess.DEVNULL
     )
     results = json.loads((output / "perplexity.json").read_text())
+    assert results["command"].startswith("python -m examples.demo --quick True --text ")
     assert len(results["perplexity"]) == len(results["contexts"]) > 1
     assert (output / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert "class Shape" in (output / "sample.txt").read_text()
@@ -329,7 +332,7 @@ def test_demo_then_long_documents(packages, tmp_path):
 
     tuned = tmp_path / "tuned"
     sizes = "--steps 2 --step-tokens 512 --sequence-lengths 128 512 --contexts 64 128 --targets 64 --blocks 1"
-    command = [sys.executable, EXAMPLES / "long_documents.py", "--model", output / "model", "--text", packages]
+    command = [sys.executable, "-m", "examples.long_documents", "--model", output / "model", "--text", packages]
     command += ["--output", tuned, "--samples", "1", "--sample-tokens", "8", *sizes.split()]
     subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL)
     results = json.loads((tuned / "perplexity.json").read_text())["results"]

@@ -1,6 +1,7 @@
 """Rules of the house that a machine can hold: imports, configurations, the README's tree, hosts."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from modeling_longnet import LongNetConfig
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "modeling_longnet"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 CONFIGURATIONS = sorted(path.name for path in (ROOT / "configuration").glob("*.json"))
 # In two halves, so that this file does not hold what it looks for.
 REGISTRY_HOSTS = (
@@ -69,6 +71,22 @@ def test_imports_are_carried_to_a_saved_folder(module):
         assert level == 1, f"{module}.py imports from outside the flat package"
         assert name is not None, f"{module}.py: `from . import x` is not carried"
         assert "." not in name, f"{module}.py: sub-package {name} is not carried"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_import_public_names(path):
+    """Of the package they import what its `__init__` or `testing.py` lists, and they leave `sys.path` alone."""
+    text = path.read_text()
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom | ast.Import)]
+    for node in imports:
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            assert not any(name.startswith("modeling_longnet.") for name in names), names
+        elif not node.level and node.module.startswith("modeling_longnet"):
+            assert node.module in ("modeling_longnet", "modeling_longnet.testing"), node.module
+            assert set(names) <= set(importlib.import_module(node.module).__all__), names
+    # The benchmark against TorchScale imports a clone.
+    assert "sys.path" not in text or path.name == "peers.py"
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

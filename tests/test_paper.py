@@ -13,17 +13,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_longnet.branches import count_work
+from examples.paper import cells, figures, patterns, recall, run
+from modeling_longnet.testing import count_work
 
-PAPER = Path(__file__).parent.parent / "examples" / "paper"
-sys.path[:0] = [str(PAPER), str(PAPER.parent)]  # they are scripts, not a package
-
-import cells  # noqa: E402
-import figures  # noqa: E402
-import patterns  # noqa: E402
-import recall  # noqa: E402
-import run  # noqa: E402
-
+ROOT = Path(__file__).parent.parent
 SIZES = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 3, "position_embedding": "rope"}
 
@@ -57,20 +50,22 @@ def test_patterns_are_those_written_out(name, size, summary, length):
 
 def test_the_pipeline_at_toy_size(tmp_path):
     """Every cell, twice: the second run finds them all done; then tables and plots of them."""
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, PAPER / "run.py", "--quick", "--results", tmp_path],
-            env=os.environ | {"PYTHONPATH": str(PAPER.parent.parent)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    assert "done" not in done.stdout
-    shown = subprocess.run(
-        [sys.executable, PAPER / "figures.py", "--results", tmp_path], capture_output=True, text=True, check=True
-    ).stdout
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def shown_by(module: str, *options: str) -> str:
+        command = [sys.executable, "-m", f"examples.paper.{module}", *options, "--results", str(tmp_path)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "done" in shown_by("run", "--quick")
+    assert "done" not in shown_by("run", "--quick")
+    shown = shown_by("figures")
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert {name.split("-")[0] for name in results} == {
         "sweep", "base", "tokens", "time", "recall_base", "recall_base_longnet", "sweep_recall", "recall",
         "far",
     }  # fmt: skip
+    command = f"python -m examples.paper.run --quick --results {tmp_path}"
+    assert {result["command"] for result in results.values()} == {command}
     for name in ("tokens-dense-64-0", "tokens-longnet-128-0"):
         assert f"{results[name]['scores']['perplexity'][-1]:.2f}" in shown
     found = {rate: results[f"sweep-sparse-{rate:g}"]["scores"]["perplexity"][-1] for rate in (1e-3, 2e-3)}

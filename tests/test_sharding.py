@@ -93,11 +93,9 @@ def test_checksum_tells_places_apart(dtype):
 def test_benchmark_counts_every_pair_once(devices):
     """The simulated devices' work adds up to the pairs of tokens that see each other."""
     branches = make_branches((6, 15), (1, 4), 2, "interleaved")
-    shard = Shard(None, 0, shard_borders(43, devices, 6))
-    chunks = (Chunk(0, 1, 0, 43, 0, 43),)
     positions = torch.arange(43)[None]
     pairs = int(count_branches(branches, positions, positions).sum())
-    assert sum(communication._pairs(shard, chunks, branches, rank) for rank in range(devices)) == pairs
+    assert sum(communication.count_pairs(*x, branches) for x in pairwise(shard_borders(43, devices, 6))) == pairs
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)

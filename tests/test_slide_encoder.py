@@ -219,7 +219,7 @@ def test_an_image_encoder_takes_images_alone():
 def test_the_example_draws_a_slide(tmp_path):
     root = Path(__file__).parent.parent
     ran = subprocess.run(
-        [sys.executable, root / "examples" / "slide_encoder.py", "--sides", "7", "5", "--output", "slide.png"],
+        [sys.executable, "-m", "examples.slide_encoder", "--sides", "7", "5", "--output", "slide.png"],
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=tmp_path, check=True, text=True,
         capture_output=True,
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """A text read chunk by chunk: the same numbers as one forward, bounded memory, resumable, never half saved."""
 
 import copy
-import importlib.util
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
+from examples import stream as stream_example
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, Scored, cache_file, stream
 
 VOCABULARY = 97
@@ -311,35 +311,26 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens(model):
     assert max(sizes[5:]) - sizes[4] < 32 << 10
 
 
-@pytest.fixture
-def example():
-    path = Path(__file__).parent.parent / "examples" / "stream.py"
-    spec = importlib.util.spec_from_file_location("stream_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_example_prints_the_perplexity_of_a_finished_text_too(example, tmp_path, monkeypatch, capsys):
+def test_the_example_prints_the_perplexity_of_a_finished_text_too(tmp_path, monkeypatch, capsys):
     make_model(vocab_size=384).float().save_pretrained(tmp_path)
     ByT5Tokenizer().save_pretrained(tmp_path)
     text, state = tmp_path / "text", tmp_path / "state.safetensors"
     text.write_text("a text of a few words, read twice")
     monkeypatch.setattr(sys, "argv", ["stream.py", str(tmp_path), str(text), "--state", str(state)])
-    example.main()
+    stream_example.main()
     printed = capsys.readouterr().out
     assert re.fullmatch(r"33 tokens, perplexity \d+\.\d{3}\n", printed)
-    example.main()
+    stream_example.main()
     assert capsys.readouterr().out == printed
 
 
-def test_the_example_tokenizes_piece_by_piece(example, tmp_path, monkeypatch):
-    monkeypatch.setattr(example, "PIECE", 10)
+def test_the_example_tokenizes_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_example, "PIECE", 10)
     text = tmp_path / "text"
     text.write_text("one line\n\nanother, much longer than a piece\nänd thé last", "utf-8")
     tokenizer = ByT5Tokenizer()
     whole = tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
-    assert example.tokenize(text, tokenizer, str(tmp_path)).tolist() == whole
+    assert stream_example.tokenize(text, tokenizer, str(tmp_path)).tolist() == whole
     text.write_text("")
     with pytest.raises(ValueError, match="holds no text"):
-        example.tokenize(text, tokenizer, str(tmp_path))
+        stream_example.tokenize(text, tokenizer, str(tmp_path))

@@ -15,16 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from corpus import TextArguments, join_documents, load_text, load_tokenizer, tokenize
-from evaluate_perplexity import evaluate_contexts
-from optimizer import MuonAndAdamW
-from patterns import Pattern, count_keys, make_model, make_pattern
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.measure import highest_resident_bytes, resident_bytes, restart_highest_resident_bytes
+
+from ..corpus import TextArguments, join_documents, load_text, load_tokenizer, tokenize
+from ..evaluate_perplexity import evaluate_contexts
+from ..optimizer import MuonAndAdamW
+from .patterns import Pattern, count_keys, make_model, make_pattern
 
 BUCKETS = 16  # of positions, for the loss inside a held-out sequence
 

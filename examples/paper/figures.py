@@ -1,14 +1,16 @@
 """Tables and plots of the results in `results/`: rebuilt from the JSON files, nothing is typed by hand.
 
-    python examples/paper/figures.py [--results examples/paper/results/full]
+    python -m examples.paper.figures [--results examples/paper/results/full]
 
 Writes `summary.md` and the plots beside the JSON files, the README's tables, and `patterns.png`: which keys each head
 sees, the path between two tokens, and the memory of the cache, all counted from the pattern itself.
 """
 
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.paper.figures")
+
 import argparse
 import json
-import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -17,17 +19,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.figures import fill_markers, map_attention
+from benchmarks.run import describe
+
+from .cells import sweep_score
+from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from cells import sweep_score  # noqa: E402
-from patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern  # noqa: E402
-
-from benchmarks.figures import fill_markers  # noqa: E402
-from benchmarks.run import describe  # noqa: E402
-from modeling_longnet.branches import make_branches  # noqa: E402
-from modeling_longnet.reference import count_branches  # noqa: E402
-
 FULL = ROOT / "examples" / "paper" / "results" / "full"
 # Perplexity on The Stack of its models of 125M parameters, beyond the trained length with blockwise causal attention;
 # ours are small and not to be compared with them.
@@ -254,9 +252,7 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
 
 def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int, length: int) -> np.ndarray:
     """Layers until the last token has heard of each token: (length,), counted on the pattern; 0 for itself."""
-    branches = make_branches(tuple(segment_lengths), tuple(dilation_rates), heads, "interleaved")
-    positions = torch.arange(length)[None]
-    seen = (count_branches(branches, positions, positions) > 0).any(1)[0].double()
+    seen = (map_attention(segment_lengths, dilation_rates, heads, length) > 0).any(0).double()
     reached, steps = torch.zeros(length, dtype=torch.float64), np.full(length, -1)
     reached[-1] = 1
     for layer in range(64):
@@ -273,11 +269,9 @@ def plot_patterns(path: Path) -> None:
     segments, rates, heads = [16, 64, 256], [1, 4, 16], 16
     figure = Figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplots(1, 4)
-    branches = make_branches(tuple(segments), tuple(rates), heads, "interleaved")
-    positions = torch.arange(256)[None]
-    counts = count_branches(branches, positions, positions)[0]
+    weights = map_attention(segments, rates, heads, 256)
     for axis, head in zip(axes[:2], (0, 5), strict=True):
-        axis.imshow(counts[head].clamp(max=1), cmap="Blues")
+        axis.imshow(weights[head] > 0, cmap="Blues")
         axis.set(title=f"head {head} of {heads}", xlabel="key", ylabel="query")
     for length in (256, 1024):
         longer, rising = [16 * 4**i for i in range(4)], [min(4**i, heads) for i in range(4)]
@@ -371,7 +365,7 @@ def main() -> None:
     results = load(folder)
     plot_patterns(folder / "patterns.png")
     if not results:
-        print(f"{folder} holds no results: run examples/paper/run.py first.")
+        print(f"{folder} holds no results. Run python -m examples.paper.run first.")
         return
     (folder / "summary.md").write_text(summarize(results))
     if any(name.startswith("tokens-") for name in results):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.branches import count_work
+from modeling_longnet.testing import count_work
 
 LONGEST = 1 << 20  # a branch that cuts no text here
 RIVALS = ("dense", "longnet", "window", "sparse")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import save_weights, train
-from patterns import make_model, make_pattern
 from safetensors.torch import load_model
+
+from .cells import save_weights, train
+from .patterns import make_model, make_pattern
 
 KEYS = 128  # tokens of passages
 FILLER = 64

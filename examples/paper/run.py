@@ -1,12 +1,15 @@
 """The paper's comparison, small: trains what is missing, keeps every result, goes on where it stopped.
 
-    python examples/paper/run.py                  # hours on 2 cores; stop it and start it again at will
-    python examples/paper/run.py --part recall --hours 1
-    python examples/paper/run.py --quick          # every step at toy size, in a minute or two
-    python examples/paper/figures.py              # tables and plots of what there is
+    python -m examples.paper.run                  # hours on 2 cores; stop it and start it again at will
+    python -m examples.paper.run --part recall --hours 1
+    python -m examples.paper.run --quick          # every step at toy size, in a minute or two
+    python -m examples.paper.figures              # tables and plots of what there is
 
 Each cell is trained in a process of its own and leaves one JSON file in `--results` when it is done.
 """
+
+if not __package__:
+    raise SystemExit("Run this as a module from the repository's root: python -m examples.paper.run")
 
 import argparse
 import json
@@ -20,16 +23,14 @@ from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the other examples
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks
-
 import torch
-from cells import Text, load_documents, run_base_cell, run_text_cell, sweep_score, weights_fit
-from evaluate_perplexity import write_whole
-from patterns import RIVALS
-from recall import run_recall_cell
 
 from benchmarks.measure import describe_run
+
+from ..evaluate_perplexity import write_whole
+from .cells import Text, load_documents, run_base_cell, run_text_cell, sweep_score, weights_fit
+from .patterns import RIVALS
+from .recall import run_recall_cell
 
 RESULTS = Path(__file__).parent / "results"
 FULL = {
@@ -263,7 +264,7 @@ def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: Text | N
         Seconds of training.
     """
     torch.set_num_threads(settings["threads"])
-    run = describe_run() | {"command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]])}
+    run = describe_run() | {"command": shlex.join(["python", "-m", "examples.paper.run", *sys.argv[1:]])}
     run_kind = {"base": run_base_cell, "text": run_text_cell, "recall": run_recall_cell}[cell["kind"]]
     result = run_kind(cell, settings, folder, *([] if cell["kind"] == "recall" else [text]))
     write_whole(
@@ -351,7 +352,7 @@ def main() -> None:
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
         if not run_missing(make_cells(), settings, folder, text, until):  # what it needs the parts before it have left
             return
-    print(f"Every cell is there: {folder}; tables and plots by examples/paper/figures.py.")
+    print(f"Every cell is there: {folder}; for tables and plots run python -m examples.paper.figures.")
 
 
 if __name__ == "__main__":
