@@ -53,8 +53,12 @@ class LongNetAttention(torch.nn.Module):
         query, key, value = (self.project(hidden_states, p) for p in (self.q_proj, self.k_proj, self.v_proj))
         if context.rotary is not None:
             query, key = apply_rotary(query, context.rotary.query), apply_rotary(key, context.rotary.key)
-        out, weights = context.attend(query, key, value, self.layer_idx)
+        out, weights = self.attend(query, key, value, context)
         return self.out_proj(self.inner_attn_ln(out.flatten(-2))), weights
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext):
+        """Return (B, L, H, D), and the attention weights or None; a pattern of one's own replaces this method."""
+        return context.attend(query, key, value, self.layer_idx)
 
 
 class LongNetFeedForward(nn.Module):

@@ -1,5 +1,4 @@
-# ruff: noqa: F401
-"""Names from inside the package that tests, benchmarks and the paper's code may import. They may change in any release."""
+"""Names below the public API that tests, benchmarks and `examples/paper` may import. Any release may change them."""
 
 from .backend_strided import StridedBackend
 from .backend_torch import TorchBackend, join_tokens
@@ -7,3 +6,19 @@ from .backends import BACKENDS, choose_backend
 from .branches import count_work, make_branches, whole_batch
 from .compat import CACHE
 from .sharding_plan import Shard, count_received, halo_slices, shard_borders
+
+__all__ = [
+    "BACKENDS",
+    "CACHE",
+    "Shard",
+    "StridedBackend",
+    "TorchBackend",
+    "choose_backend",
+    "count_received",
+    "count_work",
+    "halo_slices",
+    "join_tokens",
+    "make_branches",
+    "shard_borders",
+    "whole_batch",
+]

@@ -80,13 +80,13 @@ def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
     attend = {"window": attend_window, "sparse": attend_sparse}.get(pattern.name)
     if attend is not None:
         for layer in model.model.layers:
-            layer.self_attn._attend = partial(_attend, attend, pattern)
+            layer.self_attn.attend = partial(_attend, attend, pattern)
     return model
 
 
-def _attend(attend, pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, inputs) -> tuple[Tensor, None]:
+def _attend(attend, pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, context) -> tuple[Tensor, None]:
     """In place of LongNet's: the whole text at once, (B, L, H, D)."""
-    if inputs.cache is not None:
+    if context.cache is not None:
         raise ValueError(f"the {pattern.name} pattern has no cache here: call the model with use_cache=False.")
     out = attend(*(x.transpose(1, 2) for x in (query, key, value)), pattern)
     return out.transpose(1, 2), None
