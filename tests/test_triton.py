@@ -1,10 +1,11 @@
-"""The Triton kernels against the dense reference: on a GPU where there is one, else on the CPU by Triton's interpreter.
+"""The Triton kernels against the dense reference: on a GPU if there is one, else on the CPU by Triton's interpreter.
 
-Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension.
+Letters: B batch, L tokens, H query heads, G key/value heads, P slots of a prefix or halo, D head dimension.
 """
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,24 +26,25 @@ from test_dilated_attention import (
     run,
 )
 
-from modeling_longnet import LongNetForCausalLM, attend, attend_triton, dilated_attention
-from modeling_longnet.branches import Branch, Chunk, prefix_lengths
-from modeling_longnet.dilated_attention import (
-    Outside,
-    Plan,
+from modeling_longnet import LongNetForCausalLM, backend_triton, compat, dilated_attention
+from modeling_longnet.attention_autograd import (
+    AttentionPlan,
+    HaloKV,
     attend_chunks,
     backward_chunks,
-    backward_outside,
+    backward_halo,
     forward_chunks,
-    forward_outside,
+    forward_halo,
 )
+from modeling_longnet.backend import BranchCall
+from modeling_longnet.backends import BACKENDS, choose_backend
+from modeling_longnet.branches import Branch, Chunk, prefix_lengths
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 3e-6  # float32 against float64, a few hundred additions
-pytestmark = pytest.mark.skipif(
-    attend_triton.unavailable(torch.zeros(1, 1, 1, 8, device=DEVICE)) is not None,
-    reason=f"the Triton kernels cannot run: {attend_triton.unavailable(torch.zeros(1, 1, 1, 8, device=DEVICE))}",
-)
+TRITON = BACKENDS["triton"]
+UNAVAILABLE = TRITON.unavailable(torch.zeros(1, 1, 1, 8, device=DEVICE))
+pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"the Triton kernels cannot run: {UNAVAILABLE}")
 
 
 def make(case: Case, dtype=torch.float32, layout="transposed"):
@@ -53,12 +55,21 @@ def exact(case: Case, inputs):
     return run(case, *(x.double() for x in inputs), backend="eager")
 
 
+def make_plan(case: Case, *chunks: Chunk, backend="triton", zero_padding=False):
+    return AttentionPlan(chunks, case.branches, case.is_causal, case.dim**-0.5, backend, zero_padding)
+
+
+def make_halo(keys, values):
+    """Join each branch's (B, G, P, D) keys and values, as `outside_rows` returns them."""
+    return HaloKV(torch.cat(keys, 2), torch.cat(values, 2), tuple(x.shape[2] for x in keys))
+
+
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("case", [
     pytest.param(Case(2, 1, 3, 3, 5, *NESTED, True, "interleaved"), id="one token"),
     pytest.param(Case(1, 37, 6, 3, 20, (4, 16), (1, 4), True, "blocked"), id="shared heads, ragged"),
     pytest.param(Case(3, 40, 2, 2, 5, (16,), (7,), True, "interleaved"), id="more offsets than heads"),
-    pytest.param(Case(1, 29, 2, 2, 17, (100, 1000), (1, 3), True, "interleaved"), id="segments longer than the text"),
+    pytest.param(Case(1, 29, 2, 2, 17, (100, 1000), (1, 3), True, "interleaved"), id="longer segments than sequence"),
     pytest.param(Case(1, 37, 4, 4, 5, *UNCOVERED, True, "interleaved"), id="uncovered queries"),
     pytest.param(Case(1, 31, 4, 4, 5, (9, 10, 11), (1, 3, 4), True, "interleaved"), id="r does not divide w"),
     pytest.param(Case(2, 300, 2, 1, 64, (150, 280), (1, 2), True, "interleaved"), id="several blocks"),
@@ -70,12 +81,14 @@ def test_equals_the_dense_reference(case, is_causal):
     assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "fused", "columns", "expanded"])
+@pytest.mark.parametrize("layout", ["contiguous", "fused", "columns", "expanded", "mixed"])
 def test_any_layout(layout):
     case = Case(2, 35, 4, 2, 6, (8, 32), (1, 2), True, "interleaved")
-    inputs = make(case, layout=layout)
-    assert_all_close(run(case, *inputs, backend="triton", scale=0.7), run(
-        case, *(x.double() for x in inputs), backend="eager", scale=0.7), TOLERANCE)  # fmt: skip
+    inputs = make(case, layout="contiguous" if layout == "mixed" else layout)
+    if layout == "mixed":
+        inputs[2] = make(case, layout="expanded")[2]
+    expected = run(case, *(x.double() for x in inputs), backend="eager", scale=0.7)
+    assert_all_close(run(case, *inputs, backend="triton", scale=0.7), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [
@@ -100,8 +113,8 @@ def test_low_precision(case, dtype):
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_chunks_with_the_rows_before_them(groups):
-    """A text read 37 tokens at a time; gradients flow into the rows before a chunk too."""
+def test_chunks_with_a_prefix(groups):
+    """A sequence read 37 tokens at a time; gradients flow into the prefix of a chunk too."""
     case = Case(1, 100, 4, groups, 16, (16, 64), (1, 6), True, "interleaved")
     inputs = make(case)
     query, key, value, grad_out = (x.transpose(1, 2) for x in inputs)
@@ -109,10 +122,9 @@ def test_chunks_with_the_rows_before_them(groups):
     parts = []
     for start in range(0, case.length, 37):
         end = min(start + 37, case.length)
-        before = Outside(*(outside_rows(x, case, [start], [end]) for x in leaves[1:]))
-        chunks = torch.tensor([[0, 1, 0, end - start, start, end]])
-        part = (x[:, start:end] for x in leaves)
-        parts.append(attend_chunks(*part, case.branches, chunks=chunks, before=before, backend="triton"))
+        prefix = make_halo(*(outside_rows(x, case, [start], [end]) for x in leaves[1:]))
+        plan = make_plan(case, Chunk(0, 1, 0, end - start, start, end))
+        parts.append(attend_chunks(*(x[:, start:end] for x in leaves), plan, prefix))
     out = torch.cat(parts, 1)
     actual = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, grad_out)), strict=True))
     assert_all_close({name: x.transpose(1, 2) for name, x in actual.items()}, exact(case, inputs), TOLERANCE)
@@ -120,7 +132,7 @@ def test_chunks_with_the_rows_before_them(groups):
 
 @pytest.mark.parametrize("zero_padding", [False, True])
 def test_a_bidirectional_chunk_between_its_neighbours(zero_padding):
-    """What a shard of a sequence computes: its own rows, those before it and those after it."""
+    """What a shard of a sequence computes: its own keys, those before it and those after it."""
     case, start, end = Case(2, 45, 4, 2, 7, (10, 40), (1, 3), False, "interleaved"), 13, 31
     query, key, value, grad_out = (x.transpose(1, 2).contiguous() for x in make_inputs(case, torch.float64))
     grad_out[:, :start] = grad_out[:, end:] = 0
@@ -133,44 +145,51 @@ def test_a_bidirectional_chunk_between_its_neighbours(zero_padding):
         ).transpose(1, 2)
     grads = torch.autograd.grad(expected, whole, grad_out)
 
-    plan = Plan((Chunk(0, case.batch, 0, end - start, start, case.length),), case.branches, False,
-                case.dim**-0.5, "triton", zero_padding)  # fmt: skip
+    chunk = Chunk(0, case.batch, 0, end - start, start, case.length)
+    plan = make_plan(case, chunk, zero_padding=zero_padding)
     query, key, value, grad_out = (x.to(DEVICE, torch.float32) for x in (query, key, value, grad_out))
     q, k, v, g = (x[:, start:end].contiguous() for x in (query, key, value, grad_out))
     leaves = [x.detach().requires_grad_() for x in (key, value)]
     starts, ends = [start] * case.batch, [end] * case.batch
     out, lse = forward_chunks(q, k, v, plan)
-    sides = {after: Outside(*(outside_rows(x, case, starts, ends, after) for x in leaves)) for after in (False, True)}
-    for after, rows in sides.items():
-        forward_outside(q, out, lse, Outside(*(tuple(x.detach() for x in pair) for pair in rows)), plan, after)
+    halos = {
+        side: make_halo(*(outside_rows(x, case, starts, ends, side == "suffix") for x in leaves))
+        for side in ("prefix", "suffix")
+    }
+    detached = {side: HaloKV(halo.key.detach(), halo.value.detach(), halo.slots) for side, halo in halos.items()}
+    for side, halo in detached.items():
+        forward_halo(q, out, lse, halo, plan, side)
     assert_close("out", out.cpu(), expected.detach()[:, start:end], TOLERANCE)
 
-    dq, dk, dv = backward_chunks(g, q, k, v, out, lse, plan)
+    saved = TRITON.prepare_backward(out, g)
+    dq, dk, dv = backward_chunks(g, q, k, v, saved, lse, plan)
     columns = torch.arange(start, end, device=DEVICE)
     totals = [torch.zeros_like(x).index_add(1, columns, d) for x, d in zip(leaves, (dk, dv), strict=True)]
-    for after, rows in sides.items():
-        given = Outside(*(tuple(x.detach() for x in pair) for pair in rows))
-        found = backward_outside(g, q, out, lse, given, dq, plan, after)
-        pairs = zip(
-            totals, torch.autograd.grad(rows.keys + rows.values, leaves, found.keys + found.values), strict=True
-        )
-        for total, part in pairs:
+    for side, halo in halos.items():
+        found = backward_halo(g, q, saved, lse, detached[side], dq, plan, side)
+        parts = torch.autograd.grad((halo.key, halo.value), leaves, found)
+        for total, part in zip(totals, parts, strict=True):
             total += part
     assert_close("dq", dq.cpu(), grads[0][:, start:end], TOLERANCE)
     assert_close("dk", totals[0].cpu(), grads[1], TOLERANCE)
     assert_close("dv", totals[1].cpu(), grads[2], TOLERANCE)
 
 
-def test_texts_in_parts_of_a_batch():
-    """Two texts of different length and place; tokens in none get 0 and no gradient."""
+def both_backends(made):
+    """Yield the tensors for Triton in float32, then for PyTorch's kernels on the CPU in float64."""
+    for backend, device, dtype in (("triton", DEVICE, torch.float32), ("torch", "cpu", torch.float64)):
+        yield backend, [x.to(device, dtype) for x in made]
+
+
+def test_sequences_in_parts_of_a_batch():
+    """Two sequences of different length and place; tokens in none get 0 and no gradient."""
     case = Case(2, 23, 3, 3, 5, *NESTED, True, "interleaved")
     results = []
-    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
-        made = [x.transpose(1, 2) for x in make_inputs(case, torch.float32)]
-        query, key, value, grad_out = (x.to(DEVICE if backend == "triton" else "cpu", dtype) for x in made)
+    made = [x.transpose(1, 2) for x in make_inputs(case, torch.float32)]
+    for backend, (query, key, value, grad_out) in both_backends(made):
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        chunks = torch.tensor([[0, 1, 4, 20, 0, 16], [1, 2, 0, 7, 0, 7]])
-        out = attend_chunks(*leaves, case.branches, chunks=chunks, backend=backend)
+        plan = make_plan(case, Chunk(0, 1, 4, 20, 0, 16), Chunk(1, 2, 0, 7, 0, 7), backend=backend)
+        out = attend_chunks(*leaves, plan)
         grads = torch.autograd.grad(out, leaves, grad_out)
         results.append(dict(zip(NAMES, (x.detach().cpu() for x in (out, *grads)), strict=True)))
     assert_all_close(*results, TOLERANCE)
@@ -178,12 +197,10 @@ def test_texts_in_parts_of_a_batch():
 
 @pytest.fixture
 def _new_launches():
-    """Launches are kept; those of a test that changes what they are made from are its own."""
-    for kept in (attend_triton._forward_launch, attend_triton._backward_launches):
-        kept.cache_clear()
+    """The arguments of launches are cached: clear them around a test that changes what they are made from."""
+    backend_triton._launch.cache_clear()
     yield
-    for kept in (attend_triton._forward_launch, attend_triton._backward_launches):
-        kept.cache_clear()
+    backend_triton._launch.cache_clear()
 
 
 @pytest.mark.usefixtures("_new_launches")
@@ -191,9 +208,7 @@ def _new_launches():
 def test_any_size_of_blocks(blocks, monkeypatch):
     """Blocks of keys larger and smaller than those of queries."""
     case = Case(1, 75, 2, 2, 16, (70,), (1,), True, "interleaved")
-    chosen = attend_triton.Blocks(*blocks, 4, 2)
-    monkeypatch.setattr(attend_triton, "forward_blocks", lambda dtype, dim: chosen)
-    monkeypatch.setattr(attend_triton, "backward_blocks", lambda dtype, dim: (chosen, chosen))
+    monkeypatch.setattr(backend_triton, "block_sizes", lambda kernel, dtype, dim: (*blocks, 4, 2))
     inputs = make(case)
     assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
 
@@ -204,42 +219,44 @@ def test_any_size_of_blocks(blocks, monkeypatch):
     (torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), ["'torch'"]),
     (torch.zeros(1, 1, 1, 8, device="meta"), ["'meta'", "'torch'"]),
 ])  # fmt: skip
-def test_says_why_it_cannot_run(sample, words):
+def test_the_error_gives_the_reason(sample, words):
     with refused("backend='triton' cannot run", *words):
-        attend.choose_backend("triton", sample)
+        choose_backend("triton", sample)
 
 
 @pytest.mark.usefixtures("_new_launches")
-def test_rows_far_apart_are_counted_in_64_bits(monkeypatch):
-    monkeypatch.setattr(attend_triton, "_NARROW", 0)
+def test_wide_strides_take_64_bits(monkeypatch):
+    monkeypatch.setattr(backend_triton, "_INT32_ELEMENTS", 0)
     case = Case(1, 100, 4, 2, 16, (16, 64), (1, 6), True, "interleaved")
     inputs = make(case)
     assert_all_close(run(case, *inputs, backend="triton"), exact(case, inputs), TOLERANCE)
     monkeypatch.undo()
-    layout = attend_triton._Layout.of(*[torch.empty(1, 1, 64, 64, device="meta")] * 3)
-    assert layout.is_wide(Branch(1 << 40, 1 << 20, (0,)), 2048)
-    assert not layout.is_wide(Branch(1 << 20, 1 << 10, (0,)), 1024)
+    layout = backend_triton._Layout.of(*[torch.empty(1, 1, 64, 64, device="meta")] * 3)
+    assert layout.is_wide(1 << 20, 2048)
+    assert not layout.is_wide(1 << 10, 1024)
 
 
-def test_heads_far_apart():
-    """2^30 elements lie between two heads, so head 2 lies beyond what 32 bits count; no memory lies behind most."""
-    case = Case(1, 40, 3, 3, 8, (16, 40), (1, 2), True, "interleaved")
-    storage = torch.UntypedStorage((2 << 31) + 40 * 8 * 2, device="cpu")
-    shape, strides = (1, 3, 40, 8), (1, 1 << 30, 8, 1)
+@pytest.mark.parametrize(("case", "strides"), [
+    pytest.param(Case(1, 40, 3, 3, 8, (16, 40), (1, 2), True, "interleaved"), (1, 1 << 30, 8, 1), id="heads"),
+    pytest.param(Case(1, 40, 3, 3, 8, (40,), (4,), True, "interleaved"), (1, 8, 1 << 26, 1), id="tokens"),
+])  # fmt: skip
+def test_memory_far_apart(case, strides):
+    """More elements than 32 bits count between two heads, or the tokens of a block; most memory is never touched."""
+    shape = 1, 3, 40, 8
+    storage = torch.UntypedStorage(2 * (sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1))
     x = torch.empty(0, dtype=torch.float16).set_(storage, 0, shape, strides)
     x.copy_(torch.randn(shape))
     if DEVICE != "cpu":
         x = torch.empty(0, dtype=x.dtype, device=DEVICE).set_(storage.to(DEVICE), 0, shape, strides)
     near = x.contiguous()
     grad_out = torch.randn_like(near)
-    assert_all_close(
-        run(case, x, x, x, grad_out, backend="triton"), run(case, near, near, near, grad_out, backend="triton"), 0
-    )
+    expected = run(case, near, near, near, grad_out, backend="triton")
+    assert_all_close(run(case, x, x, x, grad_out, backend="triton"), expected, 0)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_vmap_of_the_gradient(batch):
-    """One output, many directions: what is the same for all is shown, not repeated."""
+    """One output, many directions: what is the same for all is expanded, not repeated."""
     case = Case(batch, 21, 3, 3, 5, *NESTED, True, "interleaved")
     results = []
     for backend in ("triton", "torch"):
@@ -255,22 +272,22 @@ def test_vmap_of_the_gradient(batch):
     assert_all_close(*results, TOLERANCE)
 
 
-def test_rows_before_a_chunk_in_any_layout():
-    """Keys with another element contiguous, values laid out otherwise."""
+def test_a_prefix_in_any_layout():
+    """Prefix keys whose head dimension is not contiguous, and prefix values in another layout."""
     case, start = Case(2, 60, 4, 2, 6, (16, 64), (1, 3), True, "interleaved"), 25
     made = [x.transpose(1, 2) for x in make_inputs(case, torch.float32)]
+    chunk = Chunk(0, 2, 0, case.length - start, start, case.length)
     results = []
     for backend in ("triton", "torch"):
         query, key, value, grad_out = (x.to(DEVICE if backend == "triton" else "cpu") for x in made)
-        before = [outside_rows(x, case, [start] * 2, [case.length] * 2) for x in (key, value)]
-        keys = [x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in before[0]]
-        values = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in before[1]]
-        own = [x[:, start:].detach().requires_grad_() for x in (query, key, value)]
-        chunks = torch.tensor([[0, 2, 0, case.length - start, start, case.length]])
-        outside = Outside(tuple(keys), tuple(values))
-        out = attend_chunks(*own, case.branches, chunks=chunks, before=outside, backend=backend)
-        leaves = [*own, *keys, *values]
-        grads = torch.autograd.grad(out, leaves, grad_out[:, start:])
+        prefix = make_halo(*(outside_rows(x, case, [start] * 2, [case.length] * 2) for x in (key, value)))
+        prefix_key = prefix.key.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+        prefix_value = prefix.value.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        inputs = [x[:, start:].detach().requires_grad_() for x in (query, key, value)]
+        out = attend_chunks(
+            *inputs, make_plan(case, chunk, backend=backend), HaloKV(prefix_key, prefix_value, prefix.slots)
+        )
+        grads = torch.autograd.grad(out, [*inputs, prefix_key, prefix_value], grad_out[:, start:])
         results.append({str(i): x.detach().cpu().nan_to_num() for i, x in enumerate((out, *grads))})
     assert_all_close(*results, TOLERANCE)
 
@@ -280,38 +297,37 @@ def test_zero_padding_beside_very_low_scores():
     case = Case(1, 12, 1, 1, 16, (8,), (1,), False, "interleaved")
     query, key = torch.full((1, 12, 1, 16), 10.0), torch.full((1, 12, 1, 16), -10.0)
     value = torch.randn(1, 12, 1, 16)
-    chunks = torch.tensor([[0, 1, 0, 12, 0, 12]])
-    options = {"chunks": chunks, "is_causal": False, "scale": 0.25, "zero_padding": True}
-    expected = attend_chunks(query, key, value, case.branches, **options)
-    actual = attend_chunks(*(x.to(DEVICE) for x in (query, key, value)), case.branches, backend="triton", **options)
+    plan = make_plan(case, Chunk(0, 1, 0, 12, 0, 12), zero_padding=True)
+    assert plan.scale == 0.25
+    expected = attend_chunks(query, key, value, plan._replace(backend="torch"))
+    actual = attend_chunks(*(x.to(DEVICE) for x in (query, key, value)), plan)
     assert_close("out", actual.cpu(), expected, TOLERANCE)
 
 
-def test_a_branch_without_rows_between_others():
-    """No head keeps one of the 9 tokens in the branch that comes second; on a GPU its kernel ends at once."""
+def test_a_branch_that_keeps_no_token_between_others():
+    """No head keeps one of the 9 tokens in the branch that comes second; on a GPU its kernel returns at once."""
     case = Case(1, 9, 2, 2, 16, (20, 40, 60), (1, 2, 20), True, "interleaved")
     made = [x.transpose(1, 2) for x in make_inputs(case, torch.float32)]
-    chunks, start = torch.tensor([[0, 1, 0, 9, 5, 14]]), 5
+    chunk, slots = Chunk(0, 1, 0, 9, 5, 14), prefix_lengths(case.branches, 5)
     results = []
     for backend in ("triton", "torch"):
         query, key, value, grad_out = (x.to(DEVICE if backend == "triton" else "cpu") for x in made)
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        rows = prefix_lengths(case.branches, start)
-        before = Outside(*(tuple(x[:, :1].transpose(1, 2).expand(-1, -1, n, -1) for n in rows) for x in (key, value)))
-        out = attend_chunks(*leaves, case.branches, chunks=chunks, before=before, backend=backend)
+        prefix = HaloKV(*(x[:, :1].transpose(1, 2).expand(-1, -1, sum(slots), -1) for x in (key, value)), slots)
+        out = attend_chunks(*leaves, make_plan(case, chunk, backend=backend), prefix)
         grads = torch.autograd.grad(out, leaves, grad_out)
         results.append(dict(zip(NAMES, (x.detach().cpu() for x in (out, *grads)), strict=True)))
     assert_all_close(*results, TOLERANCE)
 
 
-def test_an_empty_shard_has_no_products():
+def test_delta_of_an_empty_shard():
     empty = torch.zeros(2, 0, 3, 5, device=DEVICE)
-    assert attend_triton.sum_products(empty, empty).shape == (2, 0, 3)
+    assert TRITON.prepare_backward(empty, empty).shape == (2, 0, 3)
 
 
-def test_head_offsets_of_no_known_kind_are_refused():
+def test_unknown_head_offsets_are_refused():
     with refused("(1, 0)", "neither interleaved"):
-        attend_triton._slots(Branch(4, 2, (1, 0)))
+        backend_triton._heads_per_offset(Branch(4, 2, (1, 0)))
 
 
 def test_compiles_into_one_graph():
@@ -319,11 +335,12 @@ def test_compiles_into_one_graph():
     case = Case(2, 70, 6, 3, 16, (32, 64), (1, 2), True, "interleaved")
     inputs = make(case)
     backend = "triton" if DEVICE == "cpu" else "auto"
-    assert attend.choose_backend(backend, inputs[0]) == "triton"
+    assert choose_backend(backend, inputs[0]) == "triton"
     compiled = torch.compile(
         lambda q, k, v: dilated_attention(q, k, v, case.lengths, case.rates, backend=backend),
-        fullgraph=True, backend="aot_eager",
-    )  # fmt: skip
+        fullgraph=True,
+        backend="aot_eager",
+    )
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = compiled(*leaves)
     actual = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs[3])), strict=True))
@@ -351,51 +368,77 @@ def test_a_model_on_a_gpu_is_that_on_a_cpu():
     assert torch.equal(gpu_tokens, tokens)
 
 
-def test_kept_launches_are_those_that_triton_prepares():
-    """Compiled for an H100 by a driver that launches nothing, so that it needs no GPU."""
+# Of one call with two branches: one launch per branch forward; delta once, then two launches per branch backward.
+KERNELS = ["forward_kernel"] * 2 + ["delta_kernel"] + ["backward_dkdv_kernel", "backward_dq_kernel"] * 2
+OVERLAPS = [False, True, False, False, True, True, True]
+PROGRAMS = {
+    "causal": {"first": [40, 24, 75, 20, 40, 12, 24], "longer": [48, 24, 86, 24, 48, 12, 24]},
+    "bidirectional": {"first": [24, 8, 38, 24, 24, 8, 8], "longer": [32, 12, 49, 32, 32, 12, 12]},
+}
+
+
+def test_launches_compiled_for_an_h100():
+    """By a driver that launches nothing and needs no GPU."""
     script = Path(__file__).with_name("triton_launches.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    names = ["_forward_kernel"] * 2 + ["_delta_kernel"] + ["_backward_keys_kernel", "_backward_queries_kernel"] * 2
-    for calls in json.loads(done.stdout).values():
-        shifted, first, again, longer, elsewhere = (call["launches"] for call in calls.values())
-        for launches in (shifted, first, longer):
-            assert [launch[0] for launch in launches] == names
+    results = json.loads(done.stdout)
+    assert set(results) == set(PROGRAMS)
+    for case, calls in results.items():
+        shifted, first, again, longer, elsewhere, wide = (call["launches"] for call in calls.values())
+        for launches in (shifted, first, longer, wide):
+            assert [launch["kernel"] for launch in launches] == KERNELS
+            assert [launch["overlaps"] for launch in launches] == OVERLAPS
+        for name, programs in PROGRAMS[case].items():
+            assert [launch["grid"] for launch in calls[name]["launches"]] == [[n, 1, 1] for n in programs]
         # Other kernels, as values are read otherwise; but nothing else is different. (delta reads no values.)
-        assert [a[3] == b[3] for a, b in zip(shifted, first, strict=True)] == [
-            name == "_delta_kernel" for name in names
-        ]
-        assert [launch[5] for launch in shifted] == [launch[5] for launch in first]
+        same_function = [a["function"] == b["function"] for a, b in zip(shifted, first, strict=True)]
+        assert same_function == [name == "delta_kernel" for name in KERNELS]
+        assert [launch["numbers"] for launch in shifted] == [launch["numbers"] for launch in first]
         assert again == first
-        assert [launch[:6] for launch in elsewhere] == [launch[:6] for launch in first]
-        assert [{launch[6] for launch in launches} for launches in (first, elsewhere)] == [{0}, {7}]
+        assert elsewhere == [launch | {"stream": 7} for launch in first]
+        assert {launch["stream"] for launch in first} == {0}
         # The same kernels for another length, with its own numbers.
-        assert [launch[3] for launch in longer] == [launch[3] for launch in first]
-        assert all(launch[5]["length"] == launch[5]["left"] for launch in longer if "length" in launch[5])
-        assert all(a[5] != b[5] for a, b in zip(longer, first, strict=True))
-        assert [call["prepared"] for call in calls.values()] == [7, 6, 0, 0, 0]
+        assert [launch["function"] for launch in longer] == [launch["function"] for launch in first]
+        numbers = [launch["numbers"] for launch in longer]
+        assert all(n["length"] == n["remaining"] for n in numbers if "length" in n)
+        assert all(a["numbers"] != b["numbers"] for a, b in zip(longer, first, strict=True))
+        assert all(launch["numbers"].get("WIDE", True) for launch in wide)
+        assert [call["compiled"] for call in calls.values()] == [7, 6, 0, 0, 0, 6]
+
+
+def test_without_private_names_of_triton(monkeypatch):
+    """Nothing overlaps and nothing counts as interpreted, but compat.py can be imported."""
+    assert compat.HAS_TRITON_GDC
+    assert compat.TRITON_IS_INTERPRETED == (DEVICE == "cpu")
+    for module in ("triton.knobs", "triton.language.extra.cuda"):
+        monkeypatch.setitem(sys.modules, module, None)
+    names = runpy.run_path(compat.__file__)
+    assert not names["HAS_TRITON_GDC"]
+    assert not names["TRITON_IS_INTERPRETED"]
+    monkeypatch.setattr(backend_triton, "HAS_TRITON_GDC", False)
+    assert not backend_triton._can_overlap.__wrapped__(torch.device("cuda", 0))
 
 
 @pytest.mark.usefixtures("_new_launches")
 def test_each_device_has_its_own_launches(monkeypatch):
-    monkeypatch.setattr(attend_triton, "_can_overlap", lambda device: True)
-    layout = attend_triton._Layout.of(*[torch.empty(1, 64, 2, 16, device="meta")] * 5)
+    monkeypatch.setattr(backend_triton, "_can_overlap", lambda device: True)
+    layout = backend_triton._Layout.of(*[torch.empty(1, 64, 2, 16, device="meta")] * 3)
+    call = BranchCall(Chunk(0, 1, 0, 64, 0, 64), Branch(32, 1, (0, 0)), "chunk", True, 1.0, is_first=True)
     first, second, third = (
-        attend_triton._forward_launch(
-            layout._replace(device=torch.device("cuda", i)), Chunk(0, 1, 0, 64, 0, 64), Branch(32, 1, (0, 0)), "own",
-            True, True, 1.0, False, False,
-        ) for i in (0, 1, 0)
-    )  # fmt: skip
+        backend_triton._launch("forward", call, layout._replace(device=torch.device("cuda", i))) for i in (0, 1, 0)
+    )
     assert first is third
-    assert first.kept is not second.kept
+    assert first is not second
     assert [first.device.index, second.device.index] == [0, 1]
+    assert first.arguments["PRECISION"] == "tf32x3"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU launches what was compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kept_launches_give_the_same_bits(dtype):
+def test_later_launches_give_the_same_bits(dtype):
     """In a later call, on another stream and in a CUDA graph; from addresses that 16 does not divide, nearly."""
     case = Case(1, 300, 4, 2, 64, (64, 256), (1, 3), True, "interleaved")
     inputs = make(case, dtype)

@@ -1,19 +1,18 @@
 """What the Triton kernels are launched with, seen without a GPU: by a driver that compiles for an H100 and launches
-nothing. Prints as JSON, for each case and call, what was launched and how many launches Triton prepared."""
+nothing. Prints as JSON, for each case and call, the launches and the number of kernels that Triton compiled."""
 
 import json
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
-launches, prepared = [], []
+launches = []
 
 
 class Launcher:
-    """Writes down instead of launching."""
+    """Records instead of launching."""
 
     def __init__(self, source, metadata):
         self.name, self.overlaps = source.fn.__name__, bool(metadata.launch_pdl)
@@ -21,13 +20,21 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, function, *arguments):
         values = arguments[-len(self.names) :]
-        tensors = [[str(v.dtype), v.data_ptr() % 16] for v in values if isinstance(v, torch.Tensor)]
-        numbers = {n: v for n, v in zip(self.names, values, strict=True) if not isinstance(v, torch.Tensor)}
-        launches.append([self.name, [x, y, z], self.overlaps, function, tensors, numbers, stream])
+        launches.append(
+            {
+                "kernel": self.name,
+                "grid": [x, y, z],
+                "overlaps": self.overlaps,
+                "function": function,
+                "stream": stream,
+                "tensors": [[str(v.dtype), v.data_ptr() % 16] for v in values if isinstance(v, torch.Tensor)],
+                "numbers": {n: v for n, v in zip(self.names, values, strict=True) if not isinstance(v, torch.Tensor)},
+            }
+        )
 
 
 class Utils:
-    loaded = 0
+    loaded = 0  # once per compiled kernel
 
     def load_binary(self, *arguments):
         self.loaded += 1
@@ -51,15 +58,15 @@ class Driver:
 
 
 def attend(query, key, value, is_causal):
-    """Forward and backward: what was launched, and how many times Triton looked for the compiled kernel."""
+    """Run forward and backward; return the launches and how many kernels were compiled for them."""
     launches.clear()
-    prepared.clear()
+    loaded = gpu.utils.loaded
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     branches = make_branches([128, 512], [1, 3], key.shape[2], "interleaved")
-    chunks = whole_batch(*query.shape[:2])
-    out = attend_chunks(*leaves, branches, chunks=chunks, is_causal=is_causal, backend="triton")
+    plan = AttentionPlan(whole_batch(*query.shape[:2]), branches, is_causal, query.shape[-1] ** -0.5, "triton", False)
+    out = attend_chunks(*leaves, plan)
     torch.autograd.grad(out, leaves, torch.ones_like(out))
-    return {"launches": list(launches), "prepared": len(prepared)}
+    return {"launches": list(launches), "compiled": gpu.utils.loaded - loaded}
 
 
 def shifted(x):
@@ -67,23 +74,17 @@ def shifted(x):
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
-def prepare(kernel, *arguments, run=JITFunction.run, **options):
-    prepared.append(kernel)
-    return run(kernel, *arguments, **options)
-
-
 if __name__ == "__main__":
     gpu = Driver()
     driver.set_active(gpu)
-    JITFunction.run = prepare
-    from modeling_longnet import attend_triton
-    from modeling_longnet.branches import make_branches
-    from modeling_longnet.dilated_attention import attend_chunks, whole_batch
+    from modeling_longnet import backend_triton
+    from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
+    from modeling_longnet.branches import make_branches, whole_batch
 
-    attend_triton._can_overlap = lambda device: True
+    backend_triton._can_overlap = lambda device: True
     inputs = {
         "causal": ([torch.randn(1, 600, heads, 64).bfloat16() for heads in (4, 2, 2)], True),
-        "both ways": ([torch.randn(2, 300, 2, 40).half() for _ in range(3)], False),
+        "bidirectional": ([torch.randn(2, 300, 2, 40).half() for _ in range(3)], False),
     }
     result = {}
     for name, ((q, k, v), is_causal) in inputs.items():
@@ -91,9 +92,14 @@ if __name__ == "__main__":
             "shifted": attend(q, k, shifted(v), is_causal),
             "first": attend(q, k, v, is_causal),
             "again": attend(q.clone(), k.clone(), v.clone(), is_causal),
-            "longer": attend(*(torch.cat([x, x[:, :93]], 1) for x in (q, k, v)), is_causal),
+            "longer": attend(*(torch.cat([x, x[:, :88]], 1) for x in (q, k, v)), is_causal),
         }
         gpu.stream = 7
         result[name]["on another stream"] = attend(q, k, v, is_causal)
         gpu.stream = 0
+        backend_triton._INT32_ELEMENTS = 0
+        backend_triton._launch.cache_clear()
+        result[name]["wide"] = attend(q, k, v, is_causal)
+        backend_triton._INT32_ELEMENTS = 1 << 31
+        backend_triton._launch.cache_clear()
     print(json.dumps(result))
