@@ -22,7 +22,7 @@ from test_dilated_attention import (
     assert_low_precision,
     dense_with_padding,
     make_inputs,
-    outside_rows,
+    halo_keys,
     run,
 )
 
@@ -60,7 +60,7 @@ def make_plan(case: Case, *chunks: Chunk, backend="triton", zero_padding=False):
 
 
 def make_halo(keys, values):
-    """Join each branch's (B, G, P, D) keys and values, as `outside_rows` returns them."""
+    """Join each branch's (B, G, P, D) keys and values, as `halo_keys` returns them."""
     return HaloKV(torch.cat(keys, 2), torch.cat(values, 2), tuple(x.shape[2] for x in keys))
 
 
@@ -122,7 +122,7 @@ def test_chunks_with_a_prefix(groups):
     parts = []
     for start in range(0, case.length, 37):
         end = min(start + 37, case.length)
-        prefix = make_halo(*(outside_rows(x, case, [start], [end]) for x in leaves[1:]))
+        prefix = make_halo(*(halo_keys(x, case, [start], [end]) for x in leaves[1:]))
         plan = make_plan(case, Chunk(0, 1, 0, end - start, start, end))
         parts.append(attend_chunks(*(x[:, start:end] for x in leaves), plan, prefix))
     out = torch.cat(parts, 1)
@@ -153,7 +153,7 @@ def test_a_bidirectional_chunk_between_its_neighbours(zero_padding):
     starts, ends = [start] * case.batch, [end] * case.batch
     out, lse = forward_chunks(q, k, v, plan)
     halos = {
-        side: make_halo(*(outside_rows(x, case, starts, ends, side == "suffix") for x in leaves))
+        side: make_halo(*(halo_keys(x, case, starts, ends, side == "suffix") for x in leaves))
         for side in ("prefix", "suffix")
     }
     detached = {side: HaloKV(halo.key.detach(), halo.value.detach(), halo.slots) for side, halo in halos.items()}
@@ -280,7 +280,7 @@ def test_a_prefix_in_any_layout():
     results = []
     for backend in ("triton", "torch"):
         query, key, value, grad_out = (x.to(DEVICE if backend == "triton" else "cpu") for x in made)
-        prefix = make_halo(*(outside_rows(x, case, [start] * 2, [case.length] * 2) for x in (key, value)))
+        prefix = make_halo(*(halo_keys(x, case, [start] * 2, [case.length] * 2) for x in (key, value)))
         prefix_key = prefix.key.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
         prefix_value = prefix.value.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         inputs = [x[:, start:].detach().requires_grad_() for x in (query, key, value)]
