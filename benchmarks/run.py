@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, communication, decode, length, memory, op, peers, slide, stream, train
+from . import backends, communication, decode, length, memory, op, peers, revisions, slide, stream, train
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "slide": slide,
     "communication": communication,
     "stream": stream,
+    "revisions": revisions,
 }
 ON_GPU = ("op", "length", "backends", "train", "memory", "peers", "stream")
 RESULTS = ROOT / "benchmarks" / "results"

@@ -125,6 +125,7 @@ SMALL = {
     "train": "--lengths 64 --dense-most 64 --rounds 1 --seconds 0",
     "memory": "--lengths 64 --plain-most 64 --dtypes float32",
     "stream": "--tokens 3000 --chunk-size 500",
+    "revisions": "--base HEAD --cases op --length 64 --rounds 1",
     "decode": "--contexts 40 90 --dense-contexts 40 90 --batch 2 --steps 16 --stream-tokens 20000",
 }
 

@@ -21,8 +21,8 @@ from test_dilated_attention import (
     assert_all_close,
     assert_low_precision,
     dense_with_padding,
-    make_inputs,
     halo_keys,
+    make_inputs,
     run,
 )
 
