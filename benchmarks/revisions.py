@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -109,9 +110,9 @@ def tables(result: dict) -> str:
 
 
 def headline(result: dict) -> str:
-    """Return the range of ratios."""
+    """Return the range of ratios and the table."""
     ratios = [_ratio(row).median for row in result["rows"]]
-    return f"Time over that of {result['base'][:10]}: {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cases."
+    return f"Medians: {min(ratios):.3f} to {max(ratios):.3f}.\n\n{tables(result)}"
 
 
 def plot(result: dict, path: str) -> None:

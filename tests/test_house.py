@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ PACKAGE = ROOT / "modeling_longnet"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 CONFIGURATIONS = sorted(path.name for path in (ROOT / "configuration").glob("*.json"))
+MOST_LINES = 6300
 # In two halves, so that this file does not hold what it looks for.
 REGISTRY_HOSTS = (
     "py" + "pi.org",
@@ -112,6 +114,33 @@ def test_configuration_has_the_papers_size(name, millions):
     block = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
     blocks = config.num_hidden_layers * block / 1e6
     assert 0.65 * millions < blocks < millions
+
+
+def functions(module: str) -> list[ast.FunctionDef]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_are_short(module):
+    """Outside kernels: at most 60 lines, docstring included, and 10 parameters."""
+    for node in functions(module) if module != "triton_kernels" else ():
+        assert node.end_lineno - node.lineno < 60, f"{module}.{node.name} has over 60 lines"
+        names = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        count = len([name for name in names if name is not None and name.arg != "self"])
+        assert count <= 10, f"{module}.{node.name} has {count} parameters"
+
+
+def test_the_package_is_small():
+    """What one reads in an evening."""
+    lengths = [node.end_lineno - node.lineno + 1 for module in MODULES for node in functions(module)]
+    assert statistics.median(lengths) <= 10
+    assert sum(len((PACKAGE / f"{module}.py").read_text().splitlines()) for module in MODULES) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "triton_kernels"])
+def test_the_formatter_is_obeyed_outside_kernels(module):
+    assert "fmt:" not in (PACKAGE / f"{module}.py").read_text()
 
 
 def test_readme_tree_names_what_is_there():
