@@ -540,6 +540,8 @@ def test_compiles_into_one_graph(backend, dynamic):
         out = compiled(*inputs)
         actual = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, inputs, grad_out)), strict=True))
         assert_all_close(actual, run(case, query, key, value, grad_out, backend="eager"))
+        with torch.no_grad():
+            assert_close("out without gradients", compiled(query, key, value), actual["out"])
 
 
 def test_a_compiled_graph_asks_nothing():

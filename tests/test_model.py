@@ -554,6 +554,8 @@ def test_compiled_model():
     expected = gradients(model, model(ids, labels=ids).loss)
     assert_close("logits", compiled(ids, use_cache=False).logits, model(ids).logits, 1e-11)
     assert_same_gradients(gradients(model, compiled(ids, labels=ids, use_cache=False).loss), expected)
+    with torch.no_grad():
+        assert_close("logits without gradients", compiled(ids, use_cache=False).logits, model(ids).logits, 1e-11)
 
 
 def test_copies_and_pickles():
