@@ -201,10 +201,8 @@ class LongNetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Check sizes, branches and names, after every construction and before saving."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+        sizes = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        self._check_least(1, *sizes)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}.")
@@ -252,6 +250,12 @@ class LongNetConfig(PreTrainedConfig):
                 "needs the base that it was trained with, so give it shorter segments. A new one may take "
                 f'xpos_scale_base={self.smallest_xpos_scale_base()} or more, or position_embedding="rope".'
             )
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
 
     def _check_name(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)
