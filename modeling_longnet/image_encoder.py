@@ -58,8 +58,9 @@ class LongNetImageConfig(LongNetConfig):
 
     def validate_image(self):
         """Check the sizes of image and patches, and that every patch sees the whole image."""
-        self._check_least(1, "image_size", "patch_size", "num_channels")
-        self._check_least(0, "num_classes")
+        sizes = "image_size", "patch_size", "num_channels"
+        self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
+        self._check_numbers(["num_classes"], lambda number: number >= 0, "must be at least 0")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}.")
         if self.is_causal or self.vocab_size is not None:

@@ -63,7 +63,8 @@ class LongNetSlideConfig(LongNetConfig):
 
     def validate_slide(self):
         """Check the grid, and that every token sees the whole slide."""
-        self._check_least(1, "tile_features", "tile_size", "grid_size")
+        sizes = "tile_features", "tile_size", "grid_size"
+        self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_name("pooling", POOLING)
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 4: sine and cosine of two axes.")
