@@ -225,8 +225,7 @@ class LongNetConfig(PreTrainedConfig):
         self._check_numbers(scales, lambda scale: scale > 0, "must be above 0")
         if self.attention_dropout != 0:
             raise ValueError(
-                f"attention_dropout={self.attention_dropout} must be 0: the attention kernels have no dropout that "
-                "merges over branches; use dropout or activation_dropout."
+                f"attention_dropout={self.attention_dropout} must be 0; use dropout or activation_dropout."
             )
 
     def validate_positions(self):

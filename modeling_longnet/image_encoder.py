@@ -36,10 +36,7 @@ class LongNetImageConfig(LongNetConfig):
     """
 
     model_type = "longnet_image"
-    auto_classes = {
-        "AutoConfig": "image_encoder.LongNetImageConfig",
-        "AutoModel": "image_encoder.LongNetImageEncoder",
-    }
+    auto_classes = {"AutoConfig": "image_encoder.LongNetImageConfig", "AutoModel": "image_encoder.LongNetImageEncoder"}
 
     vocab_size: int | None = None
     hidden_size: int = 384

@@ -168,7 +168,7 @@ class LongNetBackbone(LongNetPreTrainedModel):
             raise ValueError(f"attn_implementation={implementation!r}: allowed are {', '.join(map(repr, backends))}.")
         if output_attentions and implementation != "eager":
             raise ValueError(
-                f"attn_implementation={implementation!r} has no attention weights to give; load the model with "
+                f"attn_implementation={implementation!r} returns no attention weights; load the model with "
                 'attn_implementation="eager" or call model.set_attn_implementation("eager").'
             )
         sample = torch.empty(0, self.config.head_dim, dtype=autocast_dtype(embeds), device=embeds.device)
@@ -366,8 +366,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {tuple(inputs.shape[:2])} as the input.")
         if name == "labels" and not self.config.is_causal:
             raise ValueError(
-                "labels are next tokens, which a bidirectional model (is_causal=False) sees; give the targets of "
-                "masked tokens as shift_labels, which are not shifted."
+                "labels are next tokens, which a bidirectional model (is_causal=False) sees; pass the targets of "
+                "masked tokens as shift_labels."
             )
         _check_ids(name, given, self.config.vocab_size, ignored=-100)
         return given[:, 1:] if name == "labels" else given

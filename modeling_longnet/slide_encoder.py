@@ -41,10 +41,7 @@ class LongNetSlideConfig(LongNetConfig):
     """
 
     model_type = "longnet_slide"
-    auto_classes = {
-        "AutoConfig": "slide_encoder.LongNetSlideConfig",
-        "AutoModel": "slide_encoder.LongNetSlideEncoder",
-    }
+    auto_classes = {"AutoConfig": "slide_encoder.LongNetSlideConfig", "AutoModel": "slide_encoder.LongNetSlideEncoder"}
 
     vocab_size: int | None = None
     num_attention_heads: int = 16
@@ -107,14 +104,6 @@ class _Layout(NamedTuple):
     def select(self, x: Tensor) -> Tensor:
         """(B, T, features) -> (B, K - 1, features). Padding is 0: tiles left out may hold NaN."""
         return _gather_columns(x, self.tokens[:, 1:] - 1).masked_fill(~self.real[:, 1:, None], 0)
-
-
-class _Queries(NamedTuple):
-    """Queries whose attention is requested."""
-
-    columns: Tensor  # (B, Q)
-    counts: Tensor  # (B, G, Q, K), how often they see each key
-    zero_keys: Tensor | None  # (B, G, Q)
 
 
 def _make_layout(attention_mask: Tensor | None) -> _Layout | None:
@@ -217,7 +206,7 @@ class LongNetSlideEncoder(LongNetBackbone):
         pooled, maps, states = [self._pool(hidden_states, real)], [], []
         for layer in self.layers:
             if queries is not None:
-                weights = self._attention_map(layer, hidden_states, queries)  # (B, H, Q, K)
+                weights = self._attention_map(layer, hidden_states, *queries)  # (B, H, Q, K)
                 maps.append(_restore(weights.movedim(-1, 1), layout).movedim(1, -1))
             if output_hidden_states:
                 states.append(_restore(hidden_states, layout))
@@ -234,20 +223,16 @@ class LongNetSlideEncoder(LongNetBackbone):
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:
-        shape, features = tuple(tiles.shape), self.config.tile_features
-        if len(shape) != 3 or shape[-1] != features or 0 in shape:
-            raise ValueError(f"tiles has shape {shape}; expected (slides, tiles, {features}).")
-        for name, x, expected in (
-            ("coordinates", coordinates, (*shape[:2], 2)),
-            ("attention_mask", attention_mask, shape[:2]),
-        ):
-            if x is not None and tuple(x.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {expected} (CLS has no entry).")
+        features, shape = self.config.tile_features, tuple(tiles.shape[:2])
+        if tiles.dim() != 3 or tiles.shape[-1] != features or 0 in tiles.shape:
+            raise ValueError(f"tiles has shape {tuple(tiles.shape)}; expected (slides, tiles, {features}).")
+        if tuple(coordinates.shape) != (*shape, 2):
+            raise ValueError(f"coordinates has shape {tuple(coordinates.shape)}; expected {(*shape, 2)}.")
+        if attention_mask is not None and tuple(attention_mask.shape) != shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {shape} (without CLS).")
         if coordinates.dtype not in COORDINATES:
             allowed = ", ".join(map(str, COORDINATES))
-            raise ValueError(
-                f"coordinates has dtype {coordinates.dtype}, which cannot hold every pixel; give {allowed}."
-            )
+            raise ValueError(f"coordinates has dtype {coordinates.dtype}, which skips pixels; give {allowed}.")
         has_tiles = [] if attention_mask is None else (attention_mask != 0).any(1).tolist()
         if not all(has_tiles):
             empty = has_tiles.index(False)
@@ -279,24 +264,17 @@ class LongNetSlideEncoder(LongNetBackbone):
         weights = real[:, 1:] / real[:, 1:].sum(1, keepdim=True)
         return self.norm((weights.to(hidden_states.dtype)[:, None] @ hidden_states[:, 1:])[:, 0])
 
-    def _make_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> _Queries:
-        """Find the columns of the requested tokens, and count how often each of them sees every column."""
+    def _make_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> tuple:
+        """Return the (B, Q) columns of tokens, the (B, G, Q, K) counts of what they see, and (B, G, Q) zero keys."""
         batch, length, _ = hidden_states.shape
         columns = torch.arange(length, device=hidden_states.device).expand(batch, -1)
         if layout is None:
             layout = _Layout(columns, torch.ones_like(columns, dtype=torch.bool), length)
         tokens = torch.as_tensor(tokens, device=hidden_states.device)
-        is_whole = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
-        if (
-            not is_whole
-            or tokens.dim() != 1
-            or len(tokens) == 0
-            or (tokens < 0).any()
-            or (tokens >= layout.total).any()
-        ):
+        numbers = tokens.tolist()
+        if tokens.dim() != 1 or not numbers or not all(type(n) is int and 0 <= n < layout.total for n in numbers):
             raise ValueError(
-                f"attention_queries={tokens.tolist()}: expected a list of whole token numbers, 0 (CLS) to "
-                f"{layout.total - 1} (the last tile)."
+                f"attention_queries={numbers}: expected a list of whole token numbers, 0 (CLS) to {layout.total - 1}."
             )
         match = (layout.tokens[:, None] == tokens[:, None]) & layout.real[:, None]  # (B, Q, K)
         found, of_queries = match.int().max(-1)  # 1 and its column, or 0 for a tile left out
@@ -308,15 +286,15 @@ class LongNetSlideEncoder(LongNetBackbone):
             packing = pack(batch, length, hidden_states.device, layout.real)
             zero_keys = count_zero_keys(self.config, packing, hidden_states)  # (B, G, K)
             zero_keys = zero_keys.gather(2, of_queries[:, None].expand(-1, zero_keys.shape[1], -1))
-        return _Queries(of_queries, counts, zero_keys)
+        return of_queries, counts, zero_keys
 
-    def _attention_map(self, layer: LongNetBlock, hidden_states: Tensor, queries: _Queries) -> Tensor:
+    def _attention_map(self, layer: LongNetBlock, hidden_states: Tensor, columns, counts, zero_keys) -> Tensor:
         """Return the (B, H, Q, K) weights of a layer's dense attention, for the requested queries alone."""
         attention, scale = layer.self_attn, self.config.head_dim**-0.5
         hidden_states = layer.self_attn_layer_norm(hidden_states)
-        query = attention.project(_gather_columns(hidden_states, queries.columns), attention.q_proj).transpose(1, 2)
+        query = attention.project(_gather_columns(hidden_states, columns), attention.q_proj).transpose(1, 2)
         key = attention.project(hidden_states, attention.k_proj).transpose(1, 2)
-        return dense_attention(query, key, key[..., :0], queries.counts, scale, queries.zero_keys)[1]
+        return dense_attention(query, key, key[..., :0], counts, scale, zero_keys)[1]
 
 
 LongNetSlideConfig.register_for_auto_class()
