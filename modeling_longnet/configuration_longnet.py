@@ -38,13 +38,10 @@ FLOAT16_SCALE = 2.0**12
 
 
 def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], list[int]]:
-    """Return segments and rates that grow by 4, from `first` until a segment holds the sequence.
-
-    Rates stop at the number of heads. Segments nest, so positions repeat only after the longest (`position_period`).
-    """
+    """Return nested segments and rates that grow by 4 until a segment holds the sequence; rates stop at `heads`."""
     segments, rates = [first], [1]
     while segments[-1] < length:
-        if rates[-1] < heads:  # else a longer segment of the same rate replaces the last one, which it contains
+        if rates[-1] < heads:  # else a longer segment of the same rate replaces the last one, which adds nothing
             segments.append(segments[-1])
             rates.append(min(4 * rates[-1], heads))
         segments[-1] *= 4
@@ -265,8 +262,8 @@ class LongNetConfig(PreTrainedConfig):
     def position_period(self) -> int:
         """Tokens after which positions may repeat: the least common multiple of the segment lengths.
 
-        Two tokens that meet share a segment of some branch, so the modulo keeps their distance. For nested segments, as
-        in the paper, this is the longest one.
+        A query and its keys share a segment, so the modulo keeps their distance. Nested segments, as in the paper,
+        repeat after the longest one.
         """
         return math.lcm(*self.segment_lengths)
 

@@ -91,7 +91,6 @@ def _check_weights(state: dict[str, Tensor]) -> None:
 
 
 def _make_config(format: CheckpointFormat, facts: dict, overrides: dict) -> LongNetConfig:
-    """Return the config, or raise if a field is missing, unknown, or contradicts the weights."""
     config_class = format.model_class.config_class
     if unknown := sorted(set(overrides) - {field.name for field in fields(config_class)}):
         raise ValueError(f"{', '.join(unknown)}: no field of {config_class.__name__}.")

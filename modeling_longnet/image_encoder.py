@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .attention_context import make_context
@@ -106,11 +105,6 @@ class LongNetImageEncoder(LongNetBackbone):
             self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
             self.head = nn.Linear(size, config.num_classes)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.normal_(self.position_embed, std=0.02)
 
     @merge_with_config_defaults
     @capture_outputs

@@ -122,7 +122,10 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": LongNetBlock, "attentions": LongNetAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Magneto: Xavier normal, gain `magneto_gain` on v, out, fc1, fc2; embeddings and head N(0, 1 / E)."""
+        """Magneto: Xavier normal, gain `magneto_gain` on v, out, fc1, fc2; embeddings and head N(0, 1 / E).
+
+        A backbone's own parameters, learned positions and the CLS token, are N(0, 0.02).
+        """
         if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
             std = self.config.initializer_range
             init.normal_(module.weight, std=self.config.hidden_size**-0.5 if std is None else std)
@@ -133,6 +136,9 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, LongNetBackbone):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=0.02)
 
 
 class LongNetBackbone(LongNetPreTrainedModel):
@@ -255,8 +261,8 @@ class LongNetModel(LongNetBackbone):
         # Compared by name: beside remote code there may be a second class of this name.
         if type(cache).__name__ != "LongNetCache":
             raise ValueError(
-                f"a LongNet model cannot use a {type(cache).__name__}: it keeps each branch's current segment only. "
-                "Pass a LongNetCache(model.config), or none: generate() and use_cache=True make it."
+                f"a LongNet model cannot use a {type(cache).__name__}; pass a LongNetCache(model.config), or none: "
+                "generate() and use_cache=True create it."
             )
         if not self.config.is_causal:
             raise ValueError("a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones.")
@@ -391,8 +397,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         name = generation_config.cache_implementation
         if name not in (None, "offloaded") or (name and model_kwargs.get(CACHE) is not None):
             raise ValueError(
-                f"cache_implementation={name!r}: LongNet has its own bounded cache, which generate() makes by itself; "
-                "leave it out, or set 'offloaded' and give no cache."
+                f"cache_implementation={name!r}: generate() creates LongNet's own bounded cache; leave it out, or set "
+                "'offloaded' and pass no cache."
             )
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import config_branches, count_zero_keys, make_context
@@ -161,11 +160,6 @@ class LongNetSlideEncoder(LongNetBackbone):
         self.tile_embed = nn.Linear(config.tile_features, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.pooling_norm_eps)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.normal_(self.cls_token, std=0.02)
 
     @can_return_tuple
     def forward(
