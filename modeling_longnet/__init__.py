@@ -1,8 +1,8 @@
 """LongNet for Transformers: dilated attention whose cost grows linearly with the sequence (arXiv 2307.02486)."""
 
-import sys
+from importlib import import_module
 
-import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
@@ -14,21 +14,16 @@ from .sharding_accelerate import SequenceSharding
 from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 from .streaming import Scored, stream
 
-for _config in (LongNetConfig, LongNetSlideConfig, LongNetImageConfig):
-    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto, _name in _config.auto_classes.items():
-        if _auto != "AutoConfig":
-            _module, _class = _name.split(".")
-            _model = getattr(sys.modules[f"{__name__}.{_module}"], _class)
-            getattr(transformers, _auto).register(_config, _model, exist_ok=True)
+for _model in (LongNetModel, LongNetSlideEncoder, LongNetImageEncoder):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModel.register(_model.config_class, _model, exist_ok=True)
+AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM, exist_ok=True)
 
 
 def __getattr__(name: str):
-    """On demand, so that `python -m modeling_longnet.conversion` does not find itself imported already."""
+    """Import the conversion on demand: `python -m modeling_longnet.conversion` warns if it is imported already."""
     if name in ("convert_checkpoint", "export_checkpoint", "to_torchscale"):
-        from .conversion import convert_checkpoint, export_checkpoint, to_torchscale
-
-        return {x.__name__: x for x in (convert_checkpoint, export_checkpoint, to_torchscale)}[name]
+        return getattr(import_module(".conversion", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

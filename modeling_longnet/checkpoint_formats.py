@@ -1,4 +1,4 @@
-"""Foreign checkpoint formats: one class each, with one map of names that is read in both directions.
+"""Foreign checkpoint formats: one class per format, with one map of names for both directions.
 
 To add a format, subclass `CheckpointFormat` and put an instance into `FORMATS`.
 """
@@ -17,7 +17,7 @@ from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 
 
 def _size(state: dict[str, Tensor], name: str, dim: int, default: int | None = 1) -> int | None:
-    """Return a tensor's size along `dim`, or the default where there is none: the check of shapes follows later."""
+    """Return a tensor's size along `dim`, or the default if it has none; shapes are checked later."""
     shape = state[name].shape if name in state else ()
     return shape[dim] if -len(shape) <= dim < len(shape) else default
 
@@ -29,9 +29,9 @@ class CheckpointFormat:
         key, title: the format's name in `export_checkpoint` and in messages.
         model_class: the class of its models. LongNetModel includes LongNetForCausalLM.
         defaults: fields of the config that overrides may replace.
-        hints: fields that weights cannot tell -> where to find the value.
+        hints: fields that the weights do not determine -> where to find the value.
         modules: our modules and parameters -> theirs, where names differ. Several with one name there are fused.
-        encoder: what precedes the blocks and the norm after them in their names.
+        encoder: prefix of the blocks, and of the norm after them, in their names.
         marker: a name beside the encoder by which files are recognised.
         reasons: patterns of "missing NAME" or "unknown NAME" -> what a model with such names has.
     """
@@ -54,13 +54,13 @@ class CheckpointFormat:
         return names
 
     def prefix(self, state: dict[str, Tensor]) -> str | None:
-        """Return what a file of this format puts before all names, or None if the file has another format."""
+        """Return the prefix of all names in a file of this format, or None if the file has another format."""
         first = self.theirs("layers.0.self_attn.q_proj.weight")
         found = [name.removesuffix(first) for name in state if name.endswith(first)]
         return found[0] if len(found) == 1 and (not self.marker or found[0] + self.marker in state) else None
 
     def facts(self, state: dict[str, Tensor], prefix: str) -> dict:
-        """Return the config's fields that shapes, names and their former prefix tell."""
+        """Return the config's fields that follow from shapes, names and the removed prefix."""
         inside = CheckpointFormat.prefix(self, state)
         modules = ("layers.0.self_attn.q_proj", "layers.0.ffn.fc1", "layer_norm", "embed_tokens", "lm_head")
         query, fc1, norm, table, output = (f"{inside}{self.theirs(name)}.weight" for name in modules)
@@ -74,7 +74,7 @@ class CheckpointFormat:
             "tie_word_embeddings": table in state and output in state and torch.equal(state[table], state[output]),
         }
 
-    def asked(self, given: dict) -> dict[str, str]:
+    def missing(self, given: dict) -> dict[str, str]:
         """Return the hints of the fields that the user must still give."""
         scaled, positions = given.get("vocab_size"), given.get("position_embedding")
         used = {"embedding_scale": scaled, "xpos_scale_base": positions == "xpos", "rope_theta": positions == "rope"}
@@ -86,7 +86,7 @@ class CheckpointFormat:
         for theirs, ours in self.names(model).items():
             parts = state[theirs].split([len(shapes[name]) for name in ours])
             for name, part in zip(ours, parts, strict=True):
-                part = part.clone() if len(parts) > 1 else part  # a view would keep all of theirs in memory
+                part = part.clone() if len(parts) > 1 else part  # a view would keep the fused tensor in memory
                 result[name] = self.transform(name, part, model.config, to_foreign=False)
         return result
 
@@ -103,7 +103,7 @@ class CheckpointFormat:
         return tensor
 
     def buffers(self, model: LongNetPreTrainedModel) -> dict[str, Tensor]:
-        """Return tensors that follow from the config. They are written to a file, and ignored in one."""
+        """Return tensors that follow from the config: exported, and ignored by conversion."""
         return {}
 
     def check(self, config: LongNetConfig) -> None:
@@ -159,10 +159,7 @@ class TorchScaleFormat(CheckpointFormat):
         if groups != heads:
             raise ValueError(f"num_key_value_heads={groups} of {heads}: {self.title} has no shared key/value heads.")
         if make_branches(*lists, config.head_offsets) != make_branches(*lists, "blocked"):
-            raise ValueError(
-                f"head_offsets={config.head_offsets!r} keeps other tokens than TorchScale with {heads} heads and "
-                f"rates {config.dilation_rates}: only 'blocked' can be written."
-            )
+            raise ValueError(f"head_offsets={config.head_offsets!r} keeps other tokens than TorchScale's 'blocked'.")
         if config.position_embedding == "rope":
             raise ValueError("position_embedding='rope': TorchScale has xPos or none.")
         if config.hidden_act not in ("gelu", "relu", "silu", "swish"):
@@ -185,8 +182,9 @@ class ProvGigaPathFormat(TorchScaleFormat):
     def facts(self, state: dict[str, Tensor], prefix: str) -> dict:
         facts = super().facts(state, prefix) | {"tile_features": _size(state, "patch_embed.proj.weight", 1)}
         published = LongNetSlideConfig()
-        is_published = all(getattr(published, name) == value for name, value in facts.items())
-        return facts | ({name: getattr(published, name) for name in self.hints} if is_published else {})
+        if all(getattr(published, name) == value for name, value in facts.items()):
+            facts |= {name: getattr(published, name) for name in self.hints}
+        return facts
 
 
 class LongViTFormat(TorchScaleFormat):
@@ -219,9 +217,9 @@ class LongViTFormat(TorchScaleFormat):
     def facts(self, state: dict[str, Tensor], prefix: str) -> dict:
         facts, inside = super().facts(state, prefix), "model." if "fc_norm.weight" in state else ""
         patches = inside + "patch_embed.proj.weight"
-        patch, channels = _size(state, patches, 3), _size(state, patches, 1)
+        patch = _size(state, patches, 3)
         side = patch * round(_size(state, inside + "pos_embed", 1) ** 0.5)
-        facts |= {"image_size": side, "patch_size": patch, "num_channels": channels}
+        facts |= {"image_size": side, "patch_size": patch, "num_channels": _size(state, patches, 1)}
         facts["num_classes"] = _size(state, "head.weight", 0, default=0)
         if (facts["num_hidden_layers"], facts["hidden_size"], patch) == (12, 384, 32) and side in self.segments:
             published = LongNetImageConfig(segment_lengths=self.segments[side])
@@ -255,9 +253,7 @@ class FusedLlamaFormat(CheckpointFormat):
     }
     modules = {
         "self_attn_layer_norm": "attention_norm",
-        "self_attn.q_proj": "attention.wqkv",
-        "self_attn.k_proj": "attention.wqkv",
-        "self_attn.v_proj": "attention.wqkv",
+        **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attention.wqkv"),
         "self_attn.inner_attn_ln": "attention.inner_norm",
         "self_attn.out_proj": "attention.wo",
         "ffn_layer_norm": "ffn_norm",

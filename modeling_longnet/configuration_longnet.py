@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from fractions import Fraction
 
@@ -37,17 +38,13 @@ FLOAT16_SCALE = 2.0**12
 
 
 def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], list[int]]:
-    """Return segments and rates that grow by 4, from `first` until a segment holds the sequence.
-
-    Rates stop at the number of heads. Segments nest, so positions repeat only after the longest (`position_period`).
-    """
+    """Return nested segments and rates that grow by 4 until a segment holds the sequence; rates stop at `heads`."""
     segments, rates = [first], [1]
     while segments[-1] < length:
-        if rates[-1] == heads:  # a longer segment of the same rate covers all that this one does
-            segments[-1] *= 4
-            continue
-        segments.append(4 * segments[-1])
-        rates.append(min(4 * rates[-1], heads))
+        if rates[-1] < heads:  # else a longer segment of the same rate replaces the last one, which adds nothing
+            segments.append(segments[-1])
+            rates.append(min(4 * rates[-1], heads))
+        segments[-1] *= 4
     return segments, rates
 
 
@@ -56,8 +53,8 @@ class LongNetConfig(PreTrainedConfig):
     r"""Configuration of a LongNet. The defaults are the paper's 125M model (arXiv 2307.02486, section 4.1).
 
     Args:
-        vocab_size: token ids, 0 .. vocab_size - 1. The default is the 100,277 of cl100k_base, rounded up to a multiple
-            of 64. None: no embedding table and no language model head; the model takes `inputs_embeds`.
+        vocab_size: token ids, 0 .. vocab_size - 1; by default the 100,277 of cl100k_base, rounded up to a multiple of
+            64. None: no embedding table and no language model head; the model takes `inputs_embeds`.
         hidden_size: features of a token, E.
         intermediate_size: features inside a feed-forward block.
         num_hidden_layers: blocks, N.
@@ -84,8 +81,8 @@ class LongNetConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of every LayerNorm.
         final_layer_norm: a LayerNorm after the last block (LongViT has none).
         embedding_scale: factor of the token embeddings (TorchScale: 1, or sqrt(E) with scaled embeddings).
-        initializer_range: initial standard deviation of embeddings and output projection; None means
-            hidden_size ** -0.5. Linear layers follow Magneto (arXiv 2210.06423) in any case.
+        initializer_range: initial standard deviation of embeddings and output projection; hidden_size ** -0.5 if None.
+            Linear layers follow Magneto (arXiv 2210.06423) in any case.
         use_cache: `forward` returns a `LongNetCache` (never in training with gradient checkpointing).
         tie_word_embeddings: the output projection shares the embedding table.
 
@@ -163,8 +160,7 @@ class LongNetConfig(PreTrainedConfig):
         Args:
             length: tokens of the sequences.
             effort: mean number of keys that a query may see per head; `length / 2` is dense attention.
-            num_attention_heads, fields: as in the constructor. Positions are "rope" unless given: they hold at any
-                length.
+            num_attention_heads, fields: as in the constructor, but positions are "rope" by default (for any length).
 
         Raises:
             ValueError: the effort is too small for this length and number of heads; the message gives the least one.
@@ -180,13 +176,12 @@ class LongNetConfig(PreTrainedConfig):
                 f"effort={effort} is too small for length={length} with {heads} key/value heads: the least is "
                 f"{math.ceil(min(work))}. Give more effort or more heads."
             )
-        chosen = max((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort)
-        segments, rates = chosen[1]
+        keys, (segments, rates) = max((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort)
         print(
-            f"Branches {', '.join(f'({w}, {r})' for w, r in zip(segments, rates, strict=True))}: a query sees the up "
-            f"to {segments[0]} tokens of its own segment, and farther ones ever more sparsely; on average "
-            f"{chosen[0]:.0f} keys a head of at most {effort} asked for, where dense attention sees {length / 2:.0f}. "
-            f"Rates stop at {max(rates)} of {heads} heads, so that some head keeps each token."
+            f"Branches {', '.join(f'({w}, {r})' for w, r in zip(segments, rates, strict=True))}: a query sees up to "
+            f"{segments[0]} tokens of its own segment, and ever fewer of farther ones; on average {keys:.0f} keys per "
+            f"head (effort {effort}; dense attention {length / 2:.0f}). Rates stop at {max(rates)}, so some of the "
+            f"{heads} heads keeps each token."
         )
         return cls(segment_lengths=segments, dilation_rates=rates, num_attention_heads=num_attention_heads, **fields)
 
@@ -201,39 +196,34 @@ class LongNetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Check sizes, branches and names, after every construction and before saving."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+        sizes = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}.")
         if groups < 1 or heads % groups:
             raise ValueError(f"num_key_value_heads={groups} must be a divisor of num_attention_heads={heads}.")
-        pad = self.pad_token_id
-        if pad is not None and self.vocab_size is not None and not 0 <= pad < self.vocab_size:
-            raise ValueError(f"pad_token_id={pad} must be an id below vocab_size={self.vocab_size}, or None.")
+        pad, size = self.pad_token_id, self.vocab_size
+        if pad is not None and size is not None and not 0 <= pad < size:
+            raise ValueError(f"pad_token_id={pad} must be an id below vocab_size={size}, or None.")
         check_branches(self.segment_lengths, self.dilation_rates)
         self._check_name("head_offsets", HEAD_OFFSETS)
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
-        self._check_name("attention_backend", tuple(name for name in backend_names() if name != "eager"))
-        self._check_name("hidden_act", tuple(ACT2FN))
+        self._check_name("attention_backend", [name for name in backend_names() if name != "eager"])
+        self._check_name("hidden_act", ACT2FN)
         if self.attend_zero_padding and self.is_causal:
             raise ValueError("attend_zero_padding=True needs is_causal=False: no causal query sees the padding.")
 
     def validate_numbers(self):
         """Check probabilities and scales."""
-        for name in ("dropout", "activation_dropout", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a probability, 0 <= p < 1.")
+        probabilities = "dropout", "activation_dropout", "drop_path_rate"
+        self._check_numbers(probabilities, lambda p: 0 <= p < 1, "must be a probability, 0 <= p < 1")
+        scales = "xpos_scale_base", "rope_theta", "layer_norm_eps", "embedding_scale", "initializer_range"
+        self._check_numbers(scales, lambda scale: scale > 0, "must be above 0")
         if self.attention_dropout != 0:
             raise ValueError(
-                f"attention_dropout={self.attention_dropout} must be 0: the attention kernels have no dropout that "
-                "merges over branches; use dropout or activation_dropout."
+                f"attention_dropout={self.attention_dropout} must be 0; use dropout or activation_dropout."
             )
-        for name in ("xpos_scale_base", "rope_theta", "layer_norm_eps", "embedding_scale", "initializer_range"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
     def validate_positions(self):
         """Check that positions hold over one period: pairs of dimensions rotate, and xPos scales fit float32."""
@@ -241,19 +231,24 @@ class LongNetConfig(PreTrainedConfig):
             return
         if self.head_dim % 2:
             raise ValueError(
-                f"hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads} gives heads of "
-                f"{self.head_dim} dimensions; position_embedding={self.position_embedding!r} rotates pairs and needs "
-                "an even number."
+                f"hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads} = {self.head_dim} "
+                f"dimensions per head must be even, as position_embedding={self.position_embedding!r} rotates pairs."
             )
         if self.position_embedding == "xpos" and self.smallest_xpos_scale_base() > self.xpos_scale_base:
             raise ValueError(
                 f"xpos_scale_base={self.xpos_scale_base} is too small for segments {self.segment_lengths} (positions "
-                f"repeat every {self.position_period} tokens): its scales leave float32. A trained model "
-                "needs the base that it was trained with, so give it shorter segments. A new one may take "
-                f'xpos_scale_base={self.smallest_xpos_scale_base()} or more, or position_embedding="rope".'
+                f"repeat every {self.position_period} tokens): its scales leave float32. A trained model needs its own "
+                "base, so give it shorter segments. A new one may take xpos_scale_base="
+                f'{self.smallest_xpos_scale_base()} or more, or position_embedding="rope".'
             )
 
-    def _check_name(self, field: str, allowed: tuple[str, ...]) -> None:
+    def _check_numbers(self, names: Iterable[str], is_allowed: Callable[[float], bool], rule: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not is_allowed(value):
+                raise ValueError(f"{name}={value} {rule}.")
+
+    def _check_name(self, field: str, allowed: Iterable[str]) -> None:
         value = getattr(self, field)
         if value not in allowed:
             raise ValueError(f"{field}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
@@ -267,8 +262,8 @@ class LongNetConfig(PreTrainedConfig):
     def position_period(self) -> int:
         """Tokens after which positions may repeat: the least common multiple of the segment lengths.
 
-        Two tokens that meet share a segment of some branch, so the modulo keeps their distance. For nested segments, as
-        in the paper, this is the longest one.
+        A query and its keys share a segment, so the modulo keeps their distance. Nested segments, as in the paper,
+        repeat after the longest one.
         """
         return math.lcm(*self.segment_lengths)
 

@@ -1,4 +1,4 @@
-"""Convert checkpoints of TorchScale's LongNet, Prov-GigaPath, LongViT or under Llama's names to a folder, and back.
+"""Convert checkpoints of TorchScale's LongNet, Prov-GigaPath, LongViT or with Llama's names to a folder, and back.
 
 `python -m modeling_longnet.conversion SOURCE OUTPUT_DIR [options]`.
 """
@@ -26,8 +26,9 @@ from .checkpoint_formats import FORMATS, CheckpointFormat
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
 
-# What a damaged file makes PyTorch raise, besides UnpicklingError and struct.error.
+# Raised for a damaged file by PyTorch, its unpickler and safetensors.
 DAMAGED = (RuntimeError, EOFError, OSError, LookupError, AttributeError, AssertionError, TypeError, ValueError)
+DAMAGED += (pickle.UnpicklingError, struct.error, SafetensorError)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FIELDS = sorted({name for x in FORMATS for name in x.hints})  # options of the command line
 
@@ -45,20 +46,17 @@ def read_state(source: Path) -> dict[str, Tensor]:
         if source.suffix == ".safetensors":
             return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except pickle.UnpicklingError as error:
+    except DAMAGED as error:
         # PyTorch's text begins and ends with advice to load the file without the check. Keep only its reason.
         text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
         found = re.findall(r"(?i)unsupported .*?(?=\. Please|$)", text, re.MULTILINE) or text.splitlines()
         reason = found[0] if found else type(error).__name__
-        if not re.match("(?i)unsupported (global|class)", reason):
-            raise ValueError(f"{source} is damaged, or not a file of plain tensors ({reason}).") from error
-        raise ValueError(
-            f"{source} is no file of plain tensors, and reading it as a pickle could run code, so it is refused "
-            f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
-        ) from error
-    except (*DAMAGED, SafetensorError, struct.error) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{source} cannot be read; it may be damaged or cut short ({reason}).") from error
+        if re.match("(?i)unsupported (global|class)", reason):
+            raise ValueError(
+                f"{source} is no file of plain tensors, and reading it as a pickle could run code, so it is refused "
+                f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
+            ) from error
+        raise ValueError(f"{source} is damaged, cut short, or not a file of plain tensors ({reason}).") from error
     while isinstance(state, dict) and len(found := [k for k in ("model", "state_dict", "module") if k in state]) == 1:
         state = state[found[0]]
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
@@ -83,27 +81,25 @@ def recognise(state: dict[str, Tensor]) -> tuple[CheckpointFormat, dict[str, Ten
 
 
 def _check_weights(state: dict[str, Tensor]) -> None:
-    if wrong := [n for n, x in state.items() if x.layout != torch.strided or x.dtype not in DTYPES]:
+    wrong = [name for name, x in state.items() if x.layout != torch.strided or x.dtype not in DTYPES]
+    if wrong:
         found = "; ".join(f"{name} ({state[name].layout}, {state[name].dtype})" for name in wrong)
-        raise ValueError(
-            f"weights must be dense, of {', '.join(map(str, DTYPES))}; found {found}. Convert them, or leave out by "
-            "`ignore` what is no weight."
-        )
+        allowed = ", ".join(map(str, DTYPES))
+        raise ValueError(f"weights must be dense, of {allowed}; found {found}. Convert them, or list them in `ignore`.")
     if empty := [name for name, x in state.items() if not x.is_meta and x.isnan().all()]:
-        raise ValueError(f"nothing but NaN stands in {', '.join(empty)}: the file is of a training that failed.")
+        raise ValueError(f"all values are NaN in {', '.join(empty)}: the training failed.")
 
 
 def _make_config(format: CheckpointFormat, facts: dict, overrides: dict) -> LongNetConfig:
-    """Return the config, or raise if a field is missing, unknown, or contradicts the weights."""
     config_class = format.model_class.config_class
     if unknown := sorted(set(overrides) - {field.name for field in fields(config_class)}):
         raise ValueError(f"{', '.join(unknown)}: no field of {config_class.__name__}.")
     # Published branches may be replaced on purpose.
     for name in sorted(set(overrides) & set(facts) - {"segment_lengths", "dilation_rates"}):
         if overrides[name] != facts[name]:
-            raise ValueError(f"{name}={overrides[name]!r} contradicts the weights, which say {facts[name]!r}.")
+            raise ValueError(f"{name}={overrides[name]!r} contradicts the weights: there it is {facts[name]!r}.")
     given = format.defaults | facts | overrides
-    if missing := [f"{name} ({hint})" for name, hint in format.asked(given).items()]:
+    if missing := [f"{name} ({hint})" for name, hint in format.missing(given).items()]:
         raise ValueError(f"{format.title}: the weights do not tell, so please give {'; '.join(missing)}.")
     try:
         return config_class(**given)
@@ -114,14 +110,12 @@ def _make_config(format: CheckpointFormat, facts: dict, overrides: dict) -> Long
 def _check_fit(format: CheckpointFormat, state: dict, model: LongNetPreTrainedModel, ignored: set) -> None:
     """Raise if tensors are missing, unknown or of another shape; list them, with the likely reason."""
     expected = format.to_foreign(model)
-    found = {
-        "missing": sorted(set(expected) - set(state)),
-        "unknown": sorted(set(state) - set(expected) - set(format.buffers(model)) - ignored),
-    }
+    unknown = set(state) - set(expected) - set(format.buffers(model)) - ignored
+    found = {"missing": sorted(set(expected) - set(state)), "unknown": sorted(unknown)}
     if any(found.values()):
         parts = [f"{kind} tensors: {', '.join(names)}" for kind, names in found.items() if names]
-        lines = [f"{kind} {name}" for kind, names in found.items() for name in names]
-        reasons = sorted(reason for pattern, reason in format.reasons.items() if re.search(pattern, "\n".join(lines)))
+        lines = "\n".join(f"{kind} {name}" for kind, names in found.items() for name in names)
+        reasons = sorted(reason for pattern, reason in format.reasons.items() if re.search(pattern, lines))
         because = f" This looks like {' and '.join(reasons)}, which this model does not have." if reasons else ""
         raise ValueError(f"the weights do not fit: {'; '.join(parts)}.{because}")
     shapes = {name: (tuple(state[name].shape), tuple(x.shape)) for name, x in expected.items()}
@@ -159,8 +153,8 @@ def convert_checkpoint(
         source: a safetensors file, or one that `torch.load(weights_only=True)` reads.
         output_dir: the folder to make, not the current one. It must be new or empty, and stays so on any error.
         ignore: patterns ("decoder*") of foreign tensors to leave out.
-        overrides: fields of the config. What weights cannot tell must be given; the error lists it. Published models
-            need nothing. `attend_zero_padding=True` follows the released kernels' padding.
+        overrides: fields of the config. Those that the weights do not tell must be given; the error lists them.
+            Published models need none. `attend_zero_padding=True` follows the released kernels' padding.
 
     Raises:
         FileNotFoundError, ValueError: names what is wrong with the file, the overrides or the folder.
@@ -205,8 +199,8 @@ def export_checkpoint(model: LongNetPreTrainedModel, format_name: str, file: str
     state = format.to_foreign(model) | format.buffers(model)
     if file is None:
         return state
-    part = Path(f"{file}.part")  # so that the file is never seen half-written
-    if Path(file).suffix == ".safetensors":  # which cannot hold tied tensors that share memory
+    part = Path(f"{file}.part")  # no reader sees a half-written file
+    if Path(file).suffix == ".safetensors":  # cannot hold tied tensors that share memory
         save_file({name: x.clone().contiguous() for name, x in state.items()}, part)
     else:
         torch.save({"model": state}, part)
@@ -217,9 +211,9 @@ def export_checkpoint(model: LongNetPreTrainedModel, format_name: str, file: str
 def to_torchscale(model: LongNetPreTrainedModel, file: str | Path | None = None) -> dict[str, Tensor]:
     """Return the state dict that the original code loads: `export_checkpoint` in the format of the model's class.
 
-    Its settings are not in a state dict. Give the original code those of `model.config`: segment_length and
-    dilated_ratio, heads, activation_fn, subln=True; for TorchScale also no_scale_embedding (False for an
-    embedding_scale of sqrt(E)), xpos_rel_pos with xpos_scale_base, and normalize_output for final_layer_norm.
+    Give the original code the settings of `model.config`: segment_length and dilated_ratio, heads, activation_fn,
+    subln=True; for TorchScale also no_scale_embedding (False for an embedding_scale of sqrt(E)), xpos_rel_pos with
+    xpos_scale_base, and normalize_output for final_layer_norm.
     """
     names = {"longnet_slide": "prov_gigapath", "longnet_image": "longvit"}
     return export_checkpoint(model, names.get(model.config.model_type, "torchscale"), file)
@@ -245,12 +239,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modeling_longnet.conversion", description=__doc__)
     parser.add_argument("source", type=Path, help="safetensors file, or one of torch.save with tensors only")
     parser.add_argument("output_dir", type=Path, help="folder to make")
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": _value, "nargs": "+"}}
     for name in FIELDS:
         hint = "; ".join(dict.fromkeys(x.hints[name] for x in FORMATS if name in x.hints))
-        options = {"type": _value, "nargs": "+" if name in ("segment_lengths", "dilation_rates") else None}
-        options = {"action": argparse.BooleanOptionalAction} if name == "is_causal" else options
-        parser.add_argument(f"--{name.replace('_', '-')}", help=hint, **options)
-    parser.add_argument("--attend-zero-padding", action="store_true", default=None, help="as the released kernels did")
+        kind = kinds.get(type(getattr(LongNetConfig, name)), {"type": _value})
+        parser.add_argument(f"--{name.replace('_', '-')}", help=hint, **kind)
+    parser.add_argument("--attend-zero-padding", action="store_true", default=None, help="as the released kernels do")
     parser.add_argument("--set", type=_field, action="append", default=[], metavar="FIELD=VALUE", help="JSON or text")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="tensors to leave out")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

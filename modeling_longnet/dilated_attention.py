@@ -23,15 +23,13 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{shapes}: the {key.shape[1]} key/value heads must divide the {query.shape[1]} query heads.")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise ValueError(
-            f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: query, key and value need one floating-point dtype."
-        )
+        raise ValueError(f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: expected one floating-point dtype.")
     if not query.device == key.device == value.device:
         raise ValueError(f"devices {query.device}, {key.device}, {value.device}: all three must be on one device.")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which attention runs: autocast's where it is on, as in PyTorch's own (float64 stays)."""
+    """Return the dtype in which attention runs: autocast's if enabled, as in PyTorch's own (float64 stays)."""
     device = x.device.type
     if x.dtype == torch.float64 or not x.is_floating_point() or device not in _AUTOCAST_DEVICES:
         return x.dtype
@@ -53,9 +51,9 @@ def dilated_attention(
     """Dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3).
 
     Branch (w, r) cuts the sequence into segments of w tokens. Key/value head g and its query heads keep the tokens
-    whose place in the segment is the head's offset modulo r, and attend among those. Branches are merged by their
-    softmax denominators (Eq. 9-10): one softmax over the keys of all branches, in which a key of two branches counts
-    twice. Any length, w and r are exact; nothing is padded. The gradient is that of the joint softmax.
+    whose place in the segment is the head's offset modulo r, and attend to those. Branches are merged by their softmax
+    denominators (Eq. 9-10): one softmax over the keys of all branches, in which a key of two branches counts twice. Any
+    length, w and r are exact, without padding. The gradient is that of the joint softmax.
 
     Args:
         query: (B, H, L, D), floating point. (B, L, H, D) in memory, transposed, is fastest.
@@ -83,9 +81,9 @@ def dilated_attention(
     """
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     _check_inputs(query, key, value)
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale} must be above 0: fused kernels multiply masked scores, -inf, by it.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale={scale} must be above 0: fused kernels multiply masked scores, -inf, by it.")
     branches = make_branches(segment_lengths, dilation_rates, key.shape[1], head_offsets)
     backend = choose_backend(backend, query)
     if backend == "eager":

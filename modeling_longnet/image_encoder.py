@@ -1,4 +1,4 @@
-"""LongViT (arXiv 2312.03558): an image in patches through a bidirectional LongNet.
+"""LongViT (arXiv 2312.03558): a bidirectional LongNet over the patches of an image.
 
 Letters: B images, C channels, L patches, E hidden size.
 """
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .attention_context import make_context
@@ -16,7 +15,7 @@ from .compat import capture_outputs, merge_with_config_defaults
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone
 
-# Arguments of text models, refused by name.
+# Arguments of language models, which raise an error.
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values")
 
 
@@ -25,21 +24,18 @@ class LongNetImageConfig(LongNetConfig):
     r"""A bidirectional LongNet over an image's patches. The defaults are LongViT's small model for 1024 pixels.
 
     Args:
-        image_size: pixels of the image's side, a multiple of patch_size.
-        patch_size: pixels of a patch's side.
-        num_channels: of the image.
-        num_classes: outputs of a linear head on the normed mean over the patches; 0: neither norm nor head.
+        image_size: side of the image in pixels, a multiple of patch_size.
+        patch_size: side of a patch in pixels.
+        num_channels: channels of the image, C.
+        num_classes: outputs of a linear head on the normed mean over the patches. 0: neither norm nor head.
         Others: as in `LongNetConfig`.
 
     Raises:
-        StrictDataclassError or ValueError: says the field, the value and what is allowed.
+        StrictDataclassError or ValueError: names the field, the value and what is allowed.
     """
 
     model_type = "longnet_image"
-    auto_classes = {
-        "AutoConfig": "image_encoder.LongNetImageConfig",
-        "AutoModel": "image_encoder.LongNetImageEncoder",
-    }
+    auto_classes = {"AutoConfig": "image_encoder.LongNetImageConfig", "AutoModel": "image_encoder.LongNetImageEncoder"}
 
     vocab_size: int | None = None
     hidden_size: int = 384
@@ -57,10 +53,10 @@ class LongNetImageConfig(LongNetConfig):
     num_classes: int = 0
 
     def validate_image(self):
-        """Sizes of image and patches."""
-        for name, least in (("image_size", 1), ("patch_size", 1), ("num_channels", 1), ("num_classes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        """Check the sizes of image and patches, and that every patch sees the whole image."""
+        sizes = "image_size", "patch_size", "num_channels"
+        self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
+        self._check_numbers(["num_classes"], lambda number: number >= 0, "must be at least 0")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}.")
         if self.is_causal or self.vocab_size is not None:
@@ -72,12 +68,12 @@ class LongNetImageConfig(LongNetConfig):
 
 @dataclass
 class ImageEncoderOutput(ModelOutput):
-    """What `LongNetImageEncoder` returns.
+    """Output of `LongNetImageEncoder`.
 
     Args:
         last_hidden_state: (B, L, E).
-        logits: (B, num_classes), with a head.
-        hidden_states, attentions: as in Transformers, where asked for.
+        logits: (B, num_classes), if there is a head.
+        hidden_states, attentions: as in Transformers, if requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -87,7 +83,7 @@ class ImageEncoderOutput(ModelOutput):
 
 
 class LongNetImageEncoder(LongNetBackbone):
-    """An image's patches, projected, with learned positions, through a LongNet; LongViT.
+    """Encode images: projected patches with learned positions, then a LongNet (LongViT).
 
     Example:
         >>> encoder = LongNetImageEncoder(LongNetImageConfig(num_hidden_layers=2))
@@ -98,27 +94,17 @@ class LongNetImageEncoder(LongNetBackbone):
     config: LongNetImageConfig
     config_class = LongNetImageConfig
     main_input_name = "pixel_values"
+    _input_embed_layer = "patch_embed"
 
     def __init__(self, config: LongNetImageConfig):
         super().__init__(config)
-        patches = (config.image_size // config.patch_size) ** 2
-        self.patch_embed = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        self.position_embed = nn.Parameter(torch.zeros(1, patches, config.hidden_size))
+        size, patch = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Conv2d(config.num_channels, size, kernel_size=patch, stride=patch)
+        self.position_embed = nn.Parameter(torch.zeros(1, (config.image_size // patch) ** 2, size))
         if config.num_classes:
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.head = nn.Linear(config.hidden_size, config.num_classes)
+            self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+            self.head = nn.Linear(size, config.num_classes)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.normal_(self.position_embed, std=0.02)
-        elif isinstance(module, nn.Conv2d):
-            init.xavier_normal_(module.weight)
-            init.zeros_(module.bias)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -130,29 +116,23 @@ class LongNetImageEncoder(LongNetBackbone):
             output_hidden_states, output_attentions, return_dict: as in `LongNetModel.forward`.
 
         Raises:
-            ValueError: no images, inputs of a text model, or images of another size, for which there are no learned
-                positions.
+            ValueError: no images, arguments of a language model, or images of another size than the learned positions.
         """
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share an image; give each one its own images.")
-        self._check_images(pixel_values, kwargs)
+        given = [name for name in TEXT_INPUTS if kwargs.get(name) is not None]
+        if pixel_values is None or given:
+            raise ValueError(f"an image encoder takes pixel_values and no arguments of language models; given {given}.")
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            expected = ", ".join(["images", *map(str, expected)])
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected ({expected}).")
         patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).mT.contiguous()
         embeds = patches + self.position_embed
         backend = self.backend(embeds, kwargs.get("output_attentions", self.config.output_attentions))
         hidden_states = self.encode(embeds, make_context(self.config, embeds, backend))
         logits = self.head(self.norm(hidden_states.mean(1))) if self.config.num_classes else None
         return ImageEncoderOutput(last_hidden_state=hidden_states, logits=logits)
-
-    def _check_images(self, pixel_values: Tensor | None, others: dict) -> None:
-        given = [name for name in TEXT_INPUTS if others.get(name) is not None]
-        if pixel_values is None or given:
-            raise ValueError(f"an image encoder takes pixel_values and nothing of a text; given {given}.")
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, "
-                f"{', '.join(map(str, expected))})."
-            )
 
 
 LongNetImageConfig.register_for_auto_class()

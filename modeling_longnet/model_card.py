@@ -93,12 +93,17 @@ def write_model_card(model, folder: Path) -> None:
 
 def make_model_card(model, previous: str | None = None) -> ModelCard | None:
     """Return the card of a model, given the README.md it is to replace; None if a person wrote or edited that one."""
-    if "ForCausalLM" in type(model).__name__:
-        text, pipeline = _describe(model, "AutoModelForCausalLM"), "text-generation"
-    else:
-        text, pipeline = _describe(model, "AutoModel"), "feature-extraction"
-    metadata = {"license": "apache-2.0"}
+    config, is_lm = model.config, "ForCausalLM" in type(model).__name__
+    text = TEXT.format(
+        config=config,
+        kind="causal decoder" if config.is_causal else "bidirectional encoder",
+        parameters=model.num_parameters(),
+        branches=", ".join(map(str, zip(config.segment_lengths, config.dilation_rates, strict=True))),
+        auto_class="AutoModelForCausalLM" if is_lm else "AutoModel",
+    )
+    pipeline = "text-generation" if is_lm else "feature-extraction"
     own = {"library_name": "transformers", "pipeline_tag": pipeline, DIGEST: _digest(text)}
+    metadata = {"license": "apache-2.0"}
     if previous is not None:
         card = _parse(previous)
         if card is None:
@@ -125,14 +130,3 @@ def _parse(text: str) -> ModelCard | None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _describe(model, auto_class: str) -> str:
-    branches = zip(model.config.segment_lengths, model.config.dilation_rates, strict=True)
-    return TEXT.format(
-        config=model.config,
-        kind="causal decoder" if model.config.is_causal else "bidirectional encoder",
-        parameters=model.num_parameters(),
-        branches=", ".join(f"({w}, {r})" for w, r in branches),
-        auto_class=auto_class,
-    )

@@ -121,35 +121,43 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     _supports_flash_attn = True
     _can_record_outputs = {"hidden_states": LongNetBlock, "attentions": LongNetAttention}
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Magneto: Xavier normal, gain `magneto_gain` on v, out, fc1, fc2; embeddings and head N(0, 1 / E)."""
-        std = self.config.initializer_range
-        std = self.config.hidden_size**-0.5 if std is None else std
+        """Magneto: Xavier normal, gain `magneto_gain` on v, out, fc1, fc2; embeddings and head N(0, 1 / E).
+
+        A backbone's own parameters, learned positions and the CLS token, are N(0, 0.02).
+        """
         if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.Linear):
+            std = self.config.initializer_range
+            init.normal_(module.weight, std=self.config.hidden_size**-0.5 if std is None else std)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
             init.xavier_normal_(module.weight, gain=getattr(module, "init_gain", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, LongNetBackbone):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=0.02)
 
 
 class LongNetBackbone(LongNetPreTrainedModel):
-    """What the text, slide and image models share: embeddings and an attention context in, hidden states out."""
+    """The blocks that the text, slide and image models share, with dropout before and a norm after them."""
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
-        # First: the order of parameters is that of saved optimizer states.
+        # Embeddings first: saved optimizer states depend on the order of parameters.
         if config.vocab_size is not None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([LongNetBlock(config, i) for i in range(config.num_hidden_layers)])
-        size, eps = config.hidden_size, config.layer_norm_eps
-        self.layer_norm = nn.LayerNorm(size, eps=eps) if config.final_layer_norm else nn.Identity()
+        norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm = norm if config.final_layer_norm else nn.Identity()
         self.gradient_checkpointing = False
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the token embeddings, or the projection of tiles or patches; None without a vocabulary."""
+        return getattr(self, self._input_embed_layer, None)
 
     def encode(self, embeds: Tensor, context: AttentionContext) -> Tensor:
         """Return the hidden states after the final norm: (B, L, E) -> (B, L, E)."""
@@ -161,20 +169,16 @@ class LongNetBackbone(LongNetPreTrainedModel):
     def backend(self, embeds: Tensor, output_attentions: bool | None = None) -> str:
         """Return the backend: "eager" under that implementation, flash-attn under its own, else the config's."""
         implementation = attn_implementation(self.config)
-        if implementation == "eager":
-            return "eager"
-        if output_attentions:
+        backends = {"eager": "eager", "sdpa": self.config.attention_backend, "flash_attention_2": "flash_attn"}
+        if implementation not in backends:
+            raise ValueError(f"attn_implementation={implementation!r}: allowed are {', '.join(map(repr, backends))}.")
+        if output_attentions and implementation != "eager":
             raise ValueError(
-                f"attn_implementation={implementation!r} has no attention weights to give; load the model with "
+                f"attn_implementation={implementation!r} returns no attention weights; load the model with "
                 'attn_implementation="eager" or call model.set_attn_implementation("eager").'
             )
-        if implementation not in ("sdpa", "flash_attention_2"):
-            raise ValueError(
-                f"attn_implementation={implementation!r}: allowed are 'eager', 'sdpa', 'flash_attention_2'."
-            )
-        name = "flash_attn" if implementation == "flash_attention_2" else self.config.attention_backend
         sample = torch.empty(0, self.config.head_dim, dtype=autocast_dtype(embeds), device=embeds.device)
-        return choose_backend(name, sample)
+        return choose_backend(backends[implementation], sample)
 
 
 class LongNetModel(LongNetBackbone):
@@ -203,8 +207,7 @@ class LongNetModel(LongNetBackbone):
             input_ids: (B, L) token ids; or inputs_embeds: (B, L, E), used as they are.
             attention_mask: (B, columns so far), nonzero for real tokens, with padding on the left or the right. The
                 segments and positions of a document begin at its first real token. Outputs at padding are meaningless.
-            position_ids: (B or 1, L). A restart at 0 begins another packed document, which sees nothing before it.
-                Otherwise not needed.
+            position_ids: (B or 1, L), for packed documents: a 0 begins another one, which sees nothing before it.
             cache, past_key_values: a `LongNetCache` to continue from and extend (the names of two versions of
                 Transformers); use_cache creates one.
             output_hidden_states, output_attentions: as in Transformers; maps need attn_implementation="eager".
@@ -225,71 +228,62 @@ class LongNetModel(LongNetBackbone):
             check_same_batch(shard.group, **inputs, position_ids=position_ids, **labels)
         embeds = self._embed(input_ids, inputs_embeds, shard)
         backend = self.backend(embeds, kwargs.get("output_attentions", self.config.output_attentions))
-        if cache is None and use_cache and self.config.is_causal and shard is None:
-            cache = LongNetCache(self.config)
-        if shard is None:
-            self._check_cache(cache, len(embeds))
-            context = make_context(self.config, embeds, backend, attention_mask, position_ids, cache)
-        else:
-            self._check_sharded()
+        if shard is not None:
+            if self.training and self.config.drop_path_rate:
+                raise ValueError(
+                    f"drop_path_rate={self.config.drop_path_rate}: each process would draw for itself which blocks a "
+                    "shared sequence skips; train with drop_path_rate=0, or with whole sequences on each process."
+                )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
+        else:
+            if cache is None and use_cache and self.config.is_causal:
+                cache = LongNetCache(self.config)
+            if cache is not None:
+                self._check_cache(cache, len(embeds))
+            context = make_context(self.config, embeds, backend, attention_mask, position_ids, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.encode(embeds, context), **{CACHE: cache})
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, shard: Shard | None) -> Tensor:
+        """Return the (B, L, E) embeddings of this process's part of the batch."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, length, "
-                    f"{self.config.hidden_size})."
-                )
-            _check_not_empty("inputs_embeds", inputs_embeds)
+            _check_shape("inputs_embeds", inputs_embeds, self.config.hidden_size)
             return inputs_embeds if shard is None else shard.cut(inputs_embeds)
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, length).")
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}; expected whole numbers, such as torch.int64.")
-        _check_not_empty("input_ids", input_ids)
+        _check_shape("input_ids", input_ids)
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
         embeds = self.embed_tokens(input_ids if shard is None else shard.cut(input_ids))
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
     def _check_cache(self, cache, batch: int) -> None:
-        if cache is None:
-            return
         # Compared by name: beside remote code there may be a second class of this name.
         if type(cache).__name__ != "LongNetCache":
             raise ValueError(
-                f"a LongNet model cannot use a {type(cache).__name__}: it keeps each branch's current segment only. "
-                "Pass a LongNetCache(model.config), or none: generate() and use_cache=True make it."
+                f"a LongNet model cannot use a {type(cache).__name__}; pass a LongNetCache(model.config), or none: "
+                "generate() and use_cache=True create it."
             )
         if not self.config.is_causal:
             raise ValueError("a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones.")
         cache.check(self.config, batch)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "gradient checkpointing computes each block twice, and would take its tokens into the cache twice: "
-                "turn it off, or train without a cache."
-            )
-
-    def _check_sharded(self) -> None:
-        if self.training and self.config.drop_path_rate:
-            raise ValueError(
-                f"drop_path_rate={self.config.drop_path_rate}: each process would draw for itself which texts skip a "
-                "block, of a text they share; train it with drop_path_rate=0, or with whole sequences on each process."
+                "gradient checkpointing would add each token to the cache twice; turn it off, or train without a cache."
             )
 
 
-def _check_not_empty(name: str, x: Tensor) -> None:
-    if 0 in x.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; batch and length must be at least 1.")
+def _check_shape(name: str, x: Tensor, *features: int) -> None:
+    """Raise unless `x` is (batch, length, *features)."""
+    if x.dim() != 2 + len(features) or x.shape[2:] != features or 0 in x.shape:
+        expected = ", ".join(["batch", "length", *map(str, features)])
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({expected}), batch and length at least 1.")
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise on ids outside the vocabulary, which on a GPU would otherwise end the process."""
+    """Raise on values that are no token ids, which on a GPU would otherwise end the process."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
     if torch.compiler.is_compiling() or ids.device.type == "meta":
         return
     wrong = (ids < 0) | (ids >= vocab_size)
@@ -300,20 +294,6 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
         raise ValueError(
             f"{name} holds {int(ids[wrong][0])}; allowed are 0 to {vocab_size - 1} (vocab_size={vocab_size}){also}."
         )
-
-
-_SHARDED_LOGITS = (
-    "a shared sequence needs labels here: label smoothing and compute_loss_func, in training and in evaluation, would "
-    "compare this process's logits with the whole sequence's labels. Turn them off; or, to get this process's part of "
-    "the logits, pass logits_to_keep=0 (gather_sequence joins the parts)."
-)
-
-
-def _keep_last(hidden_states: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
-    """Return the (B, kept, E) hidden states whose logits are wanted."""
-    if logits_to_keep is None or isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    return hidden_states[:, logits_to_keep]
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
@@ -362,61 +342,63 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         shard = self.shard(inputs) if cache is None else None
         if shard is not None and kwargs.get("use_cache"):
             cache, shard = LongNetCache(self.config), None
-        shift_labels = kwargs.get("shift_labels")
-        self._check_labels(labels, shift_labels, inputs)
+        targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs)
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None or shift_labels is not None:
-            loss = self._loss(hidden_states, labels, shift_labels, kwargs.get("num_items_in_batch"), shard)
+        if targets is not None:
+            loss = self._loss(hidden_states, targets, kwargs.get("num_items_in_batch"), shard)
         elif shard is not None and logits_to_keep is None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
-            raise ValueError(_SHARDED_LOGITS)
+            raise ValueError(
+                "a shared sequence needs labels here: label smoothing and compute_loss_func would compare the logits "
+                "of this process with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get "
+                "this process's part of the logits (gather_sequence joins the parts)."
+            )
         if logits_to_keep is not None or loss is None:
-            logits = self.lm_head(_keep_last(hidden_states, logits_to_keep))
+            kept = 0 if logits_to_keep is None else logits_to_keep
+            kept = slice(-kept, None) if isinstance(kept, int) else kept  # slice(0, None): every token
+            logits = self.lm_head(hidden_states[:, kept])
         recorded = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
-    def _check_labels(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> None:
+    def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+        """Return the targets of the first L - 1 or all L tokens, checked; None without labels."""
         name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         if given is None or inputs is None:
-            return
+            return None
         if given.shape != inputs.shape[:2]:
             raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {tuple(inputs.shape[:2])} as the input.")
-        if given.is_floating_point() or given.dtype == torch.bool:
-            raise ValueError(f"{name} has dtype {given.dtype}; expected whole numbers, such as torch.int64.")
         if name == "labels" and not self.config.is_causal:
             raise ValueError(
-                "labels are next tokens, which a bidirectional model (is_causal=False) sees; give the targets of "
-                "masked tokens as shift_labels, which stay where they are."
+                "labels are next tokens, which a bidirectional model (is_causal=False) sees; pass the targets of "
+                "masked tokens as shift_labels."
             )
         _check_ids(name, given, self.config.vocab_size, ignored=-100)
+        return given[:, 1:] if name == "labels" else given
 
-    def _loss(self, hidden_states: Tensor, labels, shift_labels, num_items, shard: Shard | None) -> Tensor:
-        length = hidden_states.shape[1] if shard is None else shard.total
-        targets = labels[:, 1:] if shift_labels is None else shift_labels
+    def _loss(self, hidden_states: Tensor, targets: Tensor, num_items, shard: Shard | None) -> Tensor:
         if shard is None:
             hidden_states = hidden_states[:, : targets.shape[1]]
         else:
             # Shifted before the cut: a shard's last target is the next shard's first token.
-            targets = shard.cut(nn.functional.pad(targets, (0, length - targets.shape[1]), value=-100))
+            targets = shard.cut(nn.functional.pad(targets, (0, shard.total - targets.shape[1]), value=-100))
         targets = targets.reshape(-1).to(hidden_states.device, torch.int64)
         total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
         count = (targets != -100).sum()
         if shard is not None:
             return group_loss(total, count, num_items, shard.group)
-        if num_items is None:
-            return total / count
-        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+        count = count if num_items is None else num_items
+        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """Give `generate` a bounded cache; refuse other kinds."""
         name = generation_config.cache_implementation
         if name not in (None, "offloaded") or (name and model_kwargs.get(CACHE) is not None):
             raise ValueError(
-                f"cache_implementation={name!r}: LongNet has its own bounded cache, which generate() makes by itself; "
-                "leave it out, or set 'offloaded' and give no cache."
+                f"cache_implementation={name!r}: generate() creates LongNet's own bounded cache; leave it out, or set "
+                "'offloaded' and pass no cache."
             )
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:

@@ -1,6 +1,7 @@
-"""Prov-GigaPath's slide encoder (Xu et al., Nature 630, 2024): the tiles of a whole slide in, its embedding out.
+"""Prov-GigaPath's slide encoder (Xu et al., Nature 630, 2024): embeds whole slides from the features of their tiles.
 
-Letters: B slides, T tiles of the largest, L = 1 + T tokens (CLS first), E hidden size, H heads, N layers, Q queries.
+Letters: B slides, T tiles, L = 1 + T tokens (CLS first), K tokens without the tiles left out (of the slide that has
+most), E hidden size, H heads, G key/value heads, N layers, Q queries.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import config_branches, count_zero_keys, make_context
@@ -19,7 +19,7 @@ from .packing import pack
 from .reference import count_branches, dense_attention
 
 POOLING = ("cls", "mean")
-# 16 bits hold no pixels: int16 ends at 32,767, and float16 and bfloat16 skip whole tiles far from the origin.
+# 16 bits are too few: int16 ends at 32,767, and float16 and bfloat16 skip whole tiles far from the origin.
 COORDINATES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
@@ -28,22 +28,19 @@ class LongNetSlideConfig(LongNetConfig):
     r"""A bidirectional LongNet over tiles. The defaults are the published `gigapath_slide_enc12l768d`.
 
     Args:
-        tile_features: features of a tile, as the tile encoder gives them.
-        tile_size: pixels of a tile's side, the unit of the coordinates' grid.
-        grid_size: tiles of the grid's side; coordinates lie in [0, grid_size * tile_size).
-        pooling: the slide's embedding is that of the CLS token ("cls"), or the mean over the tiles ("mean").
+        tile_features: features of a tile, as the tile encoder returns them.
+        tile_size: side of a tile in pixels.
+        grid_size: side of the grid in tiles; coordinates are in [0, grid_size * tile_size).
+        pooling: a slide's embedding is that of the CLS token ("cls") or the mean over its tiles ("mean").
         pooling_norm_eps: epsilon of the LayerNorm of pooled embeddings.
         Others: as in `LongNetConfig`.
 
     Raises:
-        StrictDataclassError or ValueError: says the field, the value and what is allowed.
+        StrictDataclassError or ValueError: names the field, the value and what is allowed.
     """
 
     model_type = "longnet_slide"
-    auto_classes = {
-        "AutoConfig": "slide_encoder.LongNetSlideConfig",
-        "AutoModel": "slide_encoder.LongNetSlideEncoder",
-    }
+    auto_classes = {"AutoConfig": "slide_encoder.LongNetSlideConfig", "AutoModel": "slide_encoder.LongNetSlideEncoder"}
 
     vocab_size: int | None = None
     num_attention_heads: int = 16
@@ -61,33 +58,32 @@ class LongNetSlideConfig(LongNetConfig):
     pooling_norm_eps: float = 1e-6
 
     def validate_slide(self):
-        """Sizes of the grid, and that every token sees the whole slide."""
-        for name in ("tile_features", "tile_size", "grid_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        """Check the grid, and that every token sees the whole slide."""
+        sizes = "tile_features", "tile_size", "grid_size"
+        self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_name("pooling", POOLING)
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 4: sine and cosine of two axes.")
         if self.is_causal or self.position_embedding != "none" or self.vocab_size is not None:
             raise ValueError(
                 f"is_causal={self.is_causal}, position_embedding={self.position_embedding!r}, "
-                f"vocab_size={self.vocab_size}: a slide encoder is bidirectional, knows its tiles' places by their "
+                f"vocab_size={self.vocab_size}: a slide encoder is bidirectional, takes positions from the tiles' "
                 'coordinates and has no vocabulary; leave them at False, "none", None.'
             )
 
 
 @dataclass
 class SlideEncoderOutput(ModelOutput):
-    """What `LongNetSlideEncoder` returns.
+    """Output of `LongNetSlideEncoder`. Tokens of tiles left out are 0.
 
     Args:
         pooler_output: (B, E), the slides' embeddings.
-        last_hidden_state: (B, L, E), CLS and every tile after the encoder's final norm; 0 for tiles left out.
-        layer_embeddings: (N + 1, B, E), the input and every layer's output pooled as the slide's embedding is,
-            but without the encoder's final norm (Prov-GigaPath's `all_layer_embed`).
-        attention_maps: (N, B, H, Q, L), where asked for.
-        hidden_states: where asked for, N + 1 times (B, L, E): the input, then every layer's output, the last one
-            after the final norm; 0 for tiles left out.
+        last_hidden_state: (B, L, E), after the encoder's final norm.
+        layer_embeddings: (N + 1, B, E), the input and every layer's output, pooled like the slide's embedding but
+            without the encoder's final norm (Prov-GigaPath's `all_layer_embed`).
+        attention_maps: (N, B, H, Q, L), if requested.
+        hidden_states: N + 1 times (B, L, E), if requested: the input, then every layer's output, the last one after the
+            final norm.
     """
 
     pooler_output: Tensor | None = None
@@ -98,52 +94,43 @@ class SlideEncoderOutput(ModelOutput):
 
 
 class _Layout(NamedTuple):
-    """Slides without the tiles that were left out: those that remain, side by side, T' columns for the largest."""
+    """Slides without the tiles left out: the remaining tokens in their order, then padding."""
 
-    tiles: Tensor  # (B, T'), a column's tile; padding names a tile that was left out
-    real: Tensor  # (B, T') bool, False for padding
-    count: int  # T
+    tokens: Tensor  # (B, K), token numbers 0 .. L - 1; padding has those of tiles left out
+    real: Tensor  # (B, K) bool, False for padding
+    total: int  # L
 
-    @property
-    def tokens(self) -> Tensor:
-        """(B, 1 + T'), a column's token, CLS in front."""
-        return nn.functional.pad(self.tiles + 1, (1, 0))
-
-
-class _Queries(NamedTuple):
-    """Queries whose attention is asked for."""
-
-    columns: Tensor  # (B, Q)
-    counts: Tensor  # (B, G, Q, L), how often they see a key
-    padding: Tensor | None  # (B, G, Q), zero keys
+    def select(self, x: Tensor) -> Tensor:
+        """(B, T, features) -> (B, K - 1, features). Padding is 0: tiles left out may hold NaN."""
+        return _gather_columns(x, self.tokens[:, 1:] - 1).masked_fill(~self.real[:, 1:, None], 0)
 
 
-def _lay_out(attention_mask: Tensor | None) -> _Layout | None:
-    """None where nothing is left out."""
+def _make_layout(attention_mask: Tensor | None) -> _Layout | None:
+    """Return the layout, None if no tile is left out."""
     if attention_mask is None or (attention_mask != 0).all():
         return None
-    real = attention_mask != 0
-    tiles = (~real).int().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
-    return _Layout(tiles, real.gather(1, tiles), attention_mask.shape[1])
+    real = nn.functional.pad(attention_mask != 0, (1, 0), value=True)
+    tokens = (~real).int().argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
+    return _Layout(tokens, real.gather(1, tokens), real.shape[1])
 
 
-def _take(x: Tensor, columns: Tensor) -> Tensor:
-    """(B, L, features), (B, Q) -> (B, Q, features)."""
+def _gather_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """(B, columns, features), (B, Q) -> (B, Q, features)."""
     return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _put_back(x: Tensor, layout: _Layout | None) -> Tensor:
-    """(B, 1 + T', ...) -> (B, L, ...), 0 for tiles that were left out."""
+def _restore(x: Tensor, layout: _Layout | None) -> Tensor:
+    """(B, K, ...) -> (B, L, ...), 0 for tiles left out."""
     if layout is None:
         return x
-    shape = (len(x), -1, *(1,) * (x.dim() - 2))
-    real = nn.functional.pad(layout.real, (1, 0), value=True)
-    whole = x.new_zeros(len(x), 1 + layout.count, *x.shape[2:])
-    return whole.scatter(1, layout.tokens.view(shape).expand_as(x), x.masked_fill(~real.view(shape), 0))
+    rows, columns = layout.real.nonzero(as_tuple=True)
+    whole = x.new_zeros(len(x), layout.total, *x.shape[2:])
+    whole[rows, layout.tokens[rows, columns]] = x[rows, columns]
+    return whole
 
 
 def place_features(size: int, dim: int) -> Tensor:
-    """Sines, then cosines, of the places 0 .. size - 1 of one axis: (size, dim) float32.
+    """Return the sines, then cosines, of the places 0 .. size - 1 on one axis: (size, dim) float32.
 
     omega_k = 10000 ** (-k / (dim / 2)); computed in float64, then rounded, as in the released table.
     """
@@ -153,7 +140,7 @@ def place_features(size: int, dim: int) -> Tensor:
 
 
 class LongNetSlideEncoder(LongNetBackbone):
-    """Features and coordinates of tiles in, the slide's embedding out; Prov-GigaPath's `LongNetViT`.
+    """Embed slides from the features and coordinates of their tiles; Prov-GigaPath's `LongNetViT`.
 
     Example:
         >>> encoder = LongNetSlideEncoder(LongNetSlideConfig(num_hidden_layers=2)).eval()
@@ -165,6 +152,7 @@ class LongNetSlideEncoder(LongNetBackbone):
     config: LongNetSlideConfig
     config_class = LongNetSlideConfig
     main_input_name = "tiles"
+    _input_embed_layer = "tile_embed"
 
     def __init__(self, config: LongNetSlideConfig):
         super().__init__(config)
@@ -172,12 +160,6 @@ class LongNetSlideEncoder(LongNetBackbone):
         self.tile_embed = nn.Linear(config.tile_features, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.pooling_norm_eps)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.normal_(self.cls_token, std=0.02)
 
     @can_return_tuple
     def forward(
@@ -192,14 +174,14 @@ class LongNetSlideEncoder(LongNetBackbone):
 
         Args:
             tiles: (B, T, tile_features), any floating dtype.
-            coordinates: (B, T, 2) pixels of the tiles' corners, on the level at which a tile has `tile_size`;
-                integers or floats of at least 32 bits.
-            attention_mask: (B, T), zero for tiles to leave out, background and padding alike, wherever they
-                stand; the result is that of the other tiles alone, in their order.
-            attention_queries: token numbers, 0 for CLS, i + 1 for tile i. The maps then say how much weight
-                each of them gives to every token, over all branches; a row sums to 1 (less with
-                `attend_zero_padding`), and is 0 for a tile that was left out. Memory grows with H * Q * L.
-            output_hidden_states, return_dict: as in Transformers, from the config where left out.
+            coordinates: (B, T, 2), pixels of the tiles' corners at the level where a tile has `tile_size`; integers or
+                floats of at least 32 bits.
+            attention_mask: (B, T), zero for tiles to leave out, background and padding alike, at any place. The result
+                is that of the other tiles alone, in their order.
+            attention_queries: token numbers, 0 for CLS, i + 1 for tile i. Their attention maps hold the weight that
+                each of them gives to every token, over all branches. A row sums to 1 (less with `attend_zero_padding`)
+                and is 0 for a tile left out. Memory grows with H * Q * L.
+            output_hidden_states, return_dict: as in Transformers; the config's if not given.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
@@ -207,123 +189,106 @@ class LongNetSlideEncoder(LongNetBackbone):
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share a slide; give each one its own slides.")
         self._check_slides(tiles, coordinates, attention_mask)
-        layout = _lay_out(attention_mask)
+        layout, real = _make_layout(attention_mask), None
         if layout is not None:
-            # Zeros, as what stands in tiles left out may be NaN.
-            tiles = _take(tiles, layout.tiles).masked_fill(~layout.real[..., None], 0.0)
-            coordinates = _take(coordinates, layout.tiles).masked_fill(~layout.real[..., None], 0)
+            tiles, coordinates, real = layout.select(tiles), layout.select(coordinates), layout.real
         hidden_states = self.dropout(self._embed_tiles(tiles, coordinates))
-        mask = None if layout is None else nn.functional.pad(layout.real, (1, 0), value=True)
-        context = make_context(self.config, hidden_states, self.backend(hidden_states), mask)
-        queries = None if attention_queries is None else self._prepare_queries(attention_queries, hidden_states, layout)
+        context = make_context(self.config, hidden_states, self.backend(hidden_states), real)
+        queries = None if attention_queries is None else self._make_queries(attention_queries, hidden_states, layout)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        pooled, maps, states = [self._pool(hidden_states, layout)], [], []
+        pooled, maps, states = [self._pool(hidden_states, real)], [], []
         for layer in self.layers:
             if queries is not None:
-                weights = self._map(layer, hidden_states, queries)  # (B, H, Q, 1 + T')
-                maps.append(_put_back(weights.movedim(-1, 1), layout).movedim(1, -1))
+                weights = self._attention_map(layer, hidden_states, *queries)  # (B, H, Q, K)
+                maps.append(_restore(weights.movedim(-1, 1), layout).movedim(1, -1))
             if output_hidden_states:
-                states.append(_put_back(hidden_states, layout))
+                states.append(_restore(hidden_states, layout))
             hidden_states = layer(hidden_states, context)
-            pooled.append(self._pool(hidden_states, layout))
+            pooled.append(self._pool(hidden_states, real))
         hidden_states = self.layer_norm(hidden_states)
-        whole = _put_back(hidden_states, layout)
+        last = _restore(hidden_states, layout)
         return SlideEncoderOutput(
-            pooler_output=self._pool(hidden_states, layout),
-            last_hidden_state=whole,
+            pooler_output=self._pool(hidden_states, real),
+            last_hidden_state=last,
             layer_embeddings=torch.stack(pooled),
             attention_maps=torch.stack(maps) if maps else None,
-            hidden_states=(*states, whole) if output_hidden_states else None,
+            hidden_states=(*states, last) if output_hidden_states else None,
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:
-        features = self.config.tile_features
+        features, shape = self.config.tile_features, tuple(tiles.shape[:2])
         if tiles.dim() != 3 or tiles.shape[-1] != features or 0 in tiles.shape:
             raise ValueError(f"tiles has shape {tuple(tiles.shape)}; expected (slides, tiles, {features}).")
-        if tuple(coordinates.shape) != (*tiles.shape[:2], 2):
-            raise ValueError(f"coordinates has shape {tuple(coordinates.shape)}; expected {(*tiles.shape[:2], 2)}.")
+        if tuple(coordinates.shape) != (*shape, 2):
+            raise ValueError(f"coordinates has shape {tuple(coordinates.shape)}; expected {(*shape, 2)}.")
+        if attention_mask is not None and tuple(attention_mask.shape) != shape:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {shape} (without CLS).")
         if coordinates.dtype not in COORDINATES:
-            raise ValueError(
-                f"coordinates has dtype {coordinates.dtype}, which cannot tell every pixel; give "
-                f"{', '.join(map(str, COORDINATES))}."
-            )
-        if attention_mask is None:
-            return
-        if attention_mask.shape != tiles.shape[:2]:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(tiles.shape[:2])}: one "
-                "entry for each tile, zero for those to leave out (the CLS token has none)."
-            )
-        if not (attention_mask != 0).any(1).all():
-            empty = int((~(attention_mask != 0).any(1)).nonzero()[0])
+            allowed = ", ".join(map(str, COORDINATES))
+            raise ValueError(f"coordinates has dtype {coordinates.dtype}, which skips pixels; give {allowed}.")
+        has_tiles = [] if attention_mask is None else (attention_mask != 0).any(1).tolist()
+        if not all(has_tiles):
+            empty = has_tiles.index(False)
             raise ValueError(f"attention_mask leaves slide {empty} without any tile; leave the slide out of the batch.")
 
     def _embed_tiles(self, tiles: Tensor, coordinates: Tensor) -> Tensor:
-        """(B, T, features), (B, T, 2) -> (B, L, E): projected tiles with their places, behind the CLS token."""
+        """(B, K - 1, features), (B, K - 1, 2) -> (B, K, E): the CLS token, then projected tiles with their places."""
         places = (coordinates / self.config.tile_size).floor().long()
-        if ((places < 0) | (places >= self.config.grid_size)).any():
-            row, tile, _ = ((places < 0) | (places >= self.config.grid_size)).nonzero()[0].tolist()
+        outside = (places < 0) | (places >= self.config.grid_size)
+        if outside.any():
+            slide, tile, _ = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"tile {tile} of slide {row} lies at {coordinates[row, tile].tolist()} pixels; expected at least 0 and "
+                f"tile {tile} of slide {slide} is at {coordinates[slide, tile].tolist()} pixels; expected at least 0, "
                 f"below grid_size * tile_size = {self.config.grid_size * self.config.tile_size}. Shift the slide to "
                 "the origin, give the coordinates of the level with such tiles, or make the config's grid_size larger."
             )
         embeds = self.tile_embed(tiles.to(self.tile_embed.weight.dtype))
         table = place_features(self.config.grid_size, self.config.hidden_size // 2).to(embeds)
-        # The first half of the features tells the second coordinate, as in the released table.
+        # The first half of the features encodes the second coordinate, as in the released table.
         embeds = embeds + torch.cat([table[places[..., 1]], table[places[..., 0]]], -1)
         return torch.cat([self.cls_token.expand(len(embeds), -1, -1).to(embeds.dtype), embeds], 1)
 
-    def _pool(self, hidden_states: Tensor, layout: _Layout | None) -> Tensor:
-        """(B, L, E) -> (B, E)."""
+    def _pool(self, hidden_states: Tensor, real: Tensor | None) -> Tensor:
+        """(B, K, E) -> (B, E)."""
         if self.config.pooling == "cls":
             return self.norm(hidden_states[:, 0])
-        if layout is None:
+        if real is None:
             return self.norm(hidden_states[:, 1:].mean(1))
-        weights = layout.real / layout.real.sum(1, keepdim=True)  # (B, T)
+        weights = real[:, 1:] / real[:, 1:].sum(1, keepdim=True)
         return self.norm((weights.to(hidden_states.dtype)[:, None] @ hidden_states[:, 1:])[:, 0])
 
-    def _prepare_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> _Queries:
-        """Find the chosen tokens in the columns, and how often each sees every column's token."""
+    def _make_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> tuple:
+        """Return the (B, Q) columns of tokens, the (B, G, Q, K) counts of what they see, and (B, G, Q) zero keys."""
         batch, length, _ = hidden_states.shape
+        columns = torch.arange(length, device=hidden_states.device).expand(batch, -1)
+        if layout is None:
+            layout = _Layout(columns, torch.ones_like(columns, dtype=torch.bool), length)
         tokens = torch.as_tensor(tokens, device=hidden_states.device)
-        total = length if layout is None else 1 + layout.count
-        numbers = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
-        if not numbers or tokens.dim() != 1 or len(tokens) == 0 or (tokens < 0).any() or (tokens >= total).any():
+        numbers = tokens.tolist()
+        if tokens.dim() != 1 or not numbers or not all(type(n) is int and 0 <= n < layout.total for n in numbers):
             raise ValueError(
-                f"attention_queries={tokens.tolist()}: expected a list of whole token numbers, 0 (CLS) to {total - 1} "
-                "(the last tile)."
+                f"attention_queries={numbers}: expected a list of whole token numbers, 0 (CLS) to {layout.total - 1}."
             )
-        columns = tokens.expand(batch, -1)  # (B, Q)
-        documents = torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)
-        if layout is not None:
-            documents[:, 1:].masked_fill_(~layout.real, -1)
-            # A tile left out stands in padding or in no column; column `length` has document -1 below.
-            places = torch.full((batch, total), length, device=tokens.device)
-            places.scatter_(1, layout.tokens, torch.arange(length, device=tokens.device).expand(batch, -1))
-            columns = places[:, tokens]
-        positions = torch.arange(length + 1, device=tokens.device).expand(batch, -1)
-        with_outside = nn.functional.pad(documents, (0, 1), value=-1)
-        of_queries = positions.gather(1, columns), with_outside.gather(1, columns)
-        counts = count_branches(
-            config_branches(self.config), of_queries[0], positions[:, :-1], of_queries[1], documents, is_causal=False
-        )
-        columns = columns.clamp(max=length - 1)
-        padding = None
+        match = (layout.tokens[:, None] == tokens[:, None]) & layout.real[:, None]  # (B, Q, K)
+        found, of_queries = match.int().max(-1)  # 1 and its column, or 0 for a tile left out
+        branches = config_branches(self.config)
+        # Documents: 0, or -1 for padding and for queries left out, which see nothing.
+        counts = count_branches(branches, of_queries, columns, found - 1, layout.real.int() - 1, is_causal=False)
+        zero_keys = None
         if self.config.attend_zero_padding:
-            packing = pack(batch, length, hidden_states.device, None if layout is None else documents >= 0)
-            padding = count_zero_keys(self.config, packing, hidden_states)  # (B, G, L)
-            padding = padding.gather(2, columns[:, None].expand(-1, padding.shape[1], -1))
-        return _Queries(columns, counts, padding)
+            packing = pack(batch, length, hidden_states.device, layout.real)
+            zero_keys = count_zero_keys(self.config, packing, hidden_states)  # (B, G, K)
+            zero_keys = zero_keys.gather(2, of_queries[:, None].expand(-1, zero_keys.shape[1], -1))
+        return of_queries, counts, zero_keys
 
-    def _map(self, layer: LongNetBlock, hidden_states: Tensor, queries: _Queries) -> Tensor:
-        """What a layer's dense attention gives the chosen queries: (B, H, Q, L), without the others' rows."""
+    def _attention_map(self, layer: LongNetBlock, hidden_states: Tensor, columns, counts, zero_keys) -> Tensor:
+        """Return the (B, H, Q, K) weights of a layer's dense attention, for the requested queries alone."""
         attention, scale = layer.self_attn, self.config.head_dim**-0.5
         hidden_states = layer.self_attn_layer_norm(hidden_states)
-        query = attention.project(_take(hidden_states, queries.columns), attention.q_proj).transpose(1, 2)
+        query = attention.project(_gather_columns(hidden_states, columns), attention.q_proj).transpose(1, 2)
         key = attention.project(hidden_states, attention.k_proj).transpose(1, 2)
-        return dense_attention(query, key, key[..., :0], queries.counts, scale, queries.padding)[1]
+        return dense_attention(query, key, key[..., :0], counts, scale, zero_keys)[1]
 
 
 LongNetSlideConfig.register_for_auto_class()

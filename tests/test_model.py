@@ -192,6 +192,9 @@ def test_inputs_embeds_and_tuples():
 def test_a_model_without_vocabulary():
     model = make_model(LongNetModel, vocab_size=None)
     assert model(inputs_embeds=torch.randn(1, 5, 24, dtype=torch.float64)).last_hidden_state.shape == (1, 5, 24)
+    assert model.get_input_embeddings() is None
+    assert model.get_output_embeddings() is None
+    model.enable_input_require_grads()
     with refused("vocab_size", "inputs_embeds"):
         model(random_ids())
     with refused("vocab_size=None"):
@@ -442,7 +445,7 @@ def test_low_precision_loss_adds_up_in_float32(dtype, monkeypatch):
         leaf = hidden.detach().requires_grad_()
         head.weight.grad = None
         if chunked:
-            loss = model._loss(leaf, ids, None, None, None)
+            loss = model._loss(leaf, ids[:, 1:], None, None)
         else:
             logits = head(leaf)[:, :-1].to(torch.promote_types(hidden.dtype, torch.float32))
             loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

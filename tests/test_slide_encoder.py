@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import assert_close, refused
+from transformers import AutoModel
 
 from modeling_longnet import LongNetImageConfig, LongNetImageEncoder, LongNetSlideConfig, LongNetSlideEncoder
 from modeling_longnet.slide_encoder import place_features
@@ -198,6 +199,40 @@ def test_hidden_states_and_tuples():
         assert state[1, 9:].count_nonzero() == 0
         assert_close("pooled", encoder.norm(state[:, 0]), pooled, 0)
     assert_close("last", out.hidden_states[-1], out.last_hidden_state, 0)
+
+
+@pytest.mark.parametrize("by", ["the class", "from_config"])
+@pytest.mark.parametrize(
+    ("encoder_class", "config", "name"),
+    [
+        (
+            LongNetSlideEncoder,
+            LongNetSlideConfig(hidden_size=1024, intermediate_size=8, num_hidden_layers=1),
+            "cls_token",
+        ),
+        (LongNetImageEncoder, LongNetImageConfig(image_size=64, patch_size=8, num_hidden_layers=1), "position_embed"),
+    ],
+    ids=["slide", "image"],
+)
+def test_a_new_encoder_draws_its_cls_token_or_positions(encoder_class, config, name, by):
+    """N(0, 0.02), as in the released code."""
+    torch.manual_seed(0)
+    encoder = encoder_class(config) if by == "the class" else AutoModel.from_config(config)
+    x = getattr(encoder, name)
+    four_standard_errors = 4 * 0.02 / x.numel() ** 0.5
+    assert abs(x.mean()) < four_standard_errors
+    assert abs(x.std() - 0.02) < four_standard_errors
+
+
+def test_the_input_embeddings_are_the_projections():
+    slides, images = make_encoder(), LongNetImageEncoder(LongNetImageConfig(num_hidden_layers=1))
+    for encoder, projection in ((slides, slides.tile_embed), (images, images.patch_embed)):
+        assert encoder.get_input_embeddings() is projection
+    other = torch.nn.Linear(FEATURES, 24).double()
+    slides.set_input_embeddings(other)
+    assert slides.tile_embed is other
+    slides.enable_input_require_grads()
+    assert slides.requires_grad_(False)(*make_slides(9)[:2]).last_hidden_state.requires_grad
 
 
 def test_an_image_encoder_takes_images_alone():
