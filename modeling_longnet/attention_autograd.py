@@ -9,6 +9,7 @@ are (B, L, H, D).
 
 import inspect
 from collections.abc import Iterator
+from itertools import accumulate, chain, repeat
 from typing import NamedTuple
 
 import torch
@@ -35,21 +36,16 @@ class AttentionPlan(NamedTuple):
 
     def flatten(self) -> tuple:
         """Return the plan as the operators' schema takes it."""
-        return (
-            [number for chunk in self.chunks for number in chunk],
-            [b.w for b in self.branches],
-            [b.r for b in self.branches],
-            [o for b in self.branches for o in b.offsets],
-            *self[2:],
-        )
+        w, r, offsets = zip(*self.branches, strict=True)
+        return [*chain(*self.chunks)], w, r, [*chain(*offsets)], *self[2:]
 
     @classmethod
     def unflatten(cls, chunks: list[int], w: list[int], r: list[int], offsets: list[int], *others) -> "AttentionPlan":
         """Return the plan from what `flatten` made of it."""
-        heads = len(offsets) // len(w)
-        each = (tuple(offsets[i : i + heads]) for i in range(0, len(offsets), heads))
-        branches = tuple(map(Branch, w, r, each))
-        return cls(tuple(Chunk(*chunks[i : i + 6]) for i in range(0, len(chunks), 6)), branches, *others)
+        heads, size = len(offsets) // len(w), len(Chunk._fields)
+        of_branches = (tuple(offsets[i : i + heads]) for i in range(0, len(offsets), heads))
+        chunks = tuple(Chunk(*chunks[i : i + size]) for i in range(0, len(chunks), size))
+        return cls(chunks, tuple(map(Branch, w, r, of_branches)), *others)
 
 
 class HaloKV(NamedTuple):
@@ -67,12 +63,11 @@ class HaloKV(NamedTuple):
     value: Tensor
     slots: tuple[int, ...]
 
-    def split(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the (B, slots, G, D) views of key and value for each branch."""
-        begin = 0
-        for size in self.slots:
-            yield tuple(x[:, :, begin : begin + size].transpose(1, 2) for x in self[:2])
-            begin += size
+    def split(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the (B, slots, G, D) views of key and value for each branch."""
+        key, value, ends = self.key.transpose(1, 2), self.value.transpose(1, 2), accumulate(self.slots)
+        parts = [slice(end - size, end) for size, end in zip(self.slots, ends, strict=True)]
+        return [(key[:, part], value[:, part]) for part in parts]
 
 
 def _branch_calls(plan: AttentionPlan, keys: str = "chunk") -> Iterator[tuple[int, BranchCall]]:
@@ -82,41 +77,28 @@ def _branch_calls(plan: AttentionPlan, keys: str = "chunk") -> Iterator[tuple[in
     the next branch.
     """
     order = (0, *range(len(plan.branches) - 1, 0, -1))
-    overlaps = False
+    is_own, overlaps = keys == "chunk", False
+    is_causal, zero_padding = plan.is_causal and is_own, plan.zero_padding and is_own
     for chunk in plan.chunks:
         for index in order if chunk.length else ():
-            branch, is_own = plan.branches[index], keys == "chunk"
+            branch = plan.branches[index]
             is_first = is_own and index == 0 and branch.r == 1
-            zeros = is_own and plan.zero_padding
-            yield (
-                index,
-                BranchCall(
-                    chunk, branch, keys, plan.is_causal and is_own, plan.scale, zeros, is_first, overlaps and is_own
-                ),
-            )
-            overlaps = True
-
-
-def _covers_all(x: Tensor, plan: AttentionPlan) -> bool:
-    """Return True if the first branch writes every token once, so that no memory needs to be cleared."""
-    return plan.branches[0].r == 1 and sum(c.batch * c.length for c in plan.chunks) == x.shape[0] * x.shape[1]
-
-
-def _sum_dtype(x: Tensor, plan: AttentionPlan) -> torch.dtype:
-    """Return the dtype of a token's sum over branches: at least float32, or half precision if that costs one rounding.
-
-    It does if a token is in at most one branch after the first, on average. A float32 copy would be larger.
-    """
-    first, *others = plan.branches
-    if first.r == 1 and sum(1 / branch.r for branch in others) <= 1:
-        return x.dtype
-    return torch.promote_types(x.dtype, torch.float32)
+            yield index, BranchCall(chunk, branch, keys, is_causal, plan.scale, zero_padding, is_first, overlaps)
+            overlaps = is_own
 
 
 def _accumulator(x: Tensor, plan: AttentionPlan) -> Tensor:
-    """Return a tensor like x in the dtype of the sum, zero unless the first branch writes everywhere."""
-    make = torch.empty if _covers_all(x, plan) else torch.zeros
-    return make(x.shape, dtype=_sum_dtype(x, plan), device=x.device)
+    """Return a tensor like x for the sum over branches: zero, unless the first branch writes every token once.
+
+    Its dtype is at least float32, or half precision if that costs one rounding: if a token is in at most one branch
+    after the first, on average. A float32 copy would be larger.
+    """
+    first, *others = plan.branches
+    costs_one_rounding = first.r == 1 and sum(1 / branch.r for branch in others) <= 1
+    dtype = x.dtype if costs_one_rounding else torch.promote_types(x.dtype, torch.float32)
+    is_covered = first.r == 1 and sum(c.batch * c.length for c in plan.chunks) == x.shape[0] * x.shape[1]
+    make = torch.empty if is_covered else torch.zeros
+    return make(x.shape, dtype=dtype, device=x.device)
 
 
 def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
@@ -126,8 +108,8 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
         query: (B, L, H, D). key, value: (B, L, G, D), same dtype.
 
     Returns:
-        out (B, L, H, D) in the dtype of the sum (`_sum_dtype`) and lse (B, L, H) in at least float32; 0 and -inf for a
-        query that sees no key.
+        out (B, L, H, D) in the dtype of the sum (`_accumulator`) and lse (B, L, H) in at least float32; 0 and -inf for
+        a query that sees no key.
     """
     out = _accumulator(query, plan)
     precise = torch.promote_types(query.dtype, torch.float32)
@@ -139,7 +121,7 @@ def forward_chunks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
 
 def forward_halo(query: Tensor, out: Tensor, lse: Tensor, halo: HaloKV, plan: AttentionPlan, side: str) -> None:
     """Merge attention to the "prefix" or "suffix" into `out` and `lse` of `forward_chunks`, in place."""
-    parts = list(halo.split())
+    parts = halo.split()
     for index, call in _branch_calls(plan, side):
         BACKENDS[plan.backend].forward_branch(call, query, *parts[index], out, lse)
 
@@ -149,9 +131,7 @@ def backward_chunks(
 ) -> Grads:
     """Return the gradients of `forward_chunks` for query, key and value, in the dtype of the sum.
 
-    Args:
-        grad_out: (B, L, H, D), contiguous. lse: the merged one.
-        saved: the backend's `prepare_backward` of the merged out, in the query's dtype.
+    `grad_out` is contiguous, `lse` the merged one, `saved` the backend's `prepare_backward` of the merged out.
     """
     grads = tuple(_accumulator(x, plan) for x in (query, key, value))
     for _, call in _branch_calls(plan):
@@ -170,23 +150,19 @@ def backward_halo(
     side: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the halo's key and value in `forward_halo`; add the query's to `grad_query`."""
-    new = {"dtype": grad_query.dtype, "device": grad_query.device}
-    grads = halo._replace(key=torch.zeros(halo.key.shape, **new), value=torch.zeros(halo.value.shape, **new))
-    parts = list(zip(halo.split(), grads.split(), strict=True))
+    zeros = (torch.zeros(x.shape, dtype=grad_query.dtype, device=x.device) for x in halo[:2])
+    grads = HaloKV(*zeros, halo.slots)
+    parts, sums = halo.split(), grads.split()
     for index, call in _branch_calls(plan, side):
-        (key, value), (dk, dv) = parts[index]
-        sums = (grad_query, dk, dv)
-        BACKENDS[plan.backend].backward_branch(call, grad_out, query, key, value, saved, lse, sums)
+        inputs, totals = (grad_out, query, *parts[index], saved, lse), (grad_query, *sums[index])
+        BACKENDS[plan.backend].backward_branch(call, *inputs, totals)
     return grads[:2]
 
 
 # torch.compile treats these operators as opaque, which avoids a graph break. A second copy of this file in one process
 # (remote code beside the installed package) may be another version, so it registers them under a name of its own.
-_namespace = next(
-    name
-    for name in ("longnet", *(f"longnet_{i}" for i in range(2, 1000)))
-    if not hasattr(getattr(torch.ops, name), "dilated_attention")
-)
+_names = ("longnet", *(f"longnet_{i}" for i in range(2, 1000)))
+_namespace = next(name for name in _names if not hasattr(getattr(torch.ops, name), "dilated_attention"))
 _library = torch.library.Library(_namespace, "FRAGMENT")
 _PLAN = "SymInt[] chunks, int[] w, int[] r, int[] offsets, bool is_causal, float scale, str backend, bool zero_padding"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? halo_value"
@@ -198,26 +174,23 @@ _library.define(
 _ops = getattr(torch.ops, _namespace)
 
 
-def _check_prefix(plan: AttentionPlan, prefix: HaloKV | None) -> None:
+def _check_prefix(plan: AttentionPlan, slots: list[int]) -> None:
     """Raise ValueError unless each branch has a slot for every token before the chunks: kernels would read beyond."""
-    needed = [max(x) for x in zip(*(prefix_lengths(plan.branches, c.start) for c in plan.chunks), strict=True)]
-    if prefix is None and any(needed):
-        raise ValueError("a chunk that begins inside a segment needs the keys before it; give `prefix`.")
-    for branch, least, given in zip(plan.branches, needed, () if prefix is None else prefix.slots, strict=False):
+    needed = prefix_lengths(plan.branches, *(chunk.start for chunk in plan.chunks))
+    for branch, least, given in zip(plan.branches, needed, slots or repeat(0), strict=False):
         if given < least:
             raise ValueError(
-                f"branch ({branch.w}, {branch.r}) has {given} slots in `prefix`; the chunks need {least}. The order is "
-                "that of `make_branches`."
+                f"branch ({branch.w}, {branch.r}) has {given} slots in `prefix`; the chunks begin inside a segment and "
+                f"need {least}. The order is that of `make_branches`."
             )
 
 
 def _forward(query, key, value, halo_key, halo_value, slots, *plan):
     plan = AttentionPlan.unflatten(*plan)
-    prefix = None if halo_key is None else HaloKV(halo_key, halo_value, slots)
-    _check_prefix(plan, prefix)
+    _check_prefix(plan, slots)
     out, lse = forward_chunks(query, key, value, plan)
-    if prefix is not None:
-        forward_halo(query, out, lse, prefix, plan, "prefix")
+    if halo_key is not None:
+        forward_halo(query, out, lse, HaloKV(halo_key, halo_value, slots), plan, "prefix")
     return out.to(query.dtype), lse
 
 
@@ -226,7 +199,7 @@ def _backward(grad_out, query, key, value, halo_key, halo_value, out, lse, slots
     grad_out, out, lse = (x.contiguous() for x in (grad_out, out, lse))  # under vmap they may be expanded
     saved = BACKENDS[plan.backend].prepare_backward(out, grad_out)
     dq, dk, dv = backward_chunks(grad_out, query, key, value, saved, lse, plan)
-    halo_grads = query.new_empty(0), query.new_empty(0)
+    halo_grads = query.new_empty(len(query), 0), query.new_empty(len(query), 0)
     if halo_key is not None:
         halo = HaloKV(halo_key, halo_value, slots)
         halo_grads = backward_halo(grad_out, query, saved, lse, halo, dq, plan, "prefix")
@@ -239,29 +212,31 @@ def _fake_forward(query, *others):
 
 
 def _fake_backward(grad_out, query, key, value, halo_key, halo_value, *others):
-    halo = [query.new_empty(0 if x is None else x.shape) for x in (halo_key, halo_value)]
+    halo = [query.new_empty((query.shape[0], 0) if x is None else x.shape) for x in (halo_key, halo_value)]
     return *(x.new_empty(x.shape) for x in (query, key, value)), *halo
 
 
-for _name, _run, _fake in (
-    ("dilated_attention", _forward, _fake_forward),
-    ("dilated_attention_backward", _backward, _fake_backward),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+_library.impl("dilated_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("dilated_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{_namespace}::dilated_attention", _fake_forward, lib=_library)
+torch.library.register_fake(f"{_namespace}::dilated_attention_backward", _fake_backward, lib=_library)
 
 
-def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Move vmap's dimension in front of the batch and merge both: (size * B, ...)."""
-    if x is None:
-        return None
-    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-
-def _fold_plan(plan: tuple, batch: int, size: int) -> tuple:
-    """Repeat the chunks of a batch for each of the `size` batches that `_fold` merged."""
-    chunks = [number + (i * batch if place % 6 < 2 else 0) for i in range(size) for place, number in enumerate(plan[0])]
-    return chunks, *plan[1:]
+def _vmap(function, info, dims, *inputs):
+    """Apply one of the functions below under vmap: its dimension joins the batch, and the chunks are repeated."""
+    *tensors, slots, plan = inputs
+    size, plan = info.batch_size, AttentionPlan.unflatten(*plan)
+    for i, (x, dim) in enumerate(zip(tensors, dims, strict=False)):
+        if x is not None:
+            tensors[i] = (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+    rows = len(tensors[0])
+    chunks = tuple(
+        chunk._replace(batch_begin=row + chunk.batch_begin, batch_end=row + chunk.batch_end)
+        for row in range(0, rows, rows // size)
+        for chunk in plan.chunks
+    )
+    outputs = function.apply(*tensors, slots, plan._replace(chunks=chunks).flatten())
+    return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0,) * len(outputs)
 
 
 class _DilatedAttention(torch.autograd.Function):
@@ -280,20 +255,13 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         # A compiled graph is never differentiated again.
-        function = _DilatedAttentionBackward
-        run = function.forward if torch.compiler.is_compiling() else function.apply
+        run = _DilatedAttentionBackward.forward if torch.compiler.is_compiling() else _DilatedAttentionBackward.apply
         grads = run(grad_out.contiguous(), *ctx.saved_tensors, ctx.slots, ctx.plan)
-        needed = ctx.needs_input_grad
-        return *(x if needed[i] else None for i, x in enumerate(grads)), None, None
+        return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
     @staticmethod
     def vmap(info, dims, *inputs):
-        *tensors, slots, plan = inputs
-        size = info.batch_size
-        tensors = [_fold(x, d, size) for x, d in zip(tensors, dims, strict=False)]
-        plan = _fold_plan(plan, tensors[0].shape[0] // size, size)
-        outputs = _DilatedAttention.apply(*tensors, slots, plan)
-        return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0, 0)
+        return _vmap(_DilatedAttention, info, dims, *inputs)
 
 
 class _DilatedAttentionBackward(torch.autograd.Function):
@@ -318,14 +286,7 @@ class _DilatedAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, dims, *inputs):
-        *tensors, slots, plan = inputs
-        size = info.batch_size
-        tensors = [_fold(x, d, size) for x, d in zip(tensors, dims, strict=False)]
-        plan = _fold_plan(plan, tensors[0].shape[0] // size, size)
-        grads = _DilatedAttentionBackward.apply(*tensors, slots, plan)
-        # Without a halo its gradients are empty and have no batch.
-        dims = tuple(None if x.dim() == 1 else 0 for x in grads)
-        return tuple(x if x.dim() == 1 else x.unflatten(0, (size, -1)) for x in grads), dims
+        return _vmap(_DilatedAttentionBackward, info, dims, *inputs)
 
 
 # PyTorch reads the signature in every call, and inspecting it takes longer than launching a kernel.
@@ -346,6 +307,6 @@ def attend_chunks(
     Returns:
         (B, L, H, D) in the query's dtype. Differentiable in q, k, v and the prefix, once.
     """
-    key_value = (None, None) if prefix is None else prefix[:2]
-    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, *key_value)]
-    return _DilatedAttention.apply(*tensors, [] if prefix is None else prefix.slots, plan.flatten())[0]
+    *halo, slots = prefix or (None, None, ())
+    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, *halo)]
+    return _DilatedAttention.apply(*tensors, slots, plan.flatten())[0]

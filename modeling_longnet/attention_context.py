@@ -27,9 +27,8 @@ class AttentionContext:
         cache: the bounded cache to read and extend.
         step: set in a decoding step of one token per batch row.
         sharded: set if other processes hold parts of the same sequences.
-        counts: (B or 1, G, L, P + L), how often each cached slot and each key of the batch counts for a query; for the
-            dense reference alone, as are
-        zero_keys: (B, G, L), the zero keys of the released implementation.
+        counts, zero_keys: of the dense reference: (B or 1, G, L, P + L), how often each cached slot and each key of the
+            batch counts for a query, and (B, G, L), the zero keys of the released implementation.
     """
 
     plan: AttentionPlan
@@ -94,9 +93,10 @@ def make_context(
     batch, length, _ = embeds.shape
     starts, columns = (None, 0) if cache is None else (cache.lengths or None, cache.get_seq_length())
     packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
-    context = AttentionContext(_plan(config, packing, backend), _rotary(config, packing, embeds), cache)
+    rotary = make_rotary(config, packing.positions, autocast_dtype(embeds))
+    context = AttentionContext(_plan(config, packing, backend), rotary, cache)
     if backend == "eager":
-        context.counts = _count_keys(config, packing, cache)
+        context.counts = _count_keys(context.plan, packing, cache)
         context.zero_keys = count_zero_keys(config, packing, embeds) if config.attend_zero_padding else None
     elif cache is not None and cache.can_step(packing.chunks, length):
         context.step = cache.step(config.num_attention_heads)
@@ -111,13 +111,10 @@ def make_sharded_context(
     position_ids: Tensor | None,
     shard: Shard,
 ) -> AttentionContext:
-    """Return the context of this rank's part of a batch.
+    """Return the context of this rank's part of a batch; the dense reference raises ValueError.
 
     Args:
         embeds: (B, n, E), this rank's part. attention_mask, position_ids: of the whole batch, see `packing.pack`.
-
-    Raises:
-        ValueError: the dense reference was requested.
     """
     if backend == "eager":
         raise ValueError(
@@ -126,10 +123,10 @@ def make_sharded_context(
         )
     batch, device = embeds.shape[0], embeds.device
     chunks, packing = pack_shard(shard, batch, device, attention_mask, position_ids)
-    plan = _plan(config, packing, backend)
+    plan, rotary = _plan(config, packing, backend), make_rotary(config, packing.positions, autocast_dtype(embeds))
     # A group in the cache of `plan_exchange` would outlive its destruction.
     exchange = plan_exchange(shard._replace(group=None), chunks, plan.branches, plan.is_causal, batch, device)
-    return AttentionContext(plan, _rotary(config, packing, embeds), sharded=GroupExchange(shard.group, exchange))
+    return AttentionContext(plan, rotary, sharded=GroupExchange(shard.group, exchange))
 
 
 def _plan(config: LongNetConfig, packing: Packing, backend: str) -> AttentionPlan:
@@ -137,15 +134,10 @@ def _plan(config: LongNetConfig, packing: Packing, backend: str) -> AttentionPla
     return AttentionPlan(packing.chunks, config_branches(config), *options)
 
 
-def _rotary(config: LongNetConfig, packing: Packing, embeds: Tensor) -> Rotary | None:
-    return make_rotary(config, packing.positions, autocast_dtype(embeds))
-
-
-def _count_keys(config: LongNetConfig, packing: Packing, cache: LongNetCache | None) -> Tensor:
-    """Return (B or 1, G, L, P + L): how often each cached slot and each key of the batch counts for a query."""
+def _count_keys(plan: AttentionPlan, packing: Packing, cache: LongNetCache | None) -> Tensor:
+    """Return `AttentionContext.counts`."""
     _, positions, documents = packing
-    branches = config_branches(config)
-    counts = count_branches(branches, positions, positions, documents, documents, is_causal=config.is_causal)
+    counts = count_branches(plan.branches, positions, positions, documents, documents, plan.is_causal)
     if cache is None or not any(cache.lengths):
         return counts
     seen = cache.seen_slots(positions.expand(len(cache.lengths), -1))

@@ -36,10 +36,7 @@ class BranchCall(NamedTuple):
 
 
 class Backend:
-    """Base class of the attention backends.
-
-    A backend is one file with a subclass, and one line in `backends.BACKENDS`.
-    """
+    """Base class of the attention backends: a backend is one file with a subclass, and one line in `BACKENDS`."""
 
     def unavailable(self, query: Tensor) -> str | None:
         """Return why the backend cannot serve a query of this dtype, device and head dimension; None if it can."""
@@ -48,23 +45,17 @@ class Backend:
     def forward_branch(
         self, call: BranchCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Merge one branch into the running softmax (LongNet, Eq. 9-10).
+        """Merge one branch into the running softmax (Eq. 9-10); return out and lse, changed in place or new.
 
         Args:
             query: (B, L, H, D). key, value: (B, L, G, D) with keys="chunk", else (B, P, G, D), where slot j of head g
                 is its j-th kept token of the segment before (after) the chunk; other slots are never read.
             out: (B, L, H, D), contiguous, 0 where lse is -inf. lse: (B, L, H), contiguous, at least float32.
-
-        Returns:
-            The merged out and lse: the same tensors, changed in place, or new ones.
         """
         raise NotImplementedError
 
     def prepare_backward(self, out: Tensor, grad_out: Tensor) -> Tensor:
-        """Return what `backward_branch` takes as `saved`, computed once for all branches.
-
-        This is `out` itself, or delta = rowsum(out * grad_out) (FlashAttention-2, Algorithm 2, line 4).
-        """
+        """Return `saved` for all branches: out, or delta = rowsum(out * grad_out) (FlashAttention-2, Algorithm 2)."""
         return out
 
     def backward_branch(
@@ -78,15 +69,12 @@ class Backend:
         lse: Tensor,
         grads: Grads,
     ) -> Grads:
-        """Add the gradients of one branch.
+        """Add the gradients of one branch; return the sums, changed in place or new.
 
-        Given the lse (and, in `saved`, the out) of the softmax merged over all branches, the branch's share is exact.
+        The share of a branch is exact: `lse` and the out in `saved` are those of the softmax merged over all branches.
 
         Args:
-            grad_out: (B, L, H, D), contiguous. lse: the merged one.
+            grad_out: (B, L, H, D), contiguous. saved: the result of `prepare_backward`.
             grads: running sums of the gradients of query, key and value, of their shapes.
-
-        Returns:
-            The sums: the same tensors, changed in place, or new ones.
         """
         raise NotImplementedError

@@ -40,19 +40,16 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def slice_view(x: Tensor, chunk: Chunk, branch: Branch, piece: Slice, heads_per_group: int = 1) -> Tensor:
-    """Return a slice of a (B, L, heads, ...) tensor as a strided (B, n, h, seqlen, ...) view."""
-    batch, token, head = x.stride()[:3]
-    offset = (
-        x.storage_offset()
-        + chunk.batch_begin * batch
-        + (chunk.column_begin + piece.begin + piece.first) * token
-        + piece.head * heads_per_group * head
-    )
-    head_stride = head if heads_per_group > 1 else piece.head_stride * head + piece.first_stride * token
-    size = (chunk.batch, piece.segments, piece.heads * heads_per_group, piece.seqlen)
-    stride = (batch, branch.w * token, head_stride, branch.r * token)
-    return x.as_strided(size + x.shape[3:], stride + x.stride()[3:], offset)
+def slice_view(x: Tensor, chunk: Chunk, branch: Branch, piece: Slice) -> Tensor:
+    """Return a slice of a (B, L, H or G, ...) tensor as a strided (B, n, h, seqlen, ...) view."""
+    batch, token, head, *dim_strides = x.stride()
+    _, _, heads, *dims = x.shape
+    repeat = heads // len(branch.offsets)  # heads that share a key/value head
+    first = (chunk.column_begin + piece.begin + piece.first) * token + piece.head * repeat * head
+    head_stride = head if repeat > 1 else piece.head_stride * head + piece.first_stride * token
+    size = (chunk.batch, piece.segments, piece.heads * repeat, piece.seqlen, *dims)
+    stride = (batch, branch.w * token, head_stride, branch.r * token, *dim_strides)
+    return x.as_strided(size, stride, x.storage_offset() + chunk.batch_begin * batch + first)
 
 
 def slice_heads(piece: Slice) -> slice:
@@ -60,51 +57,30 @@ def slice_heads(piece: Slice) -> slice:
     return slice(piece.head, piece.head + (piece.heads - 1) * piece.head_stride + 1, piece.head_stride)
 
 
-def _halo_view(x: Tensor, chunk: Chunk, piece: Slice, count: int) -> Tensor:
-    """Return the first `count` slots of the slice's heads: (B, P, G, D) -> (B, h, count, D)."""
-    return x[chunk.batch_begin : chunk.batch_end, :count, slice_heads(piece)].transpose(1, 2)
-
-
-def branch_views(
-    call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]
-) -> Iterator[tuple[Tensor, ...]]:
+def _branch_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]):
     """Yield the (batch, h, seqlen, ...) views of each kernel call that computes a slice.
 
-    Args:
-        of_queries: (B, L, H, ...) tensors. of_keys: (B, L, G, ...) tensors, or (B, P, G, ...) for a halo.
+    `of_queries` are (B, L, H, ...) tensors, `of_keys` (B, L, G, ...), or (B, P, G, ...) for a halo.
     """
-    repeat = of_queries[0].shape[2] // of_keys[0].shape[2]
-    views = [slice_view(x, call.chunk, call.branch, piece, repeat) for x in of_queries]
+    views = [slice_view(x, call.chunk, call.branch, piece) for x in of_queries]
     if call.keys == "chunk":
         yield from _kernel_calls(*views, *(slice_view(x, call.chunk, call.branch, piece) for x in of_keys))
     elif count := piece.prefix if call.keys == "prefix" else piece.suffix:
-        yield *(x[:, 0] for x in views), *(_halo_view(x, call.chunk, piece, count) for x in of_keys)
-
-
-def _whole_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]) -> list[Tensor]:
-    """Return the (batch, h, seqlen, ...) views of a slice that one call computes (`StridedBackend.is_whole`)."""
-    repeat = of_queries[0].shape[2] // of_keys[0].shape[2]
-    views = [slice_view(x, call.chunk, call.branch, piece, repeat) for x in of_queries]
-    views += [slice_view(x, call.chunk, call.branch, piece) for x in of_keys]
-    return [x.flatten(0, 1) for x in views]
+        batch, heads = slice(call.chunk.batch_begin, call.chunk.batch_end), slice_heads(piece)
+        yield *(x[:, 0] for x in views), *(x[batch, :count, heads].transpose(1, 2) for x in of_keys)
 
 
 def _kernel_calls(*views: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Reshape (B, n, h, seqlen, ...) views to (batch, h, seqlen, ...), in as few kernel calls as strides allow."""
     batch, segments = views[0].shape[:2]
-    if segments == 1:
-        views = [x[:, 0] for x in views]
-    elif batch == 1:
-        views = [x[0] for x in views]
-    elif all(x.stride(0) == segments * x.stride(1) for x in views):
-        views = [x.flatten(0, 1) for x in views]
-    elif all(x.shape[2] == 1 for x in views):
-        views = [x[:, :, 0] for x in views]
+    dim, count = (0, batch) if batch < segments else (1, segments)
+    if count > 1 and all(x.stride(0) == segments * x.stride(1) for x in views):
+        yield from _split_batch([x.flatten(0, 1) for x in views])
+    elif count > 1 and all(x.shape[2] == 1 for x in views):
+        yield from _split_batch([x[:, :, 0] for x in views])
     else:
-        for dim in range(batch) if batch < segments else range(segments):
-            yield from _split_batch([x[dim] if batch < segments else x[:, dim] for x in views])
-        return
-    yield from _split_batch(views)
+        for i in range(count):
+            yield from _split_batch([x.select(dim, i) for x in views])
 
 
 def _split_batch(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -115,6 +91,11 @@ def _split_batch(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         most = max(1, _CPU_BYTES_PER_CALL // max(1, query[0].numel() * query.element_size()))
     for begin in range(0, query.shape[0], most):
         yield tuple(x[begin : begin + most] for x in views)
+
+
+def _whole_views(call: BranchCall, piece: Slice, *tensors: Tensor) -> list[Tensor]:
+    """Return the (batch, h, seqlen, ...) views of a slice that one kernel call computes."""
+    return [slice_view(x, call.chunk, call.branch, piece).flatten(0, 1) for x in tensors]
 
 
 def _as_tokens(x: Tensor, like: Tensor) -> Tensor:
@@ -135,18 +116,11 @@ class StridedBackend(Backend):
         """
         raise NotImplementedError
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_causal: bool,
-        scale: float,
-    ) -> Grads:
-        """Return the gradients of query, key and value; `out` and `lse` may be of a softmax over more keys."""
+    def backward(self, grad_out, query, key, value, out, lse, is_causal: bool, scale: float) -> Grads:
+        """Return the gradients of query, key and value; `out` and `lse` may be of a softmax over more keys.
+
+        All are tensors of the shapes that `forward` takes and returns.
+        """
         raise NotImplementedError
 
     def splits_queries(self, query: Tensor, seqlen: int) -> bool:
@@ -154,14 +128,13 @@ class StridedBackend(Backend):
         return False
 
     def forward_branch(self, call, query, key, value, out, lse):
-        repeat = query.shape[2] // key.shape[2]
-        for piece in chunk_slices(call.chunk, call.branch, repeat > 1):
+        for piece in chunk_slices(call.chunk, call.branch, query.shape[2] > key.shape[2]):
             if self.is_whole(call, piece, query, key):
                 # The result becomes the running out: no copy and no second set of fresh pages.
-                views = _whole_views(call, piece, [query], [key, value])
+                views = _whole_views(call, piece, query, key, value)
                 [(_, out, lse)] = self.forward(*views, call.is_causal, call.scale)
                 return _as_tokens(out, query), _as_tokens(lse, query)
-            for q, o, s, k, v in branch_views(call, piece, [query, out, lse], [key, value]):
+            for q, o, s, k, v in _branch_views(call, piece, [query, out, lse], [key, value]):
                 for queries, new_out, new_lse in self.forward(q, k, v, call.is_causal, call.scale):
                     _write(call.is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
                 if call.zero_padding and piece.padding:
@@ -170,14 +143,13 @@ class StridedBackend(Backend):
         return out, lse
 
     def backward_branch(self, call, grad_out, query, key, value, saved, lse, grads):
-        repeat = query.shape[2] // key.shape[2]
-        for piece in chunk_slices(call.chunk, call.branch, repeat > 1):
+        for piece in chunk_slices(call.chunk, call.branch, query.shape[2] > key.shape[2]):
             if self.is_whole(call, piece, query, key):
-                g, q, o, s, k, v = _whole_views(call, piece, [grad_out, query, saved, lse], [key, value])
-                parts = self.backward(g, q, k, v, o, s, call.is_causal, call.scale)
+                views = _whole_views(call, piece, grad_out, query, key, value, saved, lse)
+                parts = self.backward(*views, call.is_causal, call.scale)
                 return tuple(_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True))
             of_queries, of_keys = [query, grad_out, saved, lse, grads[0]], [key, value, *grads[1:]]
-            for q, g, o, s, dq, k, v, dk, dv in branch_views(call, piece, of_queries, of_keys):
+            for q, g, o, s, dq, k, v, dk, dv in _branch_views(call, piece, of_queries, of_keys):
                 parts = self.backward(g, q, k, v, o, s, call.is_causal, call.scale)
                 for total, part in zip((dq, dk, dv), parts, strict=True):
                     total.copy_(part) if call.is_first else total.add_(part)

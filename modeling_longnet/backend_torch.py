@@ -16,6 +16,8 @@ from .compat import (
     cuda_flash_backward,
 )
 
+# Of a causal call that is split, the first queries see their own keys; the others are a second call under a mask.
+_SPLIT = 256
 _KERNELS = {
     "cpu": (cpu_flash, cpu_flash_backward),
     "cuda": (cuda_flash, cuda_flash_backward, cuda_efficient, cuda_efficient_backward),
@@ -31,9 +33,6 @@ class TorchBackend(StridedBackend):
         gathered_bytes: up to this size, half-precision slices are made contiguous before a CPU kernel, which is faster
             copies included (benchmarks/README.md); larger copies would cost memory.
     """
-
-    # With split_seqlens, the first queries see their own keys; the others are a second call under a mask.
-    split = 256
 
     def __init__(self, split_seqlens: range = range(384, 513), gathered_bytes: int = 4 << 20):
         self.split_seqlens, self.gathered_bytes = split_seqlens, gathered_bytes
@@ -59,50 +58,43 @@ class TorchBackend(StridedBackend):
         if query.device.type != "cpu":
             return [(slice(None), *_cuda_forward(query, key, value, is_causal, scale))]
         query, key, value = self._gather(query, key, value)
-        if is_causal and self.splits_queries(query, query.shape[-2]):
-            return self._split_forward(query, key, value, scale)
-        return [(slice(None), *cpu_flash(query, key, value, 0.0, is_causal, scale=scale))]
+        if not (is_causal and self.splits_queries(query, query.shape[-2])):
+            return [(slice(None), *cpu_flash(query, key, value, 0.0, is_causal, scale=scale))]
+        first, others = slice(_SPLIT), slice(_SPLIT, None)
+        q, k, v = (x[..., first, :] for x in (query, key, value))
+        mask = _causal_mask(query.shape[-2], query.dtype)
+        return [
+            (first, *cpu_flash(q, k, v, 0.0, True, scale=scale)),
+            (others, *cpu_flash(query[..., others, :], key, value, attn_mask=mask, scale=scale)),
+        ]
 
     def backward(self, grad_out, query, key, value, out, lse, is_causal, scale) -> Grads:
         if query.device.type != "cpu":
             return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
-        if is_causal and self.splits_queries(query, query.shape[-2]):
-            return self._split_backward(grad_out, query, key, value, out, lse, scale)
-        tensors = self._gather(grad_out, query, key, value, out)
-        return cpu_flash_backward(*tensors, lse, 0.0, is_causal, scale=scale)
-
-    def _gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Make half-precision slices contiguous unless they are large."""
-        bytes_per_number = tensors[0].element_size()
-        if bytes_per_number > 2 or tensors[0].numel() * bytes_per_number > self.gathered_bytes:
-            return tensors
-        return tuple([x.contiguous() for x in tensors])
-
-    def _split_forward(self, query, key, value, scale) -> list[Part]:
-        first, others = slice(self.split), slice(self.split, None)
-        mask = _causal_mask(self.split, query.shape[-2], query.dtype)
-        return [
-            (first, *cpu_flash(*(x[..., first, :] for x in (query, key, value)), 0.0, True, scale=scale)),
-            (others, *cpu_flash(query[..., others, :], key, value, attn_mask=mask, scale=scale)),
-        ]
-
-    def _split_backward(self, grad_out, query, key, value, out, lse, scale) -> Grads:
-        first, others = slice(self.split), slice(self.split, None)
-        mask = _causal_mask(self.split, query.shape[-2], query.dtype)
+        if not (is_causal and self.splits_queries(query, query.shape[-2])):
+            tensors = self._gather(grad_out, query, key, value, out)
+            return cpu_flash_backward(*tensors, lse, 0.0, is_causal, scale=scale)
+        first, others = slice(_SPLIT), slice(_SPLIT, None)
         g, q, o = (x[..., others, :] for x in (grad_out, query, out))
-        lse_others = lse[..., others]
-        dq, dk, dv = cpu_flash_backward(g, q, key, value, o, lse_others, 0.0, False, attn_mask=mask, scale=scale)
+        mask = _causal_mask(query.shape[-2], query.dtype)
+        dq, dk, dv = cpu_flash_backward(g, q, key, value, o, lse[..., others], 0.0, False, attn_mask=mask, scale=scale)
         g, q, k, v, o = (x[..., first, :] for x in (grad_out, query, key, value, out))
         dq_first, *dkv_first = cpu_flash_backward(g, q, k, v, o, lse[..., first], 0.0, True, scale=scale)
         for total, part in zip((dk, dv), dkv_first, strict=True):
             total[..., first, :] += part
         return join_tokens(dq_first, dq), dk, dv
 
+    def _gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Make half-precision slices contiguous unless they are large."""
+        if tensors[0].itemsize > 2 or tensors[0].nbytes > self.gathered_bytes:
+            return tensors
+        return tuple([x.contiguous() for x in tensors])
+
 
 @lru_cache(maxsize=8)
-def _causal_mask(begin: int, seqlen: int, dtype: torch.dtype) -> Tensor:
-    """Return the causal mask of the queries from `begin` on: (seqlen - begin, seqlen), 0 and -inf."""
-    return torch.full((seqlen - begin, seqlen), -torch.inf, dtype=dtype, device="cpu").triu_(begin + 1)
+def _causal_mask(seqlen: int, dtype: torch.dtype) -> Tensor:
+    """Return the causal mask of the queries from _SPLIT on: (seqlen - _SPLIT, seqlen), 0 and -inf."""
+    return torch.full((seqlen - _SPLIT, seqlen), -torch.inf, dtype=dtype, device="cpu").triu_(_SPLIT + 1)
 
 
 def join_tokens(*parts: Tensor) -> Tensor:
@@ -120,8 +112,7 @@ def _cuda_forward(query, key, value, is_causal, scale) -> tuple[Tensor, Tensor]:
     if _uses_flash(query):
         out, lse, *_ = cuda_flash(query, key, value, 0.0, is_causal, False, scale=scale)
         return out, lse
-    repeat = query.shape[1] // key.shape[1]
-    key, value = (_repeat_heads(x, repeat) for x in (key, value))
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     out, lse, *_ = cuda_efficient(query, key, value, None, True, 0.0, is_causal, scale=scale)
     return out, lse[..., : query.shape[2]]  # the kernel pads lse to a multiple of 32 queries
 
@@ -131,15 +122,15 @@ def _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale) -> G
     if _uses_flash(query):
         inputs = (grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2])
         return cuda_flash_backward(*inputs, 0.0, is_causal, seed, seed, scale=scale)
-    groups, repeat = key.shape[1], query.shape[1] // key.shape[1]
+    groups = key.shape[1]
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
-    key, value = (_repeat_heads(x, repeat) for x in (key, value))
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     inputs = (grad_out, query, key, value, None, out, padded, seed, seed, 0.0, (True, True, True, False), is_causal)
     dq, dk, dv, _ = cuda_efficient_backward(*inputs, scale=scale)
-    dk, dv = (x.unflatten(1, (groups, repeat)).sum(2) for x in (dk, dv))
+    dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
 
 
-def _repeat_heads(x: Tensor, repeat: int) -> Tensor:
-    """Return (B, G, L, D) as (B, G * repeat, L, D), copied only if repeat > 1."""
-    return x if repeat == 1 else x.repeat_interleave(repeat, 1)
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Return (B, G, L, D) as (B, heads, L, D), copied only if heads > G."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

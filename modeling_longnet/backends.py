@@ -29,8 +29,7 @@ def backend_names() -> tuple[str, ...]:
 
 @lru_cache
 def _log_choice(name: str, device: str, dtype: torch.dtype, reasons: str) -> None:
-    chosen = f"backend 'auto' is {name!r} ({reasons or 'preferred'})"
-    logger.info("dilated attention on %s, %s: %s", device, dtype, chosen)
+    logger.info("dilated attention on %s, %s: backend 'auto' is %r (%s)", device, dtype, name, reasons or "preferred")
 
 
 def choose_backend(name: str, query: Tensor) -> str:
@@ -43,10 +42,8 @@ def choose_backend(name: str, query: Tensor) -> str:
     """
     if name not in backend_names():
         raise ValueError(f"backend={name!r}: allowed are {', '.join(map(repr, backend_names()))}.")
-    if name == "eager":
-        return name
     if name != "auto":
-        if reason := BACKENDS[name].unavailable(query):
+        if name != "eager" and (reason := BACKENDS[name].unavailable(query)):
             raise ValueError(f"backend={name!r} cannot run: {reason}.")
         return name
     preferred = _PREFERRED.get(query.device.type, ("torch",))

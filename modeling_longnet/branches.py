@@ -7,6 +7,7 @@ nothing is gathered and no index tensor is built.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Branch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, start + length) of a sequence of `total` tokens, in the given batch rows and columns of a tensor.
+    """Tokens [start, start + length) of a sequence, in the given batch rows and columns of a tensor.
 
     `total` counts the tokens known so far: the end of the chunk while decoding, the whole sequence for a shard.
     """
@@ -79,28 +80,18 @@ def check_branches(segment_lengths, dilation_rates) -> None:
     pairs = f"segment_lengths={list(segment_lengths)}, dilation_rates={list(dilation_rates)}"
     if len(segment_lengths) == 0 or len(segment_lengths) != len(dilation_rates):
         raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")
+    numbers = (*segment_lengths, *dilation_rates)
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in numbers):
+        raise ValueError(f"{pairs}: segment lengths and dilation rates are whole numbers of tokens, at least 1.")
     for w, r in zip(segment_lengths, dilation_rates, strict=True):
-        if isinstance(w, bool) or isinstance(r, bool) or not (isinstance(w, int) and isinstance(r, int)):
-            raise ValueError(f"{pairs}: segment lengths and dilation rates are whole numbers of tokens.")
-        if w < 1 or r < 1:
-            raise ValueError(f"{pairs}: every segment length and dilation rate must be at least 1.")
         if r > w:
-            raise ValueError(
-                f"{pairs}: rate {r} is larger than its segment length {w}, so most heads would keep no token; "
-                "a rate is at most its segment length."
-            )
+            raise ValueError(f"{pairs}: rate {r} is larger than its segment length {w}; most heads would keep nothing.")
     if list(segment_lengths) != sorted(set(segment_lengths)):
-        raise ValueError(
-            f"{pairs}: segment lengths must grow from one branch to the next; sort the pairs, and of two with the "
-            "same segments keep the one with the smaller rate."
-        )
+        raise ValueError(f"{pairs}: segment lengths must grow; sort the pairs, of equal ones keep the smaller rate.")
 
 
 def make_branches(
-    segment_lengths: list[int] | tuple[int, ...],
-    dilation_rates: list[int] | tuple[int, ...],
-    num_heads: int,
-    head_offsets: str,
+    segment_lengths: Sequence[int], dilation_rates: Sequence[int], num_heads: int, head_offsets: str
 ) -> tuple[Branch, ...]:
     """Return the branches for `num_heads` key/value heads, the least dilated first.
 
@@ -121,8 +112,7 @@ def make_branches(
 def count_work(segment_lengths, dilation_rates, length: int) -> float:
     """Return the mean number of keys that a causal query sees per head in a sequence of `length` tokens.
 
-    A segment keeps w / r tokens per head; a kept query sees half of them, and one query in r is kept:
-    `sum_i min(w_i, length) / (2 r_i^2)`.
+    A kept query sees half of the w / r tokens of its segment, and one in r is kept: sum_i min(w_i, length) / (2 r_i^2).
     """
     return sum(min(w, length) / (2 * r * r) for w, r in zip(segment_lengths, dilation_rates, strict=True))
 
@@ -132,47 +122,40 @@ def count_kept(length: int, offset: int, r: int) -> int:
     return max(0, -(-(length - offset) // r))
 
 
-def prefix_lengths(branches: tuple[Branch, ...], start: int) -> tuple[int, ...]:
-    """Return the prefix slots that each branch of a chunk starting at `start` needs: ceil((start mod w) / r)."""
-    return tuple(-(-(start % w) // r) for w, r, _ in branches)
+def prefix_lengths(branches: tuple[Branch, ...], *starts: int) -> tuple[int, ...]:
+    """Return the prefix slots that each branch of chunks with these starts needs: max of ceil((start mod w) / r)."""
+    return tuple(max((-(-(start % w) // r) for start in starts), default=0) for w, r, _ in branches)
 
 
-def whole_batch(batch: int, length: int, start: int = 0) -> tuple[Chunk, ...]:
-    """Return the one chunk of a batch without padding whose rows all hold tokens [start, start + length)."""
-    return (Chunk(0, batch, 0, length, start, start + length),)
+def whole_batch(batch: int, length: int) -> tuple[Chunk, ...]:
+    """Return the one chunk of a batch without padding whose rows all hold tokens [0, length)."""
+    return (Chunk(0, batch, 0, length, 0, length),)
 
 
-def _cut_at_borders(chunk: Chunk, w: int):
-    """Cut a chunk at segment borders; yield (begin in the chunk, phase in the segment, length, segments)."""
-    phase, begin = chunk.start % w, 0
-    if phase:
-        begin = min(w - phase, chunk.length)
-        yield 0, phase, begin, 1
-    if whole := (chunk.length - begin) // w:
-        yield begin, 0, w, whole
-    begin += whole * w
-    if begin < chunk.length:
-        yield begin, 0, chunk.length - begin, 1
+def _cut_at_borders(chunk: Chunk, w: int) -> list[tuple[int, int, int, int]]:
+    """Cut a chunk at segment borders: (begin in the chunk, phase in the segment, length, segments) of each part."""
+    phase, first = chunk.start % w, min(-chunk.start % w, chunk.length)
+    whole, last = divmod(chunk.length - first, w)
+    parts = (0, phase, first, 1), (first, 0, w, whole), (first + whole * w, 0, last, 1)
+    return [part for part in parts if all(part[2:])]
 
 
-def _head_runs(specs: list[tuple], stride: int, largest_first_stride: int | None) -> list[tuple[int, int, int]]:
+def _head_runs(specs: list[tuple], stride: int, largest_first_stride: int) -> list[tuple[int, int, int]]:
     """Group heads `stride` apart whose counts are equal and whose first tokens are evenly spaced.
 
-    Returns:
-        Runs (head, heads, first_stride). `specs` holds (first token, counts...) per head.
+    `specs` holds (first token, counts...) per head; a run is (head, heads, first_stride).
     """
     runs = []
-    for head in (h for first in range(min(stride, len(specs))) for h in range(first, len(specs), stride)):
-        if runs and head == runs[-1][0] + runs[-1][1] * stride:
+    for first in range(min(stride, len(specs))):
+        runs.append((first, 1, 0))
+        for head in range(first + stride, len(specs), stride):
             begin, heads, first_stride = runs[-1]
-            previous = specs[head - stride]
-            step = specs[head][0] - previous[0]
-            is_even = step == first_stride if heads > 1 else step >= 0
-            fits = largest_first_stride is None or step <= largest_first_stride
-            if specs[head][1:] == previous[1:] and is_even and fits:
+            step = specs[head][0] - specs[head - stride][0]
+            is_even = step == first_stride if heads > 1 else 0 <= step <= largest_first_stride
+            if is_even and specs[head][1:] == specs[head - stride][1:]:
                 runs[-1] = (begin, heads + 1, step)
-                continue
-        runs.append((head, 1, 0))
+            else:
+                runs.append((head, 1, 0))
     return runs
 
 
@@ -192,19 +175,17 @@ def _head_specs(chunk: Chunk, branch: Branch, begin: int, phase: int, length: in
 def chunk_slices(chunk: Chunk, branch: Branch, shared_heads: bool) -> tuple[Slice, ...]:
     """Return all kept tokens of a branch in a chunk, in as few slices as possible.
 
-    Args:
-        shared_heads: several query heads share a key/value head. A slice then only joins adjacent heads with equal
-            offsets, so that its query heads are evenly spaced too.
+    With `shared_heads`, several query heads share a key/value head: a slice then only joins adjacent heads with equal
+    offsets, so that its query heads are evenly spaced too.
     """
-    heads = len(branch.offsets)
-    result = []
-    for begin, phase, length, segments in _cut_at_borders(chunk, branch.w):
+    w, r, offsets = branch
+    strides = [1] if shared_heads else sorted({1, min(r, len(offsets)), math.ceil(len(offsets) / r)})
+    slices = []
+    for begin, phase, length, segments in _cut_at_borders(chunk, w):
         specs = _head_specs(chunk, branch, begin, phase, length)
-        strides = {1} if shared_heads else {1, min(branch.r, heads), math.ceil(heads / branch.r)}
-        candidates = [(stride, _head_runs(specs, stride, 0 if shared_heads else None)) for stride in sorted(strides)]
+        candidates = [(stride, _head_runs(specs, stride, 0 if shared_heads else r)) for stride in strides]
         stride, runs = min(candidates, key=lambda pair: len(pair[1]))
-        for head, count, first_stride in runs:
-            first, seqlen, *others = specs[head]
-            if seqlen:
-                result.append(Slice(begin, segments, head, count, stride, first, first_stride, seqlen, *others))
-    return tuple(result)
+        for head, heads, first_stride in runs:
+            first, *counts = specs[head]
+            slices.append(Slice(begin, segments, head, heads, stride, first, first_stride, *counts))
+    return tuple(piece for piece in slices if piece.seqlen)

@@ -27,14 +27,13 @@ cuda_efficient_backward = _aten("_scaled_dot_product_efficient_attention_backwar
 
 # --- flash-attn: the functions that return the log-sum-exp. Checked against the source of 2.8; no GPU has run them.
 # Without them the backend "flash_attn" is unavailable and its error says why.
+flash_attn_missing = None
 try:
     from flash_attn.flash_attn_interface import _flash_attn_backward as flash_attn_backward
     from flash_attn.flash_attn_interface import _flash_attn_forward as flash_attn_forward
 except ImportError as error:
     flash_attn_backward = flash_attn_forward = None
     flash_attn_missing = str(error)
-else:
-    flash_attn_missing = None
 
 # --- Triton. Checked with 3.6 and 3.9.
 # Without `knobs` the kernels count as compiled, so CPU tensors are refused. Without `gdc_*` launches do not overlap.
@@ -65,19 +64,16 @@ except ImportError as error:
         """Stands in for Accelerate's class if that package is missing."""
 
         def __init__(self, *args, **kwargs):
-            raise ImportError("SequenceSharding needs the accelerate package: pip install accelerate") from (
-                _accelerate_missing
-            )
+            message = "SequenceSharding needs the accelerate package: pip install accelerate"
+            raise ImportError(message) from _accelerate_missing
 
 
 def accelerator_state() -> dict:
     """Return the shared state of Accelerate; empty if there is no Accelerator."""
-    if AcceleratorState is None:
-        return {}
-    shared = getattr(AcceleratorState, "_shared_state", None)
-    if shared is None:
-        return vars(AcceleratorState()) if accelerator_is_initialized() else {}
-    return shared
+    if hasattr(AcceleratorState, "_shared_state"):
+        return AcceleratorState._shared_state
+    is_initialized = AcceleratorState is not None and accelerator_is_initialized()
+    return vars(AcceleratorState()) if is_initialized else {}
 
 
 def set_parallel_size(config: ParallelismConfig, name: str, size: int) -> None:
@@ -94,7 +90,6 @@ try:
 except ImportError:  # then config defaults are not merged, and hidden states and attention weights are refused
 
     def merge_with_config_defaults(forward):
-        """Return the method unchanged."""
         return forward
 
     def capture_outputs(forward):

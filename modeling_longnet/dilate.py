@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
-from .attention_context import AttentionContext
+from .attention_context import AttentionContext, config_branches
 from .backends import backend_names, choose_backend
 from .branches import Branch, make_branches, prefix_lengths
 from .cache_longnet import LongNetCache
@@ -26,6 +26,7 @@ from .packing import pack
 from .reference import count_branches
 
 IMPLEMENTATION = "dilated"
+# In the order of the arguments of `use_dilated_attention`.
 _DEFAULTS = {"segment_lengths": [], "dilation_rates": [], "head_offsets": "interleaved", "backend": "auto"}
 # What else a model may request of its attention, by the keyword argument that requests it.
 _UNSUPPORTED = {
@@ -44,26 +45,22 @@ def use_dilated_attention(
     head_offsets: str | None = None,
     backend: str | None = None,
 ) -> PreTrainedModel:
-    """Switch a causal decoder of Transformers to dilated attention. It keeps its weights, positions and shared heads.
+    """Switch a causal decoder of Transformers to dilated attention and return it; weights and positions stay.
 
     Measure what this does to quality: until the model is fine-tuned, a head sees other tokens than in its training. One
     branch (w, 1) with w at least the length changes nothing. Left padding, packed documents (position ids that restart
     at 0), training and `generate` work as before; the segments of each sequence begin at its first token. The model's
     own cache still grows with the sequence, see `DilatedCache`. `model.set_attn_implementation("sdpa")` reverts it.
 
-    A saved model loads dense again, as Transformers does not save the implementation: call
-    `use_dilated_attention(model)` after loading or, with this package imported,
-    `from_pretrained(folder, attn_implementation="dilated")`. A saved LoRA adapter does not store the branches: pass
-    them again.
+    A saved model loads dense again, as Transformers does not save the implementation: call this function after loading
+    or, with this package imported, `from_pretrained(folder, attn_implementation="dilated")`. A saved LoRA adapter does
+    not store the branches: pass them again.
 
     Args:
         model: changed in place. Its config stores the branches as `dilated_attention`.
         segment_lengths, dilation_rates: w and r of each branch (see `dilated_attention`).
         head_offsets, backend: as in `dilated_attention`; "interleaved" and "auto" at first. Whichever of the four is
             omitted keeps its stored value.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: names the part of the model, or the argument, that does not fit.
@@ -74,15 +71,10 @@ def use_dilated_attention(
     """
     config = model.config
     _check_model(model)
-    given = {
-        "segment_lengths": None if segment_lengths is None else list(segment_lengths),
-        "dilation_rates": None if dilation_rates is None else list(dilation_rates),
-        "head_offsets": head_offsets,
-        "backend": backend,
-    }
     setting = _DEFAULTS | (getattr(config, "dilated_attention", None) or {})
-    setting |= {name: value for name, value in given.items() if value is not None}
-    _check_setting(setting, _groups(config))
+    given = zip(_DEFAULTS, (segment_lengths, dilation_rates, head_offsets, backend), strict=True)
+    setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given if x is not None}
+    _check_setting(**setting)
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)
     if not _is_dilated(config):
@@ -91,49 +83,39 @@ def use_dilated_attention(
     return model
 
 
-def _check_setting(setting: dict, groups: int) -> None:
-    if not setting["segment_lengths"] and not setting["dilation_rates"]:
+def _check_setting(segment_lengths, dilation_rates, head_offsets, backend) -> None:
+    if not segment_lengths and not dilation_rates:
         raise ValueError("give segment_lengths and dilation_rates: the model's config notes none.")
-    _branches(setting, groups)
-    if setting["backend"] not in backend_names():
-        raise ValueError(f"backend={setting['backend']!r}: allowed are {', '.join(map(repr, backend_names()))}.")
+    make_branches(segment_lengths, dilation_rates, 1, head_offsets)
+    if backend not in backend_names():
+        raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backend_names()))}.")
 
 
 def _is_dilated(config) -> bool:
-    return attn_implementation(config) == IMPLEMENTATION
+    return attn_implementation(config) == IMPLEMENTATION and getattr(config, "dilated_attention", None) is not None
 
 
-def _groups(config) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _branches(setting: dict, groups: int) -> tuple[Branch, ...]:
-    lists = tuple(setting["segment_lengths"]), tuple(setting["dilation_rates"])
-    return make_branches(*lists, groups, setting["head_offsets"])
-
-
-def _pattern(config) -> SimpleNamespace:
-    """Return what a cache needs of a switched model, under LongNetConfig's names."""
-    lists = {name: config.dilated_attention[name] for name in ("segment_lengths", "dilation_rates", "head_offsets")}
-    return SimpleNamespace(**lists, num_key_value_heads=_groups(config), num_hidden_layers=config.num_hidden_layers)
+def _pattern(config, groups: int | None = None) -> SimpleNamespace:
+    """Return the setting and sizes of a switched model under LongNetConfig's names; `groups` are key/value heads."""
+    groups = groups or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_hidden_layers")}
+    return SimpleNamespace(**config.dilated_attention, **sizes, num_key_value_heads=groups)
 
 
 def _check_model(model: PreTrainedModel) -> None:
     """Raise ValueError if the model has a part without a dilated form; the message names it."""
-    config = model.config
-    name = type(model).__name__
+    config, name = model.config, type(model).__name__
     if config.get_text_config() is not config or config.is_encoder_decoder:
         raise ValueError(f"{name} is made of several models; give its text decoder alone.")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not let its attention be chosen by name.")
-    found = []
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        found += sorted({f"layers of the type {kind!r}" for kind in layer_types if kind != "full_attention"})
-    elif getattr(config, "sliding_window", None) is not None:
-        found.append(f"a sliding window (sliding_window={config.sliding_window})")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        found.append(f"a soft cap of its scores (attn_logit_softcapping={config.attn_logit_softcapping})")
+    layer_types = getattr(config, "layer_types", None) or ()
+    window, softcap = (getattr(config, field, None) for field in ("sliding_window", "attn_logit_softcapping"))
+    found = [f"layers of the type {kind!r}" for kind in sorted(set(layer_types) - {"full_attention"})]
+    if window is not None and not layer_types:
+        found.append(f"a sliding window (sliding_window={window})")
+    if softcap is not None:
+        found.append(f"a soft cap of its scores (attn_logit_softcapping={softcap})")
     if getattr(config, "is_causal", True) is False:
         found.append("bidirectional attention (is_causal=False)")
     if any(parameter.endswith("sinks") for parameter, _ in model.named_parameters()):
@@ -157,7 +139,7 @@ def _install_hook(model: PreTrainedModel) -> None:
 def _add_context(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of the decoder: add the context of this pass to the layers' keyword arguments."""
     config = decoder.config
-    if not _is_dilated(config) or getattr(config, "dilated_attention", None) is None:
+    if not _is_dilated(config):
         return None
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
@@ -170,7 +152,7 @@ def _add_context(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     sample = torch.empty(len(inputs), 0, inputs.shape[1], head_dim, dtype=dtype, device=inputs.device)
     mask, position_ids, cache = (given.get(name) for name in ("attention_mask", "position_ids", CACHE))
     past = 0 if cache is None else int(cache.get_seq_length())
-    context = _make_context(config, _groups(config), sample, mask, position_ids, past, cache)
+    context = _make_context(_pattern(config), sample, mask, position_ids, past, cache)
     return args, kwargs | {"dilated_context": context}
 
 
@@ -180,77 +162,67 @@ class _DilatedContext(AttentionContext):
 
     Attributes:
         key_columns: columns of the keys that each layer passes: all seen so far, or with a DilatedCache the new ones.
-        prefix_columns: (B, G, P), which of them are the prefix; None without past or with a DilatedCache.
-        prefix_slots: slots of each branch in P.
+        prefix: (B, G, P), which of them are the prefix, and the slots of each branch; None without past in them.
     """
 
     key_columns: int = 0
-    prefix_columns: Tensor | None = None
-    prefix_slots: tuple[int, ...] = ()
+    prefix: tuple[Tensor, tuple[int, ...]] | None = None
 
-    def attend_keys(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend to the model's own cache: query (B, H, n, D), key and value (B, G, S, D) -> (B, n, H, D)."""
-        if self.plan.backend == "eager":
-            return self._attend_dense(*(x.transpose(1, 2) for x in (query, key, value)), None)[0]
-        past = key.shape[2] - query.shape[2]
-        prefix = None
-        if self.prefix_columns is not None:
-            index = self.prefix_columns[..., None].expand(-1, -1, -1, key.shape[-1])
-            prefix = HaloKV(key.gather(2, index), value.gather(2, index), self.prefix_slots)
-        query, key, value = (x.transpose(1, 2) for x in (query, key[:, :, past:], value[:, :, past:]))
-        return attend_chunks(query, key, value, self.plan, prefix)
+    def attend(self, query, key, value, layer_idx):
+        """Attend as a LongNet does; key and value (B, S, G, D) may begin with the past in the model's own cache."""
+        if self.prefix is None:
+            return super().attend(query, key, value, layer_idx)
+        columns, slots = self.prefix
+        past, index = key.shape[1] - query.shape[1], columns[..., None].expand(-1, -1, -1, key.shape[-1])
+        prefix = HaloKV(*(x.transpose(1, 2).gather(2, index) for x in (key, value)), slots)
+        return attend_chunks(query, key[:, past:], value[:, past:], self.plan, prefix), None
 
 
 def _make_context(
-    config,
-    groups: int,
-    sample: Tensor,
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    past: int,
-    cache: "DilatedCache | None",
+    pattern: SimpleNamespace, sample: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, cache=None
 ) -> _DilatedContext:
     """Return the context of a forward pass.
 
     Args:
         sample: (B, any, n, D) in the dtype and on the device of the queries.
         mask: (B, S), nonzero for real tokens. position_ids: (B or 1, n).
-        past: columns in the cache.
+        past: columns in the cache, the model's own or a DilatedCache.
     """
     rows, _, length, head_dim = sample.shape
-    setting, is_bounded = config.dilated_attention, isinstance(cache, DilatedCache)
-    _check_mask(mask, rows, past + length)
-    mask = None if mask is None else mask != 0
-    if is_bounded:
-        cache.check(_pattern(config), rows)
-    backend = choose_backend(setting["backend"], sample.to(autocast_dtype(sample)))
-    if is_bounded and backend == "eager":
-        raise ValueError("a DilatedCache needs a fast backend; backend='eager' works with the model's own cache.")
+    device, branches, is_bounded = sample.device, config_branches(pattern), isinstance(cache, DilatedCache)
+    if mask is not None:
+        _check_columns("the attention mask", mask.shape, (rows, past + length))
+        mask = mask != 0
+    backend = choose_backend(pattern.backend, sample.to(autocast_dtype(sample)))
     starts = None
-    if past:
-        starts = cache.lengths if is_bounded else [past] * rows if mask is None else mask[:, :past].sum(1).tolist()
-    branches, device = _branches(setting, groups), sample.device
+    if is_bounded:
+        cache.check(pattern, rows)
+        if backend == "eager":
+            raise ValueError("a DilatedCache needs a fast backend; backend='eager' works with the model's own cache.")
+        starts = cache.lengths
+    elif past:
+        starts = [past] * rows if mask is None else mask[:, :past].sum(1).tolist()
     chunks = pack(rows, length, device, mask, position_ids, starts, past).chunks
     plan = AttentionPlan(chunks, branches, True, head_dim**-0.5, backend)
     context = _DilatedContext(plan, key_columns=length if is_bounded else past + length)
-    if backend == "eager":
+    if is_bounded:
+        context.cache = cache
+        context.step = cache.step(pattern.num_attention_heads) if cache.can_step(chunks, length) else None
+    elif backend == "eager":
         _, positions, documents = pack(rows, past + length, device, mask, None if past else position_ids)
         new = None if documents is None else documents[:, past:]
         context.counts = count_branches(branches, positions[:, past:], positions, new, documents)
-    elif is_bounded:
-        context.cache = cache
-        context.step = cache.step(config.num_attention_heads) if cache.can_step(chunks, length) else None
     elif past:
         first = torch.zeros(rows, dtype=torch.int64) if mask is None else mask.int().argmax(1).cpu()
-        context.prefix_columns, context.prefix_slots = _prefix_columns(branches, starts, first, past, device)
+        context.prefix = _prefix_columns(branches, starts, first, past, device)
     return context
 
 
-def _check_mask(mask: Tensor | None, rows: int, columns: int) -> None:
-    if mask is not None and tuple(mask.shape) != (rows, columns):
+def _check_columns(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if given != expected:
         raise ValueError(
-            f"the attention mask has shape {tuple(mask.shape)}, the keys' columns make {(rows, columns)}: masks of "
-            "pairs and static caches have no dilated form; give a (batch, columns) mask and a dynamic cache."
+            f"{name} has (batch, columns) = {tuple(given)}, expected {expected}: masks of pairs and static caches have "
+            "no dilated form; give a (batch, columns) mask and a dynamic cache."
         )
 
 
@@ -262,9 +234,7 @@ def _prefix_columns(
     Args:
         starts: real tokens in the cache. first: (B,), the column of the first one.
     """
-    slots = tuple(max(lengths) for lengths in zip(*(prefix_lengths(branches, s) for s in starts), strict=True))
-    start = torch.tensor(starts)
-    columns = []
+    slots, start, columns = prefix_lengths(branches, *starts), torch.tensor(starts), []
     for (w, r, offsets), count in zip(branches, slots, strict=True):
         begin = first + start // w * w  # (B,)
         columns.append(begin[:, None, None] + torch.tensor(offsets)[:, None] + torch.arange(count) * r)
@@ -279,81 +249,54 @@ def _padding_mask(*, attention_mask: Tensor | None = None, **kwargs) -> Tensor |
 
 @torch.compiler.disable
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_ids: Tensor | None = None,
-    dilated_context: _DilatedContext | None = None,
-    **kwargs,
+    layer, query, key, value, attention_mask, scaling=None, dropout=0.0, position_ids=None, dilated_context=None, **rest
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: query (B, H, n, D), key and value (B, G, S, D) -> (B, n, H, D), None."""
-    _check_call(module, key, value, dropout, kwargs)
-    context, groups = dilated_context, key.shape[1]
+    _check_call(layer, key, value, dropout, rest)
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
+    context, (rows, groups, columns, _) = dilated_context, key.shape
+    fits = context is not None and len(context.plan.branches[0].offsets) == groups
     if context is not None and context.cache is not None:
         context.cache.awaited = None
-        _check_groups(context, groups)
-    elif context is None or len(context.plan.branches[0].offsets) != groups:
+        if not fits:
+            expected = context.cache.pattern[2]
+            raise ValueError(
+                f"the model passes {groups} key/value heads, its config says {expected}: use its own cache."
+            )
+    elif not fits:
         # Loaded by name without a hook, or a family that drops keyword arguments or shares heads in its own way.
-        past = key.shape[2] - query.shape[2]
-        context = _make_context(module.config, groups, query, attention_mask, position_ids, past, None)
-    _check_columns(context, key.shape[2])
+        pattern, past = _pattern(layer.config, groups), columns - query.shape[2]
+        context = _make_context(pattern, query, attention_mask, position_ids, past, None)
+    _check_columns("a layer's key", (rows, columns), (rows, context.key_columns))
     if scaling is not None and scaling != context.plan.scale:
         context = replace(context, plan=context.plan._replace(scale=scaling))
-    if context.cache is None:
-        return context.attend_keys(query, key, value), None
     tokens = (x.transpose(1, 2) for x in (query, key, value))
-    return context.attend(*tokens, module.layer_idx)[0], None
+    return context.attend(*tokens, getattr(layer, "layer_idx", None))[0], None
 
 
-def _check_columns(context: _DilatedContext, columns: int) -> None:
-    if columns != context.key_columns:
-        raise ValueError(
-            f"a layer passes keys of {columns} columns, {context.key_columns} are expected: masks of pairs and static "
-            "caches have no dilated form; give a (batch, columns) mask and a dynamic cache."
-        )
-
-
-def _check_groups(context: _DilatedContext, groups: int) -> None:
-    expected = context.cache.pattern[2]
-    if groups != expected:
-        raise ValueError(
-            f"the model has {groups} key/value heads where its config says {expected}: it does not share them as its "
-            "config says, so use its own cache."
-        )
-
-
-def _check_call(module: nn.Module, key: Tensor, value: Tensor, dropout: float, kwargs: dict) -> None:
-    found = [what for name, what in _UNSUPPORTED.items() if kwargs.get(name) is not None]
+def _check_call(layer: nn.Module, key: Tensor, value: Tensor, dropout: float, others: dict) -> None:
+    found = [what for name, what in _UNSUPPORTED.items() if others.get(name) is not None]
     found += ["attention dropout (load it with attention_dropout=0)"] if dropout else []
     found += ["keys and values of different size"] if key.shape[-1] != value.shape[-1] else []
-    causal = [getattr(module, "is_causal", True), getattr(module.config, "is_causal", True), kwargs.get("is_causal")]
+    causal = [getattr(layer, "is_causal", True), getattr(layer.config, "is_causal", True), others.get("is_causal")]
     found += ["bidirectional attention (is_causal=False)"] if False in causal else []
     if found:
-        raise ValueError(f"{type(module).__name__} has {', '.join(found)}, which has no dilated form.")
-    if getattr(module.config, "dilated_attention", None) is None:
-        raise ValueError(
-            f"attn_implementation={IMPLEMENTATION!r} needs branches: call use_dilated_attention(model, ...)."
-        )
+        raise ValueError(f"{type(layer).__name__} has {', '.join(found)}, which has no dilated form.")
+    if getattr(layer.config, "dilated_attention", None) is None:
+        raise ValueError(f"attn_implementation={IMPLEMENTATION!r} needs branches: call use_dilated_attention(model).")
 
 
 class DilatedCache(LongNetCache):
     """A bounded cache for a model after `use_dilated_attention`: its memory stops growing with the sequence.
 
-    Args:
-        model: the model.
-        max_length: tokens to allocate for at once; None lets memory grow with the sequence, up to its bound.
+    `max_length` tokens are allocated for at once; with None memory grows with the sequence, up to its bound.
 
     Example:
         >>> model.generate(**inputs, past_key_values=DilatedCache(model))
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int | None = None):
-        if getattr(model.config, "dilated_attention", None) is None or not _is_dilated(model.config):
+        if not _is_dilated(model.config):
             raise ValueError("a DilatedCache is for a model after use_dilated_attention(model, ...).")
         super().__init__(_pattern(model.config), max_length)
         self.config = model.config
@@ -361,11 +304,8 @@ class DilatedCache(LongNetCache):
         _install_hook(model)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Return the new keys and values as they are: the attention finds the cache in its context and stores them.
-
-        Raises:
-            ValueError: the attention of the layer before was not dilated, so it saw nothing of the cache.
-        """
+        """Return the new keys and values as they are: the attention finds the cache in its context and stores them."""
+        # Set by the layer before: its attention was not dilated, so it saw nothing of the cache.
         if self.awaited is not None or not _is_dilated(self.config):
             raise ValueError(
                 "a DilatedCache works with dilated attention alone: this model is not, or no longer, switched by "

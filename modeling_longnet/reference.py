@@ -30,20 +30,16 @@ def count_branches(
     Returns:
         (B, G, L, S) int64 counts.
     """
-    p, q = query_positions[:, :, None], key_positions[:, None, :]  # (B, L, 1), (B, 1, S)
+    p, q = query_positions[:, None, :, None], key_positions[:, None, None, :]  # (B, 1, L, 1), (B, 1, 1, S)
     allowed = (q <= p) if is_causal else torch.ones_like(q <= p)
     if query_documents is not None:
-        d, e = query_documents[:, :, None], key_documents[:, None, :]
+        d, e = query_documents[:, None, :, None], key_documents[:, None, None, :]
         allowed = allowed & (d == e) & (d >= 0)
-    counts = []
-    for head in range(len(branches[0].offsets)):
-        count = torch.zeros_like(allowed, dtype=torch.int64)
-        for w, r, offsets in branches:
-            o = offsets[head]
-            sees = (p // w == q // w) & ((p % w) % r == o) & ((q % w) % r == o) & allowed
-            count += sees
-        counts.append(count)
-    return torch.stack(counts, 1)
+    counts = torch.zeros_like(allowed, dtype=torch.int64).repeat(1, len(branches[0].offsets), 1, 1)
+    for w, r, offsets in branches:
+        o = torch.tensor(offsets, device=p.device)[:, None, None]  # (G, 1, 1)
+        counts += (p // w == q // w) & ((p % w) % r == o) & ((q % w) % r == o) & allowed
+    return counts
 
 
 def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
@@ -58,22 +54,14 @@ def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
     p = torch.arange(length)
     counts = torch.zeros(len(branches[0].offsets), length, dtype=torch.int64)
     for w, r, offsets in branches:
-        for head, o in enumerate(offsets):
-            segment = p // w
-            real = torch.zeros(int(segment[-1]) + 1, dtype=torch.int64)
-            is_kept = (p % w) % r == o
-            real.index_add_(0, segment, is_kept.long())
-            counts[head] += torch.where(is_kept, -(-min(w, length) // r) - real[segment], 0)
+        is_kept = (p % w) % r == torch.tensor(offsets)[:, None]  # (G, length)
+        real = torch.zeros_like(counts).index_add_(1, p // w, is_kept.long())  # in each segment
+        counts += torch.where(is_kept, -(-min(w, length) // r) - real[:, p // w], 0)
     return counts
 
 
 def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    scale: float,
-    zero_padding: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float, zero_padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take one softmax over the multiset of keys of all branches (Eq. 9-10); a key of two branches counts twice.
 
