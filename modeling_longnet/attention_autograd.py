@@ -49,9 +49,9 @@ class AttentionPlan(NamedTuple):
 
 
 class HaloKV(NamedTuple):
-    """Keys and values outside the chunks that their queries see: those of the segments that a chunk cuts.
+    """Prefix or halo: keys and values outside the chunks that their queries see, in the segments that a chunk cuts.
 
-    The prefix lies before the chunks (in a cache, or on other devices), the suffix after them (on other devices).
+    A prefix is before the chunks, in a cache or on other devices; a suffix is after them, on other devices.
 
     Attributes:
         key, value: (B, G, P, D). The P slots are the branches' slots one after another; in each, slot j of head g holds
@@ -73,8 +73,8 @@ class HaloKV(NamedTuple):
 def _branch_calls(plan: AttentionPlan, keys: str = "chunk") -> Iterator[tuple[int, BranchCall]]:
     """Yield the branch's index and the backend's call for each chunk and branch.
 
-    The first branch writes. Of the others the longest come first: on a GPU their few programs end late, beside those of
-    the next branch.
+    The first branch, the least dilated, overwrites. The others go from most to least dilated: a branch of few programs
+    leaves multiprocessors idle, which the next launch fills.
     """
     order = (0, *range(len(plan.branches) - 1, 0, -1))
     is_own, overlaps = keys == "chunk", False
@@ -90,8 +90,8 @@ def _branch_calls(plan: AttentionPlan, keys: str = "chunk") -> Iterator[tuple[in
 def _accumulator(x: Tensor, plan: AttentionPlan) -> Tensor:
     """Return a tensor like x for the sum over branches: zero, unless the first branch writes every token once.
 
-    Its dtype is at least float32, or half precision if that costs one rounding: if a token is in at most one branch
-    after the first, on average. A float32 copy would be larger.
+    Its dtype is x's own if a token is in at most one branch after the first, on average (about one more rounding, but
+    no float32 copy), else at least float32.
     """
     first, *others = plan.branches
     costs_one_rounding = first.r == 1 and sum(1 / branch.r for branch in others) <= 1
@@ -149,7 +149,7 @@ def backward_halo(
     plan: AttentionPlan,
     side: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the halo's key and value in `forward_halo`; add the query's to `grad_query`."""
+    """Return dK and dV of the halo in `forward_halo`; add dQ to `grad_query`."""
     zeros = (torch.zeros(x.shape, dtype=grad_query.dtype, device=x.device) for x in halo[:2])
     grads = HaloKV(*zeros, halo.slots)
     parts, sums = halo.split(), grads.split()
@@ -175,7 +175,7 @@ _ops = getattr(torch.ops, _namespace)
 
 
 def _check_prefix(plan: AttentionPlan, slots: list[int]) -> None:
-    """Raise ValueError unless each branch has a slot for every token before the chunks: kernels would read beyond."""
+    """Raise ValueError unless each branch has a slot for every token before the chunks; kernels read that many."""
     needed = prefix_lengths(plan.branches, *(chunk.start for chunk in plan.chunks))
     for branch, least, given in zip(plan.branches, needed, slots or repeat(0), strict=False):
         if given < least:
@@ -265,7 +265,7 @@ class _DilatedAttention(torch.autograd.Function):
 
 
 class _DilatedAttentionBackward(torch.autograd.Function):
-    """The gradients as a function of their own, so that a second derivative is refused by name."""
+    """The gradients as a function of their own: differentiating it raises NotImplementedError."""
 
     @staticmethod
     def forward(grad_out, query, key, value, halo_key, halo_value, out, lse, slots, plan):

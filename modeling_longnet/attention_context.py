@@ -1,4 +1,7 @@
-"""What every layer's attention needs from a batch, made once in a forward pass."""
+"""What every layer's attention needs from a batch, made once in a forward pass.
+
+Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension, P cached slots (0 without a cache).
+"""
 
 from dataclasses import dataclass
 
@@ -27,8 +30,9 @@ class AttentionContext:
         cache: the bounded cache to read and extend.
         step: set in a decoding step of one token per batch row.
         sharded: set if other processes hold parts of the same sequences.
-        counts, zero_keys: of the dense reference: (B or 1, G, L, P + L), how often each cached slot and each key of the
-            batch counts for a query, and (B, G, L), the zero keys of the released implementation.
+        counts: (B or 1, G, L, P + L), in how many branches a query sees each cached slot and each key of the batch;
+            dense reference only.
+        zero_keys: (B, G, L), the zero keys of the released implementation per query; dense reference only.
     """
 
     plan: AttentionPlan

@@ -18,11 +18,13 @@ class BranchCall(NamedTuple):
     Attributes:
         keys: "chunk" for the chunk's own keys, "prefix" or "suffix" for those of the first or last segment that lie
             before or after the chunk.
-        is_causal: a query sees no later key of the chunk. It always sees the whole prefix and suffix.
+        is_causal: a query sees no later key of the chunk. A query of the first (last) segment sees all of its head's
+            prefix (suffix); other queries see none of it.
         scale: factor of the scores, above 0.
         zero_padding: also attend to the zero keys of the released implementation (with keys="chunk" only).
-        is_first: no call has written to these tokens yet and this one covers them all: write instead of merging.
-        overlaps: the previous call had the same inputs, so a GPU kernel may start before that one ends.
+        is_first: this call covers every token of the chunk and none was written yet: overwrite instead of merging.
+        overlaps: the previous call wrote none of query, key and value, so a GPU kernel may start before that one ends.
+            It waits before it reads or writes a result (programmatic dependent launch).
     """
 
     chunk: Chunk
@@ -45,7 +47,7 @@ class Backend:
     def forward_branch(
         self, call: BranchCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Merge one branch into the running softmax (Eq. 9-10); return out and lse, changed in place or new.
+        """Merge one branch into the running softmax (Eq. 9-10); return out and lse, changed in place (new if is_first).
 
         Args:
             query: (B, L, H, D). key, value: (B, L, G, D) with keys="chunk", else (B, P, G, D), where slot j of head g
@@ -69,7 +71,7 @@ class Backend:
         lse: Tensor,
         grads: Grads,
     ) -> Grads:
-        """Add the gradients of one branch; return the sums, changed in place or new.
+        """Add the gradients of one branch; return the sums, changed in place (new if is_first).
 
         The share of a branch is exact: `lse` and the out in `saved` are those of the softmax merged over all branches.
 

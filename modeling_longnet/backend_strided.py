@@ -15,12 +15,12 @@ from torch import Tensor
 from .backend import Backend, BranchCall, Grads
 from .branches import Branch, Chunk, Slice, chunk_slices
 
-# A kernel's result above this size comes from fresh pages, which the system must clear each time.
+# A larger result is allocated with mmap, and the system zeroes its pages in every call.
 _CPU_BYTES_PER_CALL = 2 << 20
 # CUDA kernels put the batch into a grid dimension of at most 65,535.
 _CUDA_BATCH_PER_CALL = 32768
 
-# Attention of some of the queries: which ones, out (B, H, L, D) and lse (B, H, L).
+# A kernel's result for some of the queries: which ones, out (batch, heads, seqlen, D) and lse (batch, heads, seqlen).
 Part = tuple[slice, Tensor, Tensor]
 
 
@@ -42,14 +42,16 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
 
 def slice_view(x: Tensor, chunk: Chunk, branch: Branch, piece: Slice) -> Tensor:
     """Return a slice of a (B, L, H or G, ...) tensor as a strided (B, n, h, seqlen, ...) view."""
-    batch, token, head, *dim_strides = x.stride()
+    batch_stride, token_stride, head_stride, *dim_strides = x.stride()
     _, _, heads, *dims = x.shape
     repeat = heads // len(branch.offsets)  # heads that share a key/value head
-    first = (chunk.column_begin + piece.begin + piece.first) * token + piece.head * repeat * head
-    head_stride = head if repeat > 1 else piece.head_stride * head + piece.first_stride * token
+    first_token = chunk.column_begin + piece.begin + piece.first
+    first = first_token * token_stride + piece.head * repeat * head_stride + chunk.batch_begin * batch_stride
+    if repeat == 1:  # else the slice holds adjacent heads with equal offsets (`chunk_slices`)
+        head_stride = piece.head_stride * head_stride + piece.first_stride * token_stride
     size = (chunk.batch, piece.segments, piece.heads * repeat, piece.seqlen, *dims)
-    stride = (batch, branch.w * token, head_stride, branch.r * token, *dim_strides)
-    return x.as_strided(size, stride, x.storage_offset() + chunk.batch_begin * batch + first)
+    stride = (batch_stride, branch.w * token_stride, head_stride, branch.r * token_stride, *dim_strides)
+    return x.as_strided(size, stride, x.storage_offset() + first)
 
 
 def slice_heads(piece: Slice) -> slice:
@@ -67,6 +69,7 @@ def _branch_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_k
         yield from _kernel_calls(*views, *(slice_view(x, call.chunk, call.branch, piece) for x in of_keys))
     elif count := piece.prefix if call.keys == "prefix" else piece.suffix:
         batch, heads = slice(call.chunk.batch_begin, call.chunk.batch_end), slice_heads(piece)
+        # A slice with a prefix or suffix is a part of one segment.
         yield *(x[:, 0] for x in views), *(x[batch, :count, heads].transpose(1, 2) for x in of_keys)
 
 
@@ -130,7 +133,7 @@ class StridedBackend(Backend):
     def forward_branch(self, call, query, key, value, out, lse):
         for piece in chunk_slices(call.chunk, call.branch, query.shape[2] > key.shape[2]):
             if self.is_whole(call, piece, query, key):
-                # The result becomes the running out: no copy and no second set of fresh pages.
+                # The slice is the whole branch, and the result becomes the running out: no copy, no second allocation.
                 views = _whole_views(call, piece, query, key, value)
                 [(_, out, lse)] = self.forward(*views, call.is_causal, call.scale)
                 return _as_tokens(out, query), _as_tokens(lse, query)
@@ -138,7 +141,7 @@ class StridedBackend(Backend):
                 for queries, new_out, new_lse in self.forward(q, k, v, call.is_causal, call.scale):
                     _write(call.is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
                 if call.zero_padding and piece.padding:
-                    # n zero keys have out 0 and lse ln(n).
+                    # n zero keys have out 0 and lse ln(n). They are constants: backward, they act through lse alone.
                     merge_(o, s, torch.zeros_like(o), torch.full_like(s, piece.padding).log_())
         return out, lse
 

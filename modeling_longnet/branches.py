@@ -151,8 +151,9 @@ def _head_runs(specs: list[tuple], stride: int, largest_first_stride: int) -> li
         for head in range(first + stride, len(specs), stride):
             begin, heads, first_stride = runs[-1]
             step = specs[head][0] - specs[head - stride][0]
-            is_even = step == first_stride if heads > 1 else 0 <= step <= largest_first_stride
-            if is_even and specs[head][1:] == specs[head - stride][1:]:
+            # A view takes no negative stride.
+            is_evenly_spaced = step == first_stride if heads > 1 else 0 <= step <= largest_first_stride
+            if is_evenly_spaced and specs[head][1:] == specs[head - stride][1:]:
                 runs[-1] = (begin, heads + 1, step)
             else:
                 runs.append((head, 1, 0))
@@ -179,6 +180,7 @@ def chunk_slices(chunk: Chunk, branch: Branch, shared_heads: bool) -> tuple[Slic
     offsets, so that its query heads are evenly spaced too.
     """
     w, r, offsets = branch
+    # Adjacent heads; interleaved heads with equal offsets, r apart; blocked ones whose offsets differ by one.
     strides = [1] if shared_heads else sorted({1, min(r, len(offsets)), math.ceil(len(offsets) / r)})
     slices = []
     for begin, phase, length, segments in _cut_at_borders(chunk, w):

@@ -78,7 +78,7 @@ def use_dilated_attention(
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)
     if not _is_dilated(config):
-        raise ValueError(f"{type(model).__name__} does not let its attention be chosen by name.")
+        raise ValueError(f"{type(model).__name__} does not support attn_implementation functions.")
     _install_hook(model)
     return model
 
@@ -108,7 +108,7 @@ def _check_model(model: PreTrainedModel) -> None:
     if config.get_text_config() is not config or config.is_encoder_decoder:
         raise ValueError(f"{name} is made of several models; give its text decoder alone.")
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not let its attention be chosen by name.")
+        raise ValueError(f"{name} does not support attn_implementation functions.")
     layer_types = getattr(config, "layer_types", None) or ()
     window, softcap = (getattr(config, field, None) for field in ("sliding_window", "attn_logit_softcapping"))
     found = [f"layers of the type {kind!r}" for kind in sorted(set(layer_types) - {"full_attention"})]
@@ -142,7 +142,7 @@ def _add_context(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     if not _is_dilated(config):
         return None
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    given |= given.pop("kwargs", {})  # what the decoder takes as **kwargs
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     inputs = ids if embeds is None else embeds
     if inputs is None:
@@ -158,7 +158,9 @@ def _add_context(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
 
 @dataclass(eq=False)
 class _DilatedContext(AttentionContext):
-    """The context of a switched model.
+    """The context of a model with dilated attention.
+
+    With the model's own cache `attend` gathers the prefix from all keys; with a DilatedCache it reads its slots.
 
     Attributes:
         key_columns: columns of the keys that each layer passes: all seen so far, or with a DilatedCache the new ones.
@@ -206,6 +208,7 @@ def _make_context(
     plan = AttentionPlan(chunks, branches, True, head_dim**-0.5, backend)
     context = _DilatedContext(plan, key_columns=length if is_bounded else past + length)
     if is_bounded:
+        cache.pending_layer = None  # an interrupted forward may have left one
         context.cache = cache
         context.step = cache.step(pattern.num_attention_heads) if cache.can_step(chunks, length) else None
     elif backend == "eager":
@@ -257,14 +260,14 @@ def _attend(
     context, (rows, groups, columns, _) = dilated_context, key.shape
     fits = context is not None and len(context.plan.branches[0].offsets) == groups
     if context is not None and context.cache is not None:
-        context.cache.awaited = None
+        context.cache.pending_layer = None
         if not fits:
             expected = context.cache.pattern[2]
             raise ValueError(
                 f"the model passes {groups} key/value heads, its config says {expected}: use its own cache."
             )
     elif not fits:
-        # Loaded by name without a hook, or a family that drops keyword arguments or shares heads in its own way.
+        # Loaded by name without a hook, or a family that drops keyword arguments or repeats key/value heads itself.
         pattern, past = _pattern(layer.config, groups), columns - query.shape[2]
         context = _make_context(pattern, query, attention_mask, position_ids, past, None)
     _check_columns("a layer's key", (rows, columns), (rows, context.key_columns))
@@ -300,18 +303,19 @@ class DilatedCache(LongNetCache):
             raise ValueError("a DilatedCache is for a model after use_dilated_attention(model, ...).")
         super().__init__(_pattern(model.config), max_length)
         self.config = model.config
-        self.awaited: int | None = None  # the layer whose new keys the attention has not stored yet
+        # The layer whose `update` ran, but whose attention has not stored the keys yet.
+        self.pending_layer: int | None = None
         _install_hook(model)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Return the new keys and values as they are: the attention finds the cache in its context and stores them."""
         # Set by the layer before: its attention was not dilated, so it saw nothing of the cache.
-        if self.awaited is not None or not _is_dilated(self.config):
+        if self.pending_layer is not None or not _is_dilated(self.config):
             raise ValueError(
                 "a DilatedCache works with dilated attention alone: this model is not, or no longer, switched by "
                 "use_dilated_attention. Start again, without this cache."
             )
-        self.awaited = layer_idx
+        self.pending_layer = layer_idx
         return key_states, value_states
 
 

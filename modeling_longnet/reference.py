@@ -1,4 +1,4 @@
-"""Dense dilated attention from one predicate of (head, query, key), against which every fast path is tested.
+"""Dense dilated attention from one mask function of (head, query, key), against which every fast path is tested.
 
 Letters: B batch, L queries, S keys, H query heads, G key/value heads, D head dimension.
 """
@@ -19,26 +19,26 @@ def count_branches(
 ) -> Tensor:
     """Count the branches in which each query sees each key (LongNet, Eq. 4-8 and 13-15).
 
-    Query p sees key q in branch (w, r) if they share a segment (`p // w == q // w`), the head keeps both
-    (`(p mod w) mod r == o == (q mod w) mod r`) and, if causal, `q <= p`.
+    Query i sees key j in branch (w, r) if they share a segment (`i // w == j // w`), the head keeps both
+    (`(i mod w) mod r == o == (j mod w) mod r`) and, if causal, `j <= i`.
 
     Args:
         query_positions, key_positions: (B, L) and (B, S) integers, each token's position in its own document.
-        query_documents, key_documents: (B, L) and (B, S) integers; tokens of different documents never meet, and
-            a negative number marks padding, which meets nothing. None: one document per batch row.
+        query_documents, key_documents: (B, L) and (B, S) integers; tokens of different documents do not
+            attend to each other, and a negative number marks padding. None: one document per batch row.
 
     Returns:
         (B, G, L, S) int64 counts.
     """
-    p, q = query_positions[:, None, :, None], key_positions[:, None, None, :]  # (B, 1, L, 1), (B, 1, 1, S)
-    allowed = (q <= p) if is_causal else torch.ones_like(q <= p)
+    i, j = query_positions[:, None, :, None], key_positions[:, None, None, :]  # (B, 1, L, 1), (B, 1, 1, S)
+    allowed = (j <= i) if is_causal else torch.ones_like(j <= i)
     if query_documents is not None:
-        d, e = query_documents[:, None, :, None], key_documents[:, None, None, :]
-        allowed = allowed & (d == e) & (d >= 0)
+        doc_i, doc_j = query_documents[:, None, :, None], key_documents[:, None, None, :]
+        allowed = allowed & (doc_i == doc_j) & (doc_i >= 0)
     counts = torch.zeros_like(allowed, dtype=torch.int64).repeat(1, len(branches[0].offsets), 1, 1)
     for w, r, offsets in branches:
-        o = torch.tensor(offsets, device=p.device)[:, None, None]  # (G, 1, 1)
-        counts += (p // w == q // w) & ((p % w) % r == o) & ((q % w) % r == o) & allowed
+        o = torch.tensor(offsets, device=i.device)[:, None, None]  # (G, 1, 1)
+        counts += (i // w == j // w) & ((i % w) % r == o) & ((j % w) % r == o) & allowed
     return counts
 
 
