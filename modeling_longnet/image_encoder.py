@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from .attention_context import make_context
 from .compat import capture_outputs, merge_with_config_defaults
 from .configuration_longnet import LongNetConfig
-from .modeling_longnet import LongNetBackbone
+from .modeling_longnet import LongNetBackbone, check_shape
 
 # Arguments of language models, which raise an error.
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values")
@@ -123,10 +123,8 @@ class LongNetImageEncoder(LongNetBackbone):
         given = [name for name in TEXT_INPUTS if kwargs.get(name) is not None]
         if pixel_values is None or given:
             raise ValueError(f"an image encoder takes pixel_values and no arguments of language models; given {given}.")
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            expected = ", ".join(["images", *map(str, expected)])
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected ({expected}).")
+        side = self.config.image_size
+        check_shape("pixel_values", pixel_values, "images", self.config.num_channels, side, side)
         patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).mT.contiguous()
         embeds = patches + self.position_embed
         backend = self.backend(embeds, kwargs.get("output_attentions", self.config.output_attentions))

@@ -248,11 +248,11 @@ class LongNetModel(LongNetBackbone):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
-            _check_shape("inputs_embeds", inputs_embeds, self.config.hidden_size)
+            check_shape("inputs_embeds", inputs_embeds, "batch", "length", self.config.hidden_size)
             return inputs_embeds if shard is None else shard.cut(inputs_embeds)
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
-        _check_shape("input_ids", input_ids)
+        check_shape("input_ids", input_ids, "batch", "length")
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
         embeds = self.embed_tokens(input_ids if shard is None else shard.cut(input_ids))
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
@@ -273,11 +273,11 @@ class LongNetModel(LongNetBackbone):
             )
 
 
-def _check_shape(name: str, x: Tensor, *features: int) -> None:
-    """Raise unless `x` is (batch, length, *features)."""
-    if x.dim() != 2 + len(features) or x.shape[2:] != features or 0 in x.shape:
-        expected = ", ".join(["batch", "length", *map(str, features)])
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({expected}), batch and length at least 1.")
+def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
+    """Raise unless `x` has these sizes; a word stands for any size above 0."""
+    sizes = zip(x.shape, expected, strict=False)
+    if x.dim() != len(expected) or not all(n > 0 if isinstance(size, str) else n == size for n, size in sizes):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({', '.join(map(str, expected))}), all above 0.")
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
@@ -364,12 +364,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
     def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> Tensor | None:
-        """Return the targets of the first L - 1 or all L tokens, checked; None without labels."""
+        """Return the checked targets of the first L - 1 or all L tokens; None without labels or with bad inputs."""
         name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        if given is None or inputs is None:
+        if given is None or inputs is None or inputs.dim() < 2:
             return None
-        if given.shape != inputs.shape[:2]:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {tuple(inputs.shape[:2])} as the input.")
+        check_shape(name, given, *inputs.shape[:2])
         if name == "labels" and not self.config.is_causal:
             raise ValueError(
                 "labels are next tokens, which a bidirectional model (is_causal=False) sees; pass the targets of "

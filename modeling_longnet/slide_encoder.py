@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import config_branches, count_zero_keys, make_context
 from .configuration_longnet import LongNetConfig
-from .modeling_longnet import LongNetBackbone, LongNetBlock
+from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape
 from .packing import pack
 from .reference import count_branches, dense_attention
 
@@ -217,13 +217,11 @@ class LongNetSlideEncoder(LongNetBackbone):
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:
-        features, shape = self.config.tile_features, tuple(tiles.shape[:2])
-        if tiles.dim() != 3 or tiles.shape[-1] != features or 0 in tiles.shape:
-            raise ValueError(f"tiles has shape {tuple(tiles.shape)}; expected (slides, tiles, {features}).")
-        if tuple(coordinates.shape) != (*shape, 2):
-            raise ValueError(f"coordinates has shape {tuple(coordinates.shape)}; expected {(*shape, 2)}.")
-        if attention_mask is not None and tuple(attention_mask.shape) != shape:
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {shape} (without CLS).")
+        check_shape("tiles", tiles, "slides", "tiles", self.config.tile_features)
+        check_shape("coordinates", coordinates, *tiles.shape[:2], 2)
+        if attention_mask is not None and attention_mask.shape != tiles.shape[:2]:
+            given, expected = tuple(attention_mask.shape), tuple(tiles.shape[:2])
+            raise ValueError(f"attention_mask has shape {given}; expected {expected}, as the CLS token has no entry.")
         if coordinates.dtype not in COORDINATES:
             allowed = ", ".join(map(str, COORDINATES))
             raise ValueError(f"coordinates has dtype {coordinates.dtype}, which skips pixels; give {allowed}.")

@@ -577,6 +577,7 @@ def test_copies_and_pickles():
     pytest.param({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, ["input_ids", "(2, 0)"], id="no tokens"),
     pytest.param({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, ["input_ids", "(0, 2)"], id="no rows"),
     pytest.param({"input_ids": torch.tensor([1, 2])}, ["input_ids", "(2,)", "(batch, length)"], id="1D"),
+    pytest.param({"input_ids": torch.tensor([1]), "labels": torch.tensor([1])}, ["input_ids", "(1,)"], id="1D, labels"),
     pytest.param({}, ["input_ids", "inputs_embeds"], id="nothing"),
     pytest.param({"input_ids": torch.tensor([[1]]), "inputs_embeds": torch.zeros(1, 1, 24)}, ["one of"], id="both"),
     pytest.param({"inputs_embeds": torch.zeros(1, 3, 23)}, ["inputs_embeds", "(1, 3, 23)", "24"], id="embeds' width"),
