@@ -36,10 +36,10 @@ class LongNetAttention(torch.nn.Module):
     def __init__(self, config: LongNetConfig, layer_idx: int):
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, shared)
-        self.v_proj = nn.Linear(config.hidden_size, shared)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.inner_attn_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj.init_gain = self.out_proj.init_gain = magneto_gain(config)
@@ -49,7 +49,7 @@ class LongNetAttention(torch.nn.Module):
         return projection(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, hidden_states: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
-        """Return (B, L, E), and the (B, H, L, P + L) attention weights under the dense reference, else None."""
+        """Return (B, L, E), and the (B, H, L, P + L) attention weights (P cached slots) under "eager", else None."""
         query, key, value = (self.project(hidden_states, p) for p in (self.q_proj, self.k_proj, self.v_proj))
         if context.rotary is not None:
             query, key = apply_rotary(query, context.rotary.query), apply_rotary(key, context.rotary.key)
@@ -57,7 +57,7 @@ class LongNetAttention(torch.nn.Module):
         return self.out_proj(self.inner_attn_ln(out.flatten(-2))), weights
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext):
-        """Return (B, L, H, D), and the attention weights or None; a pattern of one's own replaces this method."""
+        """Return (B, L, H, D), and the attention weights or None; override it for another attention pattern."""
         return context.attend(query, key, value, self.layer_idx)
 
 
@@ -90,6 +90,7 @@ class LongNetBlock(GradientCheckpointingLayer):
         self.drop_path = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
 
     def forward(self, hidden_states: Tensor, context: AttentionContext) -> Tensor:
+        # capture_outputs records the attention weights (`_can_record_outputs`).
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), context)
         hidden_states = hidden_states + self._drop(attended)
         return hidden_states + self._drop(self.ffn(self.ffn_layer_norm(hidden_states)))
@@ -146,7 +147,7 @@ class LongNetBackbone(LongNetPreTrainedModel):
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
-        # Embeddings first: saved optimizer states depend on the order of parameters.
+        # Keep this order: optimizer checkpoints store parameters by position.
         if config.vocab_size is not None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
@@ -167,7 +168,7 @@ class LongNetBackbone(LongNetPreTrainedModel):
         return self.layer_norm(hidden_states)
 
     def backend(self, embeds: Tensor, output_attentions: bool | None = None) -> str:
-        """Return the backend: "eager" under that implementation, flash-attn under its own, else the config's."""
+        """Return the backend that attn_implementation selects; "sdpa" selects config.attention_backend."""
         implementation = attn_implementation(self.config)
         backends = {"eager": "eager", "sdpa": self.config.attention_backend, "flash_attention_2": "flash_attn"}
         if implementation not in backends:
@@ -201,7 +202,7 @@ class LongNetModel(LongNetBackbone):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Compute the hidden states of a batch of sequences, or of their next tokens.
+        """Compute the hidden states of sequences, or of the tokens that continue a cache.
 
         Args:
             input_ids: (B, L) token ids; or inputs_embeds: (B, L, E), used as they are.
@@ -210,12 +211,13 @@ class LongNetModel(LongNetBackbone):
             position_ids: (B or 1, L), for packed documents: a 0 begins another one, which sees nothing before it.
             cache, past_key_values: a `LongNetCache` to continue from and extend (the names of two versions of
                 Transformers); use_cache creates one.
-            output_hidden_states, output_attentions: as in Transformers; maps need attn_implementation="eager".
+            output_hidden_states, output_attentions: as in Transformers; attention weights need
+                attn_implementation="eager".
 
         Returns:
-            last_hidden_state (B, L, E) after the final norm, the cache, and what was requested. If processes share each
-            sequence (`set_sequence_group`, `SequenceSharding`) and no cache is given, all take the whole batch and
-            return their part, without a cache; `gather_sequence` concatenates the parts.
+            last_hidden_state (B, L, E) after the final norm, the cache, and what was requested. With sequence sharding
+            (`set_sequence_group`, `SequenceSharding`) and without a cache, every rank passes the whole batch and gets
+            the outputs of its shard; `gather_sequence` concatenates them.
 
         Raises:
             ValueError: inputs that do not fit each other, the vocabulary or the cache.
@@ -224,6 +226,7 @@ class LongNetModel(LongNetBackbone):
         shard = self.shard(input_ids if inputs_embeds is None else inputs_embeds) if cache is None else None
         if shard is not None:
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            # The language model passes its labels along, to be compared in the same collective.
             labels = {name: kwargs.get(name) for name in ("labels", "shift_labels")}
             check_same_batch(shard.group, **inputs, position_ids=position_ids, **labels)
         embeds = self._embed(input_ids, inputs_embeds, shard)
@@ -231,8 +234,8 @@ class LongNetModel(LongNetBackbone):
         if shard is not None:
             if self.training and self.config.drop_path_rate:
                 raise ValueError(
-                    f"drop_path_rate={self.config.drop_path_rate}: each process would draw for itself which blocks a "
-                    "shared sequence skips; train with drop_path_rate=0, or with whole sequences on each process."
+                    f"drop_path_rate={self.config.drop_path_rate}: stochastic depth would differ between the ranks of one "
+                    "sequence; train with drop_path_rate=0, or with whole sequences on each process."
                 )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
         else:
@@ -281,7 +284,7 @@ def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise on values that are no token ids, which on a GPU would otherwise end the process."""
+    """Raise on values that are no token ids, which on a GPU would trigger a device-side assert."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
     if torch.compiler.is_compiling() or ids.device.type == "meta":
@@ -333,14 +336,14 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             Others: as in `LongNetModel.forward`.
 
         Returns:
-            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was requested. If
-            processes share each sequence, the loss is of the whole of it, and logits_to_keep counts in this process's
-            part; use_cache=True, requested here, reads the whole sequence on every process.
+            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was requested. With
+            sequence sharding, the loss is that of the whole sequence, logits_to_keep counts in this rank's shard, and
+            use_cache=True computes the whole sequence on every rank.
         """
         cache = cache if cache is not None else past_key_values
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         shard = self.shard(inputs) if cache is None else None
-        if shard is not None and kwargs.get("use_cache"):
+        if shard is not None and kwargs.get("use_cache") and self.config.is_causal:
             cache, shard = LongNetCache(self.config), None
         targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
@@ -352,9 +355,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         elif shard is not None and logits_to_keep is None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
             raise ValueError(
-                "a shared sequence needs labels here: label smoothing and compute_loss_func would compare the logits "
-                "of this process with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get "
-                "this process's part of the logits (gather_sequence joins the parts)."
+                "a shared sequence needs labels here: label smoothing and compute_loss_func would compare local logits "
+                "with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get the logits of "
+                "this rank's shard (gather_sequence concatenates them)."
             )
         if logits_to_keep is not None or loss is None:
             kept = 0 if logits_to_keep is None else logits_to_keep
@@ -401,7 +404,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:
-                raise ValueError("generate() runs with a cache where sequences are shared; leave use_cache=False out.")
+                raise ValueError("generate() needs a cache under sequence sharding; leave use_cache=False out.")
             return
         if model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = LongNetCache(self.config, offloading=name == "offloaded")
