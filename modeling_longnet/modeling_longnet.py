@@ -234,8 +234,8 @@ class LongNetModel(LongNetBackbone):
         if shard is not None:
             if self.training and self.config.drop_path_rate:
                 raise ValueError(
-                    f"drop_path_rate={self.config.drop_path_rate}: stochastic depth would differ between the ranks of one "
-                    "sequence; train with drop_path_rate=0, or with whole sequences on each process."
+                    f"drop_path_rate={self.config.drop_path_rate}: stochastic depth would differ between the ranks of "
+                    "one sequence; train with drop_path_rate=0, or with whole sequences on each process."
                 )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
         else:
