@@ -59,7 +59,7 @@ def slice_heads(piece: Slice) -> slice:
     return slice(piece.head, piece.head + (piece.heads - 1) * piece.head_stride + 1, piece.head_stride)
 
 
-def _branch_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]):
+def _branch_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]) -> Iterator[tuple]:
     """Yield the (batch, h, seqlen, ...) views of each kernel call that computes a slice.
 
     `of_queries` are (B, L, H, ...) tensors, `of_keys` (B, L, G, ...), or (B, P, G, ...) for a halo.

@@ -264,7 +264,7 @@ def _attend(
         if not fits:
             expected = context.cache.pattern[2]
             raise ValueError(
-                f"the model passes {groups} key/value heads, its config says {expected}: use its own cache."
+                f"the model has {groups} key/value heads, its config {expected}: use the model's own cache."
             )
     elif not fits:
         # Loaded by name without a hook, or a family that drops keyword arguments or repeats key/value heads itself.
