@@ -3,7 +3,7 @@
     python -m tests.mutate branches packing          # all mutants of two modules
     python -m tests.mutate --sample 100 --seed 1     # some of all modules
 
-Each mutant runs in a forked process in which PyTorch and pytest are already imported. A mutant on which no test fails has
+Each mutant runs in a forked process in which PyTorch and pytest are already imported. If no test fails, the mutant has
 survived. Known equivalent mutants are in `mutants_equivalent.json` with the reason; any other survivor makes the run
 fail. Results go to --output, also those of an interrupted run, which resumes from it.
 """
