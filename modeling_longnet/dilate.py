@@ -260,9 +260,7 @@ def _attend(
         context.cache.awaited = None
         if not fits:
             expected = context.cache.pattern[2]
-            raise ValueError(
-                f"the model has {groups} key/value heads, its config {expected}: use the model's own cache."
-            )
+            raise ValueError(f"the model has {groups} key/value heads, its config {expected}: use its own cache.")
     elif not fits:
         # Loaded by name without a hook, or a family that drops keyword arguments or shares heads in its own way.
         pattern, past = _pattern(layer.config, groups), columns - query.shape[2]
