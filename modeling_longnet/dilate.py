@@ -263,9 +263,7 @@ def _attend(
         context.cache.pending_layer = None
         if not fits:
             expected = context.cache.pattern[2]
-            raise ValueError(
-                f"the model has {groups} key/value heads, its config {expected}: use the model's own cache."
-            )
+            raise ValueError(f"the model has {groups} key/value heads, its config {expected}: use its own cache.")
     elif not fits:
         # Loaded by name without a hook, or a family that drops keyword arguments or repeats key/value heads itself.
         pattern, past = _pattern(layer.config, groups), columns - query.shape[2]
