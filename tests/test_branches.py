@@ -17,6 +17,7 @@ from modeling_longnet.branches import (
     count_work,
     make_branches,
     prefix_lengths,
+    whole_batch,
 )
 from modeling_longnet.reference import count_branches, count_zero_padding
 
@@ -116,6 +117,19 @@ def test_prefix_lengths_hold_every_head(lengths, start):
         assert max(held) <= slots <= math.ceil(min(branch.w, start) / branch.r)
 
 
+def test_prefix_lengths_of_several_chunks_are_the_longest():
+    branches = make_branches((4, 12), (1, 3), 2, "interleaved")
+    assert prefix_lengths(branches, 5, 11, 4) == (3, 4)
+    assert prefix_lengths(branches) == (0, 0)
+
+
+def test_a_whole_batch_is_one_chunk():
+    (chunk,) = whole_batch(3, 7)
+    assert chunk == Chunk(0, 3, 0, 7, 0, 7)
+    assert (chunk.batch, chunk.length) == (3, 7)
+    assert (Chunk(2, 5, 4, 6, 9, 11).batch, Chunk(2, 5, 4, 6, 9, 11).length) == (3, 2)
+
+
 @pytest.mark.parametrize(("heads", "r", "offsets", "expected"), [
     (3, 2, "blocked", (0, 0, 1)),
     (8, 4, "blocked", (0, 0, 1, 1, 2, 2, 3, 3)),
@@ -182,6 +196,7 @@ def test_zero_padding_of_the_reference_and_of_the_views_agree(case):
 @pytest.mark.parametrize(("lengths", "rates", "words"), [
     pytest.param([], [], ["[]", "at least one"], id="none"),
     pytest.param([4, 8], [1], ["[4, 8]", "[1]", "one dilation rate for each"], id="lengths differ"),
+    pytest.param([4], "1", ["two lists"], id="no list"),
     pytest.param([0], [1], ["[0]", "at least 1"], id="w below 1"),
     pytest.param([4], [0], ["[0]", "at least 1"], id="r below 1"),
     pytest.param([8, 4], [1, 1], ["[8, 4]", "must grow"], id="falling"),
@@ -192,7 +207,7 @@ def test_zero_padding_of_the_reference_and_of_the_views_agree(case):
 ])  # fmt: skip
 def test_bad_branches_are_refused(lengths, rates, words):
     with refused(*words):
-        make_branches(tuple(lengths), tuple(rates), 4, "interleaved")
+        make_branches(tuple(lengths), rates if isinstance(rates, str) else tuple(rates), 4, "interleaved")
 
 
 def test_unknown_offsets_are_refused():
