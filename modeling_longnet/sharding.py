@@ -56,7 +56,7 @@ class _ShardedAttention(torch.autograd.Function):
         out, lse = forward_chunks(query, key, value, plan)
         wait()
         # Slots that receive no key are never read.
-        slots = received.new_empty(exchange.count_slots(), *received.shape[1:])
+        slots = received.new_empty(sum(exchange.side_slots()), *received.shape[1:])
         slots.index_copy_(0, exchange.slots, received)
         for side, halo in exchange.split(slots):
             forward_halo(query, out, lse, halo, plan, side)
