@@ -117,36 +117,23 @@ def _segments(call: BranchCall) -> tuple[int, int, int, int]:
     return 1, count - 1, seqlen_q, -(-(min(-(-end // w) * w, chunk.total) - end) // r)
 
 
-def _strides(name: str, strides: tuple[int, ...]) -> dict[str, int]:
-    return {f"stride_{name}{dim}": stride for dim, stride in zip("bth", strides[:3], strict=True)}
+def _strides(**tensors: tuple[int, ...]) -> dict[str, int]:
+    """Return the arguments stride_qb, stride_qt and stride_qh for strides `q`, and so on."""
+    return {f"stride_{name}{dim}": n for name, by in tensors.items() for dim, n in zip("bth", by, strict=False)}
 
 
 def _shared_arguments(call: BranchCall, layout: _Layout) -> dict[str, object]:
     """Return the arguments that are the same for the three attention kernels."""
     chunk, (w, r, _), dim = call.chunk, call.branch, layout.dim
-    return {
-        **_strides("q", layout.query),
-        **_strides("k", layout.key),
-        **_strides("v", layout.value),
-        "stride_lb": layout.length * layout.heads,
-        "heads": layout.heads,
-        "w": w,
-        "r": r,
-        "heads_per_offset": _heads_per_offset(call.branch),
-        "phase": chunk.start % w,
-        "length": chunk.length,
-        "remaining": chunk.total - chunk.start,
-        "batch_begin": chunk.batch_begin,
-        "column_begin": chunk.column_begin,
-        "scale_log2": call.scale * math.log2(math.e),
-        "KEYS": call.keys,
-        "IS_CAUSAL": call.is_causal and call.keys == "chunk",
-        "IS_FIRST": call.is_first,
-        "D": dim,
-        "BLOCK_D": _padded_dim(dim),
-        "PRECISION": "tf32x3" if layout.dtype == torch.float32 else "tf32",  # ignored in half precision
-        "OVERLAPS": _can_overlap(layout.device),
-    }
+    precision = "tf32x3" if layout.dtype == torch.float32 else "tf32"  # ignored in half precision
+    arguments = _strides(q=layout.query, k=layout.key, v=layout.value)
+    arguments |= {"stride_lb": layout.length * layout.heads, "heads": layout.heads}
+    arguments |= {"w": w, "r": r, "heads_per_offset": _heads_per_offset(call.branch), "phase": chunk.start % w}
+    arguments |= {"length": chunk.length, "remaining": chunk.total - chunk.start}
+    arguments |= {"batch_begin": chunk.batch_begin, "column_begin": chunk.column_begin}
+    arguments |= {"scale_log2": call.scale * math.log2(math.e), "D": dim, "BLOCK_D": _padded_dim(dim)}
+    arguments |= {"KEYS": call.keys, "IS_CAUSAL": call.is_causal and call.keys == "chunk", "IS_FIRST": call.is_first}
+    return arguments | {"PRECISION": precision, "OVERLAPS": _can_overlap(layout.device)}
 
 
 @lru_cache(maxsize=4096)
@@ -160,7 +147,7 @@ def _launch(kernel: str, call: BranchCall, layout: _Layout) -> _Launch | None:
     arguments = _shared_arguments(call, layout)
     if kernel == "dkdv":
         num_blocks, heads = -(-seqlen_k // block_n), layout.kv_heads
-        arguments |= {"HEADS_PER_KV": heads_per_kv, **_strides("dk", layout.grad_key)}
+        arguments |= {"HEADS_PER_KV": heads_per_kv, **_strides(dk=layout.grad_key)}
     else:
         num_blocks, heads = -(-seqlen_q // block_m), layout.heads
         arguments |= {"heads_per_kv": heads_per_kv}

@@ -25,6 +25,7 @@ _SHARED = ("lengths", "columns", "capacity", "ends_in_padding")
 _TOKENS_PER_HASH = 1 << 20
 
 
+@torch.inference_mode(False)  # a later call may write outside of inference mode
 def cache_to_tensors(cache) -> dict[str, Tensor]:
     """Return a copy of everything that the `LongNetCache` holds."""
     first = cache.layers[0]
@@ -34,46 +35,40 @@ def cache_to_tensors(cache) -> dict[str, Tensor]:
     tensors = {name: torch.tensor(getattr(first, name)) for name in _SHARED}
     tensors["branches"] = torch.tensor(_branch_table(first))
     for i, layer in enumerate(cache.layers):
-        tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.copy_slots()
+        tensors |= {f"{i}.keys": layer.keys.clone(), f"{i}.values": layer.values.clone()}
     return tensors
 
 
 def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     """Fill the `LongNetCache` with a copy of the tensors; raise ValueError and leave it as it is if they do not fit."""
-    _check_tensors(cache, tensors)
-    for i, layer in enumerate(cache.layers):
-        layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
-        layer.keys, layer.values = layer.copy_slots()
-        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-        for name in _SHARED:
-            setattr(layer, name, tensors[name].tolist())
-        layer.is_initialized, layer._record = True, None
-
-
-def _branch_table(layer) -> list[list[int]]:
-    return [[b.w, b.r, *b.offsets] for b in layer.branches]
-
-
-def _check_tensors(cache, tensors: dict[str, Tensor]) -> None:
     first = cache.layers[0]
     names = [f"{i}.{name}" for i in range(len(cache.layers)) for name in ("keys", "values")]
     if set(tensors) != {*names, *_SHARED, "branches"}:
         raise ValueError(f"a saved cache of {len(cache.layers)} layers was expected; found {sorted(tensors)}.")
-    if tensors["branches"].tolist() != _branch_table(first):
+    if (branches := tensors["branches"].tolist()) != _branch_table(first):
         raise ValueError(
-            "saved cache: its branches, each (w, r, offset of each key/value head), are "
-            f"{tensors['branches'].tolist()}; this model's are {_branch_table(first)}."
+            f"saved cache: its branches, each (w, r, offset of each key/value head), are {branches}; this model's are "
+            f"{_branch_table(first)}."
         )
-    lengths, columns, capacity, _ = (tensors[name].tolist() for name in _SHARED)
+    shared = {name: tensors[name].tolist() for name in _SHARED}
+    lengths, columns, capacity, _ = shared.values()
     needed = min(max(lengths), max(b.w for b in first.branches))
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
         raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
     sample = tensors[names[0]]
-    shape = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), sample.shape[-1])
+    expected = (len(lengths), len(branches[0]) - 2, sum(first.slots(capacity)), sample.shape[-1]), sample.dtype
     for name in names:
-        given = tuple(tensors[name].shape), tensors[name].dtype
-        if given != (shape, sample.dtype):
-            raise ValueError(f"saved cache: {name} has shape {given}; expected {(shape, sample.dtype)}.")
+        if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
+            raise ValueError(f"saved cache: {name} has shape {given}; expected {expected}.")
+    for i, layer in enumerate(cache.layers):
+        layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
+        layer.map_slots(torch.clone)
+        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+        vars(layer).update(shared, lengths=list(lengths), is_initialized=True, _record=None)
+
+
+def _branch_table(layer) -> list[list[int]]:
+    return [[b.w, b.r, *b.offsets] for b in layer.branches]
 
 
 class StateFile:
@@ -136,13 +131,10 @@ def read_state_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 
 def _model_fields(model) -> dict[str, str]:
     """Return what a model and its state file must share: the config's own fields, dtype, SHA-256 of the weights."""
-    config = model.config.to_dict()
-    ignored = {*PreTrainedConfig().to_dict(), "auto_map", "attention_backend"}
-    return {
-        **{name: json.dumps(config[name]) for name in sorted(set(config) - ignored)},
-        "dtype": str(autocast_dtype(next(model.parameters()))),
-        "weights": _sha256(model.named_parameters()),
-    }
+    config, ignored = model.config.to_dict(), {*PreTrainedConfig().to_dict(), "auto_map", "attention_backend"}
+    fields = {name: json.dumps(config[name]) for name in sorted(set(config) - ignored)}
+    dtype = str(autocast_dtype(next(model.parameters())))
+    return fields | {"dtype": dtype, "weights": _sha256(model.named_parameters())}
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -4,44 +4,33 @@ After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and va
 from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch keeps position p in slot
 `(p mod w) // r`; when p starts a new segment, the branch's slots are free again.
 
-Letters: B batch, L new columns, H query heads, G key/value heads, D head dimension, P slots of all
-branches, n branches.
+Letters: B batch, L new columns, H query heads, G key/value heads, D head dimension, P slots in all, n branches.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention_autograd import HaloKV
 from .backend_strided import slice_heads, slice_view
-from .branches import Branch, Chunk, chunk_slices, count_kept, make_branches
+from .branches import Branch, Chunk, chunk_slices, make_branches
 from .cache_file import cache_to_tensors, load_cache_tensors
 from .configuration_longnet import LongNetConfig
+from .packing import cut_chunks
 
 
 class _Record(NamedTuple):
-    """A layer's state and every update since: enough to take back any of their columns."""
+    """Enough to take back any columns of some updates."""
 
-    keys: Tensor
-    values: Tensor
-    lengths: list[int]
-    columns: int
-    capacity: int
-    ends_in_padding: bool
+    before: dict[str, object]  # the layer's attributes before the first of them
     updates: list[tuple[Tensor, Tensor, tuple[Chunk, ...]]]  # keys, values and chunks, as `update` takes them
-
-
-class Slots(NamedTuple):
-    """What each of the P slots holds, int64: a branch with its w and r, the slot's number in it, the heads' offsets."""
-
-    branch: Tensor  # (P,)
-    w: Tensor  # (P,)
-    r: Tensor  # (P,)
-    number: Tensor  # (P,)
-    offset: Tensor  # (G, P)
 
 
 class DecodingStep(NamedTuple):
@@ -80,16 +69,17 @@ class LongNetCacheLayer(CacheLayerMixin):
         if self.max_length:
             self.reserve(self.max_length)
 
-    def slots(self, capacity: int) -> list[int]:
+    def slots(self, capacity: int) -> tuple[int, ...]:
         """Return the slots of each branch for `capacity` tokens: ceil(min(w, capacity) / r)."""
-        return [-(-min(b.w, capacity) // b.r) for b in self.branches]
+        return tuple(-(-min(b.w, capacity) // b.r) for b in self.branches)
 
-    def held_keys(self) -> list[int]:
-        """Return, per batch row, the keys that later tokens can see, for the head that holds most (all branches)."""
-        return [
-            max(sum(count_kept(t % b.w, b.offsets[g], b.r) for b in self.branches) for g in range(self.keys.shape[1]))
-            for t in self.lengths
-        ]
+    def map_slots(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace keys and values by what `function` makes of each, writable in and outside of inference mode.
+
+        If it raises, for lack of memory say, the layer is unchanged.
+        """
+        with torch.inference_mode(False):
+            self.keys, self.values = function(self.keys), function(self.values)
 
     def reserve(self, tokens: int) -> None:
         """Allocate slots for `tokens` tokens. Sizes double, so each key is copied a constant number of times."""
@@ -99,25 +89,15 @@ class LongNetCacheLayer(CacheLayerMixin):
         capacity = min(longest, max(tokens, 2 * self.capacity, 64))
         old, new = self.slots(self.capacity), self.slots(capacity)
         added = [(0, 0, 0, n - o) for o, n in zip(old, new, strict=True)]
-        with torch.inference_mode(False):
-            keys, values = (
-                torch.cat([torch.nn.functional.pad(*pair) for pair in zip(x.split(old, 2), added, strict=True)], 2)
-                for x in (self.keys, self.values)
-            )
-        # Assigned together: running out of memory above leaves the layer unchanged.
-        self.keys, self.values, self.capacity = keys, values, capacity
+        self.map_slots(lambda x: torch.cat([pad(*pair) for pair in zip(x.split(old, 2), added, strict=True)], 2))
+        self.capacity = capacity
 
     def prefix(self, key_states: Tensor) -> HaloKV | None:
-        """Return the keys and values before the next tokens, None if there are none.
-
-        Raises:
-            ValueError: the next tokens' (B, L, G, D) keys do not fit those held.
-        """
+        """Return what precedes the next tokens, None if nothing; ValueError if their (B, L, G, D) keys do not fit."""
         if not self.is_initialized or not any(self.lengths):
             return None
-        self.prefetch()
-        self._check(key_states)
-        return HaloKV(self.keys, self.values, tuple(self.slots(self.capacity)))
+        self._prepare(key_states)
+        return HaloKV(self.keys, self.values, self.slots(self.capacity))
 
     def update(self, key_states: Tensor, value_states: Tensor, chunks: tuple[Chunk, ...], **kwargs):
         """Store the new keys and values that later tokens can see.
@@ -131,38 +111,29 @@ class LongNetCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.prefetch()
-        self._check(key_states)
-        starts_record = self.is_recording and self._append_record(key_states, value_states, chunks)
+        self._prepare(key_states)
+        key, value = key_states.detach(), value_states.detach()
+        # One column continues a record. Several, a prompt or a verified draft, start a new one.
+        starts_record = self.is_recording and (self._record is None or key.shape[1] > 1)
+        if starts_record:
+            self._record = _Record(vars(self) | {"_record": None}, [])
+        if self.is_recording:
+            self._record.updates.append((key, value, chunks))
         self.reserve(max((c.total for c in chunks), default=0))
         if starts_record or torch.is_grad_enabled():
             # A crop or a backward pass may need the old slots: leave them unchanged.
-            self.keys, self.values = self.copy_slots()
-        columns, self.columns = self.columns + key_states.shape[1], -1
+            self.map_slots(torch.clone)
+        columns, self.columns = self.columns + key.shape[1], -1
         self.lengths = list(self.lengths)
         for chunk in chunks:
-            self._store(chunk, key_states.detach(), value_states.detach())
+            self._store(chunk, key, value)
             self.lengths[chunk.batch_begin : chunk.batch_end] = [chunk.total] * chunk.batch
-        at_end = sum(c.batch for c in chunks if c.column_end == key_states.shape[1])
+        at_end = sum(c.batch for c in chunks if c.column_end == key.shape[1])
         self.ends_in_padding |= at_end + self.lengths.count(0) < len(self.lengths)
         self.columns = columns
         if self.offloading:
             self.offload()
         return key_states, value_states
-
-    def _append_record(self, key_states: Tensor, value_states: Tensor, chunks: tuple[Chunk, ...]) -> bool:
-        """Record an update. One of several columns, a prompt or a verified draft, starts a new record.
-
-        Returns:
-            True if it starts one: the slots before it must stay unchanged.
-        """
-        update = key_states.detach(), value_states.detach(), chunks
-        if self._record is not None and key_states.shape[1] == 1:
-            self._record.updates.append(update)
-            return False
-        state = (self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding)
-        self._record = _Record(*state, [update])
-        return True
 
     def _store(self, chunk: Chunk, key_states: Tensor, value_states: Tensor) -> None:
         """Copy the kept tokens of the segment that the chunk ends in, unless it ends with that segment."""
@@ -182,12 +153,12 @@ class LongNetCacheLayer(CacheLayerMixin):
         if self.columns < 0:
             raise ValueError("an earlier forward was interrupted while it wrote the cache; start a new one.")
 
-    def _check(self, key_states: Tensor) -> None:
+    def _prepare(self, key_states: Tensor) -> None:
+        """Move the slots to the model's device; raise ValueError unless new (B, L, G, D) keys fit those held."""
+        self.prefetch()
         self.check_whole()
-        batch, _, heads, dim = key_states.shape
-        given = (batch, heads, dim, key_states.dtype, key_states.device)
-        batch, heads, _, dim = self.keys.shape
-        held = (batch, heads, dim, self.keys.dtype, self.keys.device)
+        pairs = (key_states, 2), (self.keys, 1)  # a tensor and its dimension of heads
+        given, held = ((len(x), x.shape[heads], x.shape[-1], x.dtype, x.device) for x, heads in pairs)
         if given != held:
             raise ValueError(
                 "the cache was filled with (batch, key/value heads, head dimension, dtype, device) = "
@@ -208,16 +179,11 @@ class LongNetCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty the cache, keeping its memory."""
         super().reset()
-        self.lengths = [0] * len(self.lengths)
-        self.columns = 0
-        self.ends_in_padding = False
-        self._record = None
+        self.lengths, self.columns = [0] * len(self.lengths), 0
+        self.ends_in_padding, self._record = False, None
 
     def activate_past_recording(self) -> None:
-        """Let `crop` take back the last update of several columns and all steps since it, or since a crop.
-
-        Their keys and values are kept until then.
-        """
+        """Keep the last update of several columns and every step after it, so that `crop` can take them back."""
         self.is_recording = True
 
     def crop(self, max_length: int) -> None:
@@ -232,7 +198,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         if back > self.columns:
             raise ValueError(f"crop({max_length}): the cache holds only {self.columns} columns.")
         kept = self.columns - back
-        if self._record is not None and self._record.columns <= kept:
+        if back and self._record is not None and self._record.before["columns"] <= kept:
             self._replay(self._record, kept)
         elif back:
             self._remove(back, max_length)
@@ -250,34 +216,23 @@ class LongNetCacheLayer(CacheLayerMixin):
                 f"crop({max_length}): the rows hold {self.lengths} tokens, one fewer than the {back} to take back; "
                 "keep a copy of the cache from before that row began."
             )
-        lengths = [t - back for t in self.lengths]
-        for t, kept in zip(self.lengths, lengths, strict=True):
-            for b in self.branches:
-                if kept % b.w and t // b.w != kept // b.w:
-                    raise ValueError(
-                        f"crop({max_length}): going back {back} tokens from {t} needs rows of a segment of {b.w} "
-                        "tokens that has ended; keep a copy of the cache from then, or feed the text again."
-                    )
-        self.lengths, self.columns = lengths, self.columns - back
+        for t, b in product(self.lengths, self.branches):
+            if (t - back) % b.w and t // b.w != (t - back) // b.w:
+                raise ValueError(
+                    f"crop({max_length}): going back {back} tokens from {t} needs rows of a segment of {b.w} tokens "
+                    "that has ended; keep a copy of the cache from then, or feed the text again."
+                )
+        self.lengths = [t - back for t in self.lengths]
+        self.columns -= back
 
     def _replay(self, record: _Record, kept: int) -> None:
         """Return to the start of the record and store again what leaves `kept` columns."""
-        if kept == self.columns:
-            return
-        is_recording, self.is_recording = self.is_recording, False
-        *held, updates = record
-        self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding = held
-        for keys, values, chunks in updates:
-            columns = min(kept - self.columns, keys.shape[1])
-            if columns:
-                cut = (min(c.column_end, columns) for c in chunks)
-                chunks = [
-                    c._replace(column_end=end, total=c.total - (c.column_end - end))
-                    for c, end in zip(chunks, cut, strict=True)
-                    if end > c.column_begin
-                ]
-                self.update(keys[:, :columns], values[:, :columns], tuple(chunks))
-        self.is_recording = is_recording
+        vars(self).update(record.before, is_recording=False)
+        for keys, values, chunks in record.updates:
+            if columns := min(kept - self.columns, keys.shape[1]):
+                parts = tuple(c._replace(total=c.start + c.length) for c in cut_chunks(chunks, 0, columns))
+                self.update(keys[:, :columns], values[:, :columns], parts)
+        self.is_recording = True
 
     def decode(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: DecodingStep, scale: float):
         """Store one token and attend: one softmax over every slot its heads see (the multiset of Eq. 9-10).
@@ -288,8 +243,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         Returns:
             (B, 1, H, D).
         """
-        self.prefetch()
-        self._check(key_states)
+        self._prepare(key_states)
         columns, self.columns = self.columns + 1, -1
         batch, head, _ = step.written
         self.keys[step.written] = key_states[batch, 0, head]
@@ -307,48 +261,42 @@ class LongNetCacheLayer(CacheLayerMixin):
             out = out.masked_fill(~step.covered, 0.0)
         return out.transpose(1, 2)
 
+    # Synchronous, unlike Transformers': beams are reordered on the CPU at once.
     def prefetch(self) -> None:
         """Move the slots to the device of the model's keys."""
         if self.is_initialized and self.keys.device != self.device:
-            self._move(self.device)
+            self.map_slots(lambda x: x.to(self.device))
 
     def offload(self) -> None:
         """Move the slots to the CPU."""
         if self.is_initialized:
-            self._move(torch.device("cpu"))
+            self.map_slots(Tensor.cpu)
 
-    def _move(self, device: torch.device) -> None:
-        # Synchronous, unlike Transformers': beams are reordered on the CPU at once.
-        with torch.inference_mode(False):
-            self.keys, self.values = self.keys.to(device), self.values.to(device)
-
-    def copy_slots(self) -> tuple[Tensor, Tensor]:
-        """Return copies of keys and values that may be written in and outside of inference mode."""
-        with torch.inference_mode(False):
-            return self.keys.clone(), self.values.clone()
-
-    def _select(self, rows: list[int]) -> None:
-        """Make batch row i a copy of the old row `rows[i]`."""
-        index = torch.tensor(rows, device=self.keys.device)
-        with torch.inference_mode(False):
-            self.keys, self.values = (x.index_select(0, index) for x in (self.keys, self.values))
-        self.lengths = [self.lengths[row] for row in rows]
-        self._record = None
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let batch row i continue the i-th of these rows, given by number or by a mask."""
+        if self.is_initialized:
+            rows = torch.arange(len(self.lengths), device="cpu")[indices.cpu()]
+            index = rows.to(self.keys.device)
+            self.map_slots(lambda x: x.index_select(0, index))
+            self.lengths = [self.lengths[row] for row in rows.tolist()]
+            self._record = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let batch row i continue row `beam_idx[i]` (beam search)."""
-        if self.is_initialized:
-            self._select(beam_idx.tolist())
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times, side by side."""
-        if self.is_initialized:
-            self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
+        self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these batch rows only."""
-        if self.is_initialized:
-            self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+
+@lru_cache(maxsize=16)
+def _slot_table(sizes: tuple[int, ...], device: torch.device) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Return where each branch's slots begin (n,), and each slot's branch and number in it (P,)."""
+    begin = np.cumsum(sizes) - sizes
+    branch = np.arange(len(sizes)).repeat(sizes)
+    number = np.arange(len(branch)) - begin[branch]
+    return begin, torch.from_numpy(branch).to(device), torch.from_numpy(number).to(device)
 
 
 class LongNetCache(Cache):
@@ -370,48 +318,49 @@ class LongNetCache(Cache):
         self.pattern = cache_pattern(config)
         branches, layers = make_branches(*self.pattern), range(config.num_hidden_layers)
         super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for _ in layers])
-        # w (n,), r (n,) and offset (G, n) of the n branches
-        table = (torch.tensor([getattr(b, name) for b in branches], device="cpu") for name in ("w", "r", "offsets"))
-        w, r, offset = table
-        self._branches = w, r, offset.T
-        self._slots: Slots | None = None
+        # w (n,), r (n,) and offset (G, 1, n) of the n branches
+        w, r, offsets = (np.array(column) for column in zip(*branches, strict=True))
+        self._branches = w, r, offsets.T[:, None]
 
     def check(self, config: LongNetConfig, batch: int) -> None:
         """Raise ValueError unless a model of this config can continue with a batch of this size."""
-        given = (cache_pattern(config), config.num_hidden_layers)
-        if given != (self.pattern, len(self.layers)):
+        given, held = (cache_pattern(config), config.num_hidden_layers), (self.pattern, len(self.layers))
+        if given != held:
             raise ValueError(
                 "the cache belongs to another config: its (segment_lengths, dilation_rates, key/value heads, "
-                f"head_offsets), layers are {(self.pattern, len(self.layers))}, the model has {given}."
+                f"head_offsets), layers are {held}, the model has {given}."
             )
-        first = self.layers[0]
-        if first.is_initialized and len(first.lengths) != batch:
-            raise ValueError(f"the cache holds {len(first.lengths)} rows, the input has {batch}.")
+        if self.lengths and len(self.lengths) != batch:
+            raise ValueError(f"the cache holds {len(self.lengths)} rows, the input has {batch}.")
         self.check_whole()
 
     def check_whole(self) -> None:
         """Raise ValueError if an interrupted forward left a layer half written or behind the others."""
-        for layer in self.layers:
-            layer.check_whole()
         if len({(layer.columns, layer.capacity) for layer in self.layers}) > 1:
             raise ValueError("an earlier forward was interrupted and left the cache's layers unequal; start a new one.")
+        self.layers[0].check_whole()
 
     @property
     def lengths(self) -> list[int]:
         """Real tokens seen in each batch row; empty before the first."""
         return self.layers[0].lengths
 
-    def slots(self) -> Slots:
-        """Return the table of slots for the layers' current allocation."""
+    def slots(self) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Return the `_slot_table` of the layers' current allocation."""
         layer = self.layers[0]
-        if self._slots is None or self._slots.w.device != layer.device or len(self._slots.w) != layer.keys.shape[2]:
-            sizes = torch.tensor(layer.slots(layer.capacity), device="cpu")
-            number = torch.cat([torch.arange(size, device="cpu") for size in sizes.tolist()])
-            branch = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
-            w, r, offset = (x[..., branch] for x in self._branches)
-            self._slots = Slots(*(x.to(layer.device) for x in (branch, w, r, number, offset)))
-        return self._slots
+        return _slot_table(layer.slots(layer.capacity), layer.device)
 
+    def _count_seen(self, positions: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return how many slots of each branch queries see, the kept tokens of their segment before `ends`.
+
+        Takes positions (B, L) and ends (B, 1), returns (B, G, L, n); 0 in branches that do not keep the query.
+        """
+        w, r, offset = self._branches
+        place = positions[:, None, :, None] % w  # (B, 1, L, n), in the segment
+        length = place + (ends - positions)[:, None, :, None]  # of the segment before `ends`
+        return np.where(place % r == offset, -((offset - length) // r), 0).clip(0)
+
+    @torch.compiler.disable  # a graph would turn NumPy's arrays into tensors, and fail in inference mode
     def seen_slots(self, positions: Tensor) -> Tensor:
         """Return which slots the queries at these positions see: the earlier kept tokens of their segment.
 
@@ -421,64 +370,47 @@ class LongNetCache(Cache):
         Returns:
             (B, G, L, P) bool.
         """
-        slots = self.slots()
-        start = torch.tensor(self.lengths, device=positions.device)[:, None]  # (B, 1)
-        filled = (start % slots.w)[:, None, None]  # (B, 1, 1, P)
-        p = positions[:, None, :, None]  # (B, 1, L, 1)
-        offset = slots.offset[:, None]  # (G, 1, P)
-        is_kept = (p % slots.w) % slots.r == offset
-        same_segment = p // slots.w == (start // slots.w)[:, None, None]
-        return is_kept & same_segment & (slots.number * slots.r + offset < filled)
+        _, branch, number = self.slots()
+        counts = self._count_seen(positions.cpu().numpy(), np.array(self.lengths)[:, None])
+        return number < torch.from_numpy(counts).to(number.device)[..., branch]
 
+    @torch.compiler.disable
     def step(self, num_heads: int) -> DecodingStep:
         """Prepare a decoding step of one token per batch row, for `num_heads` query heads.
 
         Counted per branch on the CPU. If rates exceed the number of heads, most tokens are not kept in the more dilated
         branches, and those slots are not read.
         """
-        first = self.layers[0]
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)
-        slots, (w, r, offset) = self.slots(), self._branches
-        place = torch.tensor(self.lengths, device="cpu")[:, None] % w  # (B, n), in the segment
-        number = place // r
-        is_kept = (place % r)[:, None] == offset  # (B, G, n)
-        counts = torch.where(is_kept, number[:, None] + 1, 0)  # a head that keeps the token sees those before it
-        sizes = torch.tensor(first.slots(first.capacity), device="cpu")
-        batch, head, branch = is_kept.nonzero(as_tuple=True)
-        slot = (number + sizes.cumsum(0) - sizes)[batch, branch]
-        end = int(slot.max()) + 1 if len(slot) else 1
-        seen = slots.number[:end] < counts.to(first.device)[:, :, slots.branch[:end]]  # (B, G, S)
-        seen = seen[:, :, None].repeat_interleave(num_heads // len(offset), 1)
+        first, (begin, branch_of, number) = self.layers[0], self.slots()
+        position = np.array(self.lengths)[:, None]
+        counts = self._count_seen(position, position + 1)  # (B, G, 1, n)
+        batch, head, _, branch = counts.nonzero()
+        slot = begin[branch] + counts[batch, head, 0, branch] - 1  # the token's own is the last that is seen
+        end = slot.max(initial=0) + 1
+        seen = number[:end] < torch.from_numpy(counts).to(first.device)[..., branch_of[:end]]  # (B, G, 1, S)
+        seen = seen.repeat_interleave(num_heads // seen.shape[1], 1)
         mask = torch.zeros(seen.shape, dtype=first.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
         covered = None if any(b.r == 1 for b in first.branches) else seen.any(-1, keepdim=True)
-        return DecodingStep(tuple(x.to(first.device) for x in (batch, head, slot)), mask, covered)
+        written = tuple(torch.from_numpy(x).to(first.device) for x in (batch, head, slot))
+        return DecodingStep(written, mask, covered)
+
+    def can_step(self, chunks: tuple[Chunk, ...], length: int) -> bool:
+        """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""
+        first = self.layers[0]
+        is_one_token = length == 1 and sum(c.batch for c in chunks) == len(first.lengths)
+        return first.is_initialized and is_one_token and not torch.is_grad_enabled() and not first.is_recording
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return a copy of what the cache holds, for `safetensors.torch.save_file` (see `cache_file`)."""
         return cache_to_tensors(self)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Become a copy of the cache that `to_tensors` saved, of the same config, or raise and stay unchanged.
-
-        Raises:
-            ValueError: tensors are missing, damaged, or of another config.
-        """
+        """Become a copy of the cache that `to_tensors` saved; ValueError, and no change, if they do not fit."""
         load_cache_tensors(self, tensors)
-
-    def can_step(self, chunks: tuple[Chunk, ...], length: int) -> bool:
-        """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""
-        first = self.layers[0]
-        return (
-            length == 1
-            and first.is_initialized
-            and sum(c.batch for c in chunks) == len(first.lengths)
-            and not torch.is_grad_enabled()
-            and not first.is_recording
-        )
 
 
 def cache_pattern(config: LongNetConfig) -> tuple:
     """Return what two configs must have in common to share a cache."""
-    lists = tuple(config.segment_lengths), tuple(config.dilation_rates)
-    return (*lists, config.num_key_value_heads, config.head_offsets)
+    return tuple(config.segment_lengths), tuple(config.dilation_rates), config.num_key_value_heads, config.head_offsets

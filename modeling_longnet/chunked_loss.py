@@ -1,6 +1,6 @@
 """Cross-entropy in chunks of tokens, without all logits at once. Letters: T tokens, E features, V vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +15,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses. The forward pass also computes the gradients, while it holds the logits of a chunk."""
 
     @staticmethod
-    def forward(hidden, targets, head, size, needed, *params):
-        """Return the sum and the gradients of `hidden` and `params`; an empty tensor for each that is not `needed`."""
-        wanted = [p for p, is_needed in zip(params, needed[1:], strict=True) if is_needed]
-        total = _zero(hidden)
-        grad_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
+    def forward(hidden, targets, head, size, needs_hidden, *params):
+        """Return the sum and the gradients of `hidden` (empty if not needed) and `params`."""
+        total, grad_hidden = 0, torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
         # At least float32: a sum of thousands of chunks in bfloat16 would lose most of its digits.
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
         for i, (part, target) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
             with torch.enable_grad():
-                part = part.detach().requires_grad_(needed[0])
+                part = part.detach().requires_grad_(needs_hidden)
                 loss = _loss(head, part, target)
-            total += loss.detach()
-            grads = list(torch.autograd.grad(loss, [part, *wanted] if needed[0] else wanted))
-            if needed[0]:
+            total = total + loss.detach()
+            grads = list(torch.autograd.grad(loss, [part, *params] if needs_hidden else params))
+            if needs_hidden:
                 grad_hidden[i * size : i * size + len(part)] = grads.pop(0)
             for running, grad in zip(sums, grads, strict=True):
                 running += grad
-        sums = iter(sums)
-        filled = [next(sums) if n else p.new_empty(0) for p, n in zip(params, needed[1:], strict=True)]
-        return total, grad_hidden, *filled
+        return total, grad_hidden, *sums
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        hidden, _, _, _, ctx.needed, *params = inputs
+        hidden, _, _, _, ctx.needs_hidden, *params = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(hidden, *params, *output[1:])
 
     @staticmethod
     def backward(ctx, grad, *_):
-        inputs, grads = ctx.saved_tensors[: len(ctx.needed)], ctx.saved_tensors[len(ctx.needed) :]
-        scaled = [
-            _Scale.apply(grad, g, x) if needed else None for x, g, needed in zip(inputs, grads, ctx.needed, strict=True)
-        ]
-        return scaled[0], None, None, None, None, *scaled[1:]
+        count = len(ctx.saved_tensors) // 2
+        pairs = zip(ctx.saved_tensors[count:], ctx.saved_tensors[:count], strict=True)
+        hidden, *params = (_Scale.apply(grad, saved, x) for saved, x in pairs)
+        return hidden if ctx.needs_hidden else None, None, None, None, None, *params
 
 
 class _Scale(torch.autograd.Function):
@@ -70,22 +65,18 @@ class _Scale(torch.autograd.Function):
         )
 
 
-def _zero(hidden: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-
-
 def _loss(head: Callable, hidden: Tensor, targets: Tensor) -> Tensor:
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
-def _sum(hidden: Tensor, targets: Tensor, head: Callable, size: int, params: tuple[nn.Parameter, ...]) -> Tensor:
-    needed = tuple(x.requires_grad and torch.is_grad_enabled() for x in (hidden, *params))
-    if any(needed):
-        return _ChunkedCrossEntropy.apply(hidden, targets, head, size, needed, *params)[0]
+def _sum(hidden: Tensor, targets: Tensor, head: Callable, size: int, params: Iterable[nn.Parameter]) -> Tensor:
+    params = [p for p in params if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or params):
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, size, hidden.requires_grad, *params)[0]
     parts = zip(hidden.split(size), targets.split(size), strict=True)
-    return sum((_loss(head, part, target) for part, target in parts), _zero(hidden))
+    return sum(_loss(head, part, target) for part, target in parts)
 
 
 def tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
@@ -111,7 +102,7 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
         hidden, targets = hidden[keep], targets[keep]
     forward, size, is_replaced = head.forward, tokens_per_chunk(hidden, head), "forward" in vars(head)
     # The head's hooks run once, around all chunks: FSDP2 gathers, reduces and frees its parameters in them.
-    head.forward = lambda x: _sum(x, targets, forward, size, tuple(head.parameters()))
+    head.forward = lambda x: _sum(x, targets, forward, size, head.parameters())
     try:
         return head(hidden)
     finally:

@@ -3,7 +3,7 @@
 Letters: B batch, L new columns, S columns seen so far including the new ones (S = L without a cache).
 """
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .branches import Chunk, whole_batch
 
-# First and last-plus-one column of each document in a batch row.
-Spans = list[tuple[int, int]]
+# Columns between which the documents of a batch row lie: n + 1 for n documents, none for a row of padding.
+Borders = list[int]
 
 
 class Packing(NamedTuple):
@@ -49,42 +49,32 @@ def pack(
     Raises:
         ValueError: a mask of another shape or with holes; position ids that jump; either against the cache.
     """
-    if starts is not None and columns == 0:
-        starts = None
-    if attention_mask is None and position_ids is None and starts is None:
-        return Packing(whole_batch(batch, length), torch.arange(length, device=device)[None], None)
-    rows = [[(0, length)]] * batch
+    if attention_mask is None and position_ids is None and columns == 0:
+        return lay_out(whole_batch(batch, length), batch, length, device)
+    starts = starts if columns else [0] * batch
+    rows = [[0, length]] * batch
     if attention_mask is not None:
-        rows = _mask_spans(attention_mask, batch, length, starts, columns)
+        rows = _mask_borders(attention_mask, length, starts, columns)
     if position_ids is not None:
-        rows = _document_spans(position_ids, rows, batch, length, starts, columns)
-    return _assemble(rows, starts or [0] * batch, length, device)
+        rows = _document_borders(position_ids, rows, length, starts, columns)
+    chunks, row = [], 0
+    for (borders, start), equal in groupby(zip(rows, starts, strict=True)):
+        last = row + len(list(equal))
+        chunks += [Chunk(row, last, begin, end, start, start + end - begin) for begin, end in pairwise(borders)]
+        row = last
+    return lay_out(tuple(chunks), batch, length, device)
 
 
-def _mask_spans(mask: Tensor, batch: int, length: int, starts: list[int] | None, columns: int) -> list[Spans]:
-    """Return the real tokens of each batch row within the new columns; no span for a row without any."""
-    if mask.dim() != 2 or tuple(mask.shape) != (batch, columns + length):
+def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) -> list[Borders]:
+    """Return where the real tokens of each batch row begin and end within the new columns."""
+    shape = len(starts), columns + length
+    if tuple(mask.shape) != shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, columns + length)}: (batch, columns), "
-            "nonzero for real tokens, the columns in the cache included. Masks of pairs are not supported."
+            f"attention_mask has shape {tuple(mask.shape)}; expected {shape}: (batch, columns), nonzero for real "
+            "tokens, the columns in the cache included. Masks of pairs are not supported."
         )
-    real = (mask != 0).cpu()
-    _check_holes(real)
-    if starts is not None:
-        seen = real[:, :columns].sum(1).tolist()
-        if seen != list(starts):
-            raise ValueError(
-                f"attention_mask contradicts the cache: it marks {seen} real tokens among the {columns} columns "
-                f"already seen, the cache holds {list(starts)}."
-            )
-    columns_of = [row.nonzero().flatten() for row in real[:, columns:]]
-    return [[(int(new[0]), int(new[-1]) + 1)] if len(new) else [] for new in columns_of]
-
-
-def _check_holes(real: Tensor) -> None:
-    counts = real.sum(1)
-    first = real.int().argmax(1)
-    last = real.shape[1] - real.flip(1).int().argmax(1)
+    real = (mask != 0).cpu().int()
+    counts, first, last = real.sum(1), real.argmax(1), shape[1] - real.flip(1).argmax(1)
     holes = (counts > 0) & (last - first != counts)
     if holes.any():
         row = int(holes.nonzero()[0])
@@ -93,64 +83,67 @@ def _check_holes(real: Tensor) -> None:
             f"{int(first[row])} and {int(last[row])}. They must lie side by side; pad on the left or right only, "
             "or pack documents with position_ids that start again at 0."
         )
+    seen = real[:, :columns].sum(1).tolist()
+    if seen != starts:
+        raise ValueError(
+            f"attention_mask contradicts the cache: it marks {seen} real tokens among the {columns} columns already "
+            f"seen, the cache holds {starts}."
+        )
+    pairs = zip((first - columns).clamp(min=0).tolist(), (first + counts - columns).tolist(), strict=True)
+    return [[begin, end] if begin < end else [] for begin, end in pairs]
 
 
-def _document_spans(
-    position_ids: Tensor, rows: list[Spans], batch: int, length: int, starts: list[int] | None, columns: int
-) -> list[Spans]:
-    """Cut each batch row's span where its position ids restart at 0."""
+def _document_borders(
+    position_ids: Tensor, rows: list[Borders], length: int, starts: list[int], columns: int
+) -> list[Borders]:
+    """Cut each batch row where its position ids restart at 0."""
+    batch = len(rows)
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; expected ({batch} or 1, {length}).")
     ids = position_ids.expand(batch, length).cpu()
-    cuts = [[] for _ in range(batch)]
-    for row, column in (ids[:, 1:] != ids[:, :-1] + 1).nonzero().tolist():
-        cuts[row].append(column + 1)
-    result = []
-    for row, spans in enumerate(rows):
-        if spans:
-            begin, end = spans[0]
-            inner = [c for c in cuts[row] if begin < c < end]
-            _check_positions(ids[row], row, begin, inner, None if starts is None else starts[row], columns)
-            spans = list(pairwise([begin, *inner, end]))
-        result.append(spans)
-    return result
+    named = enumerate(zip(ids, rows, starts, strict=True))
+    return [_cut_row(row, x, *borders, start, columns) if borders else [] for row, (x, borders, start) in named]
 
 
-def _check_positions(ids: Tensor, row: int, begin: int, borders: list[int], seen: int | None, columns: int) -> None:
-    """Raise ValueError unless positions restart at 0 at the borders, and begin where the cache ends (`seen`)."""
-    for border in borders:
-        if ids[border] != 0 or seen is not None:
+def _cut_row(row: int, ids: Tensor, begin: int, end: int, start: int, columns: int) -> Borders:
+    """Return the borders of the documents in columns [begin, end) of a batch row, with its position ids (L,)."""
+    jumps = ids[begin + 1 : end] != ids[begin : end - 1] + 1
+    inner = (jumps.nonzero().flatten() + begin + 1).tolist()
+    for border in inner:
+        if ids[border] != 0 or columns:
             raise ValueError(
                 f"position_ids row {row} jump at column {border} from {int(ids[border - 1])} to {int(ids[border])}: "
                 "they must grow by 1, or start again at 0 for the next packed document (which a cache cannot hold: "
                 "pass packed documents without one)."
             )
     # They may count columns instead, as in Transformers' models for padded batches.
-    first = int(ids[begin])
-    if first not in (seen or 0, columns + begin):
+    if ids[begin] not in (start, columns + begin):
         raise ValueError(
-            f"position_ids row {row} begin at {first}, but the cache holds {seen or 0} tokens: they must begin at "
-            f"{seen or 0}. Packed documents, and positions with gaps, cannot go on from a cache."
+            f"position_ids row {row} begin at {int(ids[begin])}, but the cache holds {start} tokens: they must begin "
+            f"at {start}. Packed documents, and positions with gaps, cannot go on from a cache."
         )
+    return [begin, *inner, end]
 
 
-def _assemble(rows: list[Spans], starts: list[int], length: int, device: torch.device) -> Packing:
-    """Join equal adjacent batch rows to chunks, and build the tensors of positions and documents."""
-    chunks = []
-    row = 0
-    while row < len(rows):
-        last = row + 1
-        while last < len(rows) and rows[last] == rows[row] and starts[last] == starts[row]:
-            last += 1
-        start = starts[row]
-        chunks += [Chunk(row, last, begin, end, start, start + end - begin) for begin, end in rows[row]]
-        row = last
-    if len(chunks) == 1 and chunks[0][:4] == (0, len(rows), 0, length):
+def lay_out(chunks: tuple[Chunk, ...], batch: int, length: int, device: torch.device) -> Packing:
+    """Return the positions and documents of the chunks of a batch."""
+    if len(chunks) == 1 and chunks[0][:4] == (0, batch, 0, length):
         start = chunks[0].start
-        return Packing(tuple(chunks), torch.arange(start, start + length, device=device)[None], None)
-    positions = torch.zeros(len(rows), length, dtype=torch.int64)
-    documents = torch.full((len(rows), length), -1)
-    for number, (first, last, begin, end, start, total) in enumerate(chunks):
-        positions[first:last, begin:end] = torch.arange(start, total)
+        return Packing(chunks, torch.arange(start, start + length, device=device)[None], None)
+    positions = torch.zeros(batch, length, dtype=torch.int64)
+    documents = torch.full((batch, length), -1)
+    for number, (first, last, begin, end, start, _) in enumerate(chunks):
+        positions[first:last, begin:end] = torch.arange(start, start + end - begin)
         documents[first:last, begin:end] = number
-    return Packing(tuple(chunks), positions.to(device), documents.to(device))
+    return Packing(chunks, positions.to(device), documents.to(device))
+
+
+def cut_chunks(chunks: tuple[Chunk, ...], begin: int, end: int) -> tuple[Chunk, ...]:
+    """Return the parts of the chunks that lie in columns [begin, end), with columns counted from `begin`."""
+    parts = []
+    for c in chunks:
+        low, high = max(begin, c.column_begin), min(end, c.column_end)
+        if low < high:
+            start = c.start + low - c.column_begin
+            parts.append(Chunk(c.batch_begin, c.batch_end, low - begin, high - begin, start, c.total))
+    return tuple(parts)

@@ -34,34 +34,25 @@ def make_rotary(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) ->
         dtype: of the attention.
 
     Returns:
-        None for position_embedding "none".
-
-    Raises:
-        ValueError: float16 attention whose scales do not fit float16.
+        None for position_embedding "none". Raises ValueError if float16 attention cannot hold the scales.
     """
     if config.position_embedding == "none":
         return None
     if config.position_embedding == "xpos" and dtype == torch.float16:
-        _check_float16(config)
-    # MPS has no float64.
-    device = positions.device if positions.device.type != "mps" else torch.device("cpu")
+        smallest = config.smallest_xpos_scale_base(FLOAT16_SCALE)
+        if smallest > config.xpos_scale_base:
+            raise ValueError(
+                f"float16 cannot hold xPos over {config.position_period} tokens with xpos_scale_base="
+                f"{config.xpos_scale_base} (the smallest that fits is {smallest}); use bfloat16, whose range is that "
+                "of float32."
+            )
     period = min(config.position_period, 1 << 62)
-    n = positions.to(device) % period
+    n = (positions.cpu() if positions.device.type == "mps" else positions) % period  # MPS has no float64
     if config.position_embedding == "xpos":
         n = n - period // 2
     parts = [_rotary(config, part, dtype) for part in n.double().split(_POSITIONS_PER_STEP, dim=1)]
     whole = (torch.cat(x, 1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
     return Rotary(*(x.to(positions.device) for x in whole))
-
-
-def _check_float16(config: LongNetConfig) -> None:
-    smallest = config.smallest_xpos_scale_base(FLOAT16_SCALE)
-    if smallest > config.xpos_scale_base:
-        raise ValueError(
-            f"float16 cannot hold xPos over {config.position_period} tokens with xpos_scale_base="
-            f"{config.xpos_scale_base} (the smallest that fits is {smallest}); use bfloat16, whose range is that of "
-            "float32."
-        )
 
 
 def _rotary(config: LongNetConfig, n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

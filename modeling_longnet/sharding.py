@@ -27,11 +27,7 @@ class GroupExchange(NamedTuple):
     exchange: Exchange
 
     def all_to_all(self, x: Tensor, is_backward: bool = False) -> tuple[Tensor, Callable[[], object]]:
-        """Send (S, ...) and receive (R, ...), or the reverse in the backward pass.
-
-        Returns:
-            The received tensor, and a function that waits until it is filled.
-        """
+        """Send (S, ...), return the received (R, ...) and a function that waits for it; the reverse in backward."""
         counts = self.exchange.receive_counts, self.exchange.send_counts
         received_counts, sent_counts = counts[::-1] if is_backward else counts
         received = x.new_empty(sum(received_counts), *x.shape[1:])
@@ -55,8 +51,7 @@ class _ShardedAttention(torch.autograd.Function):
         received, wait = sharded.all_to_all(sent)
         out, lse = forward_chunks(query, key, value, plan)
         wait()
-        # Slots that receive no key are never read.
-        slots = received.new_empty(exchange.count_slots(), *received.shape[1:])
+        slots = received.new_empty(sum(exchange.side_slots()), *received.shape[1:])  # the others are never read
         slots.index_copy_(0, exchange.slots, received)
         for side, halo in exchange.split(slots):
             forward_halo(query, out, lse, halo, plan, side)
@@ -74,8 +69,8 @@ class _ShardedAttention(torch.autograd.Function):
         grad_query = torch.zeros_like(out, dtype=lse.dtype)
         parts = []
         for side, halo in exchange.split(slots):
-            pair = backward_halo(grad_out, query, saved, lse, halo, grad_query, plan, side)
-            parts.append(torch.stack(pair, -2).flatten(0, 2))  # (B * G * P, 2, D)
+            grads = backward_halo(grad_out, query, saved, lse, halo, grad_query, plan, side)
+            parts.append(torch.stack(grads, -2).flatten(0, 2))  # (B * G * P, 2, D)
         # One kernel call computes a key's gradient and has rounded it to the keys' dtype already.
         sent = torch.cat(parts).index_select(0, exchange.slots).to(key.dtype)
         received, wait = sharded.all_to_all(sent, is_backward=True)
@@ -106,7 +101,7 @@ def attend_sharded(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
 
 
 def group_loss(total: Tensor, count: Tensor, num_items: Tensor | int | None, group) -> Tensor:
-    """Return the loss of the group's sequences, on every rank, whose averaged gradient is that of one process.
+    """Return the loss of the group's sequences, on every rank.
 
     With S and T the group's sum of losses and number of targets, the value is S / T, or S / (C * num_items) for
     Trainer, which multiplies by the number of processes. The gradient is scaled so that its average over the ranks
@@ -131,10 +126,9 @@ def gather_sequence(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
 
     Every rank of the group must call it.
     """
-    x = x.detach()
     sizes = [int(n) for n in _all_gather(torch.tensor(x.shape[1], device=x.device), group)]
     padded = x.new_zeros(x.shape[0], max(sizes), *x.shape[2:])
-    padded[:, : x.shape[1]] = x
+    padded[:, : x.shape[1]] = x.detach()
     return torch.cat([part[:, :n] for part, n in zip(_all_gather(padded, group), sizes, strict=True)], 1)
 
 
@@ -148,8 +142,7 @@ def _all_gather(x: Tensor, group) -> list[Tensor]:
 def _checksum(x: Tensor) -> Tensor:
     """Return a () int64 checksum of a tensor's integers or float bits; each position has its own weight."""
     if x.is_floating_point():
-        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        x = x.detach().contiguous().view(bits)
+        x = x.detach().contiguous().view(getattr(torch, f"int{8 * x.element_size()}"))
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for i, part in enumerate(x.flatten().split(2**20)):  # weights and products take 8 bytes per number
         places = torch.arange(i * 2**20, i * 2**20 + len(part), device=x.device)
@@ -160,11 +153,7 @@ def _checksum(x: Tensor) -> Tensor:
 
 
 def check_same_batch(group, **batch: Tensor | None) -> None:
-    """Raise ValueError on every rank unless all ranks of the group have the same tensors. Takes one collective.
-
-    Args:
-        batch: the arguments of `forward` by name, of any shape; None for omitted ones.
-    """
+    """Raise ValueError on every rank unless all have the same arguments of `forward` (None: not given), by name."""
     device = next(x.device for x in batch.values() if x is not None)
     own = torch.zeros(len(batch), 2, dtype=torch.int64, device=device)
     for row, x in zip(own, batch.values(), strict=True):
@@ -172,8 +161,7 @@ def check_same_batch(group, **batch: Tensor | None) -> None:
             row[0], row[1] = _checksum(torch.tensor([x.dim(), *x.shape])), _checksum(x)
     given = torch.stack(_all_gather(own, group))  # (C, tensors, 2)
     differs = (given != given[0]).any(2).any(0).tolist()
-    names = [name for name, unlike in zip(batch, differs, strict=True) if unlike]
-    if names:
+    if names := [name for name, unlike in zip(batch, differs, strict=True) if unlike]:
         raise ValueError(
             f"the ranks of a sequence group were given different batches: they differ in {', '.join(names)} (shape or "
             "content, or only some were given it). All must get the same whole sequences, which the model cuts itself; "

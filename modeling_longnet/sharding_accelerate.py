@@ -61,19 +61,16 @@ class SequenceSharding(ParallelismConfig):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if self.data_parallel_size == 1 and world % self.cp_size == 0:
             set_parallel_size(self, "dp_shard", world // self.cp_size)
-        self._check_world(world)
-        return super().build_device_mesh(device_type)
-
-    def _check_world(self, world: int) -> None:
         if self.total_size != world:
             raise ValueError(
                 f"SequenceSharding(cp_size={self.cp_size}, dp_shard_size={self.dp_shard_size}, "
                 f"dp_replicate_size={self.dp_replicate_size}) needs {self.total_size} processes, there are {world}. "
                 "Launch as many, or choose a cp_size that divides them and leave the dp sizes out."
             )
+        return super().build_device_mesh(device_type)
 
     def _validate_accelerator(self, accelerator) -> None:
-        self._check_world(accelerator.num_processes)
+        """Allow a CPU, which Accelerate refuses; `build_device_mesh` has checked the sizes."""
 
 
 def _accelerate_group() -> "dist.ProcessGroup | None":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from .cache_file import StateFile, read_state_file
@@ -54,8 +55,7 @@ def stream(
         tokens: (L,) token ids of any integer dtype, at least 2; a memory-mapped tensor is read as it is needed.
         chunk_size: tokens per forward pass.
         state_file: safetensors file for cache, position and sum, replaced in one step at the end and about every
-            `save_seconds` seconds. If it exists, scoring resumes from it. Hashes of the weights and of the tokens
-            before the position ensure that model and text are the same.
+            `save_seconds` seconds. If it exists, scoring resumes from it; hashes ensure the same model and text.
         progress: show tokens done and tokens per second.
 
     Yields:
@@ -92,16 +92,13 @@ def _score_chunks(model, tokens, chunk_size: int, cache, position: int, total: f
 
 
 def _save_state(chunks: Iterator[Scored], state: StateFile, tokens: Tensor, cache, seconds: float) -> Iterator[Scored]:
-    saved_at, unsaved = time.monotonic(), None
+    saved_at = time.monotonic()
     for scored in chunks:
         yield scored
         state.add_text(tokens[scored.start - 1 : scored.stop - 1])
-        unsaved = scored
-        if time.monotonic() - saved_at >= seconds:
+        if scored.stop == len(tokens) or time.monotonic() - saved_at >= seconds:
             state.save(cache, scored.count, scored.total)
-            saved_at, unsaved = time.monotonic(), None
-    if unsaved is not None:
-        state.save(cache, unsaved.count, unsaved.total)
+            saved_at = time.monotonic()
 
 
 @torch.no_grad()
@@ -111,9 +108,7 @@ def _score(model, tokens: Tensor, cache: LongNetCache) -> Tensor:
     head = model.get_output_embeddings()
     size = tokens_per_chunk(hidden, head)
     parts = zip(hidden.split(size), tokens[1:].split(size), strict=True)
-    return torch.cat(
-        [-torch.nn.functional.cross_entropy(head(part).float(), target, reduction="none") for part, target in parts]
-    )
+    return torch.cat([-cross_entropy(head(x).float(), target, reduction="none") for x, target in parts])
 
 
 def _check_arguments(model, tokens: Tensor, chunk_size: int) -> None:

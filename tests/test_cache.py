@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel, cache_longnet
+from modeling_longnet.branches import count_kept
 from modeling_longnet.testing import CACHE
 
 EXACT = 1e-10  # float64, through two layers
@@ -48,6 +49,14 @@ def most_rows(config, length):
     return sum(math.ceil(min(w, length) / r) for w, r in pairs)
 
 
+def held_keys(layer):
+    """Per batch row, the keys that later tokens can see, for the head that holds most (all branches)."""
+    heads = range(layer.keys.shape[1])
+    return [
+        max(sum(count_kept(t % b.w, b.offsets[g], b.r) for b in layer.branches) for g in heads) for t in layer.lengths
+    ]
+
+
 @given(models(), st.data())
 def test_chunks_and_steps_equal_one_forward(model, data):
     """Ragged rows padded on the left, cut anywhere, with and without gradients; held rows within the formula."""
@@ -66,7 +75,7 @@ def test_chunks_and_steps_equal_one_forward(model, data):
             ).detach())  # fmt: skip
         begin = end
         for layer in cache.layers:
-            for held, n in zip(layer.held_keys(), lengths, strict=True):
+            for held, n in zip(held_keys(layer), lengths, strict=True):
                 assert held <= most_rows(model.config, max(0, n - (width - end)))
             assert layer.keys.shape[2] == most_rows(model.config, layer.capacity)
             assert layer.keys.shape[2] <= most_rows(model.config, 1 << 40)
@@ -82,7 +91,7 @@ def test_held_keys_at_every_step():
         for t in range(1, 121):
             model(torch.randint(0, 29, (2, 1)), **{CACHE: cache})
             for layer in cache.layers:
-                assert max(layer.held_keys()) <= most_rows(model.config, t)
+                assert max(held_keys(layer)) <= most_rows(model.config, t)
                 # Counted where they lie (no slot is zero by chance): head 0 begins every segment, and has all of them.
                 written = (layer.keys != 0).any(-1).sum(-1)  # (B, G)
                 assert written.max() == written[0, 0] == most_rows(model.config, t)
@@ -313,6 +322,16 @@ def test_eager_and_sdpa_share_a_cache():
     assert_goes_on_like(model, cache, ids)
 
 
+def test_steps_of_a_compiled_model():
+    torch.compiler.reset()
+    model = make_model(LongNetModel, num_hidden_layers=1)
+    cache, ids = filled(model, 20)
+    compiled, new = torch.compile(model, backend="eager"), torch.arange(4).view(2, 2)
+    with torch.inference_mode():
+        parts = [hidden(compiled, part, cache) for part in new.split(1, 1)]
+        assert_close("hidden", torch.cat(parts, 1), hidden(model, torch.cat([ids, new], 1))[:, 20:], EXACT)
+
+
 @pytest.mark.parametrize("length", [1, 5])
 def test_attention_maps_with_a_cache(length):
     """(B, H, L, P + L): each query's weights over slots and new tokens sum to one."""
@@ -346,12 +365,13 @@ def test_unread_slots_may_hold_anything():
     model = make_model(LongNetModel)
     cache, ids = filled(model, 17)
     for layer in cache.layers:
-        positions, slots = torch.arange(17), cache.slots()
+        positions, (_, branch, number) = torch.arange(17), cache.slots()
+        w, r, offset = (torch.tensor(x)[branch] for x in zip(*layer.branches, strict=True))
         written = torch.zeros(layer.keys.shape[1:3], dtype=torch.bool)  # (G, P)
         for p in positions:
-            if (p // slots.w == 17 // slots.w).any():
-                same = p // slots.w == 17 // slots.w
-                written |= same & (p % slots.w == slots.number * slots.r + slots.offset)
+            if (p // w == 17 // w).any():
+                same = p // w == 17 // w
+                written |= same & (p % w == number * r + offset.T)
         layer.keys[:, ~written] = layer.values[:, ~written] = 1e6
     assert_goes_on_like(model, cache, ids)
 
