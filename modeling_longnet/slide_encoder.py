@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import config_branches, count_zero_keys, make_context
+from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock
 from .packing import pack
@@ -88,6 +89,7 @@ class SlideEncoderOutput(ModelOutput):
         attention_maps: (N, B, H, Q, L), where asked for.
         hidden_states: where asked for, N + 1 times (B, L, E): the input, then every layer's output, the last one
             after the final norm; 0 for tiles left out.
+        attentions: where asked for, N times (B, H, L, L), each layer's attention weights; 0 for tiles left out.
     """
 
     pooler_output: Tensor | None = None
@@ -95,6 +97,7 @@ class SlideEncoderOutput(ModelOutput):
     layer_embeddings: Tensor | None = None
     attention_maps: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class _Layout(NamedTuple):
@@ -142,6 +145,11 @@ def _put_back(x: Tensor, layout: _Layout | None) -> Tensor:
     return whole.scatter(1, layout.tokens.view(shape).expand_as(x), x.masked_fill(~real.view(shape), 0))
 
 
+def _put_back_keys(weights: Tensor, layout: _Layout | None) -> Tensor:
+    """(B, H, Q, 1 + T') -> (B, H, Q, L), 0 for tiles that were left out."""
+    return _put_back(weights.movedim(-1, 1), layout).movedim(1, -1)
+
+
 def place_features(size: int, dim: int) -> Tensor:
     """Sines, then cosines, of the places 0 .. size - 1 of one axis: (size, dim) float32.
 
@@ -186,7 +194,8 @@ class LongNetSlideEncoder(LongNetBackbone):
         coordinates: Tensor,
         attention_mask: Tensor | None = None,
         attention_queries: Tensor | list[int] | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
     ) -> SlideEncoderOutput:
         """Embed slides.
 
@@ -199,7 +208,8 @@ class LongNetSlideEncoder(LongNetBackbone):
             attention_queries: token numbers, 0 for CLS, i + 1 for tile i. The maps then say how much weight
                 each of them gives to every token, over all branches; a row sums to 1 (less with
                 `attend_zero_padding`), and is 0 for a tile that was left out. Memory grows with H * Q * L.
-            output_hidden_states, return_dict: as in Transformers, from the config where left out.
+            output_hidden_states, output_attentions, return_dict: as in Transformers, from the config where left out;
+                all attention weights need attn_implementation="eager".
 
         Raises:
             ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
@@ -213,28 +223,35 @@ class LongNetSlideEncoder(LongNetBackbone):
             tiles = _take(tiles, layout.tiles).masked_fill(~layout.real[..., None], 0.0)
             coordinates = _take(coordinates, layout.tiles).masked_fill(~layout.real[..., None], 0)
         hidden_states = self.dropout(self._embed_tiles(tiles, coordinates))
+        record = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        record = {name: getattr(self.config, name) if value is None else value for name, value in record.items()}
+        out = self._encode_tiles(hidden_states, layout, attention_queries, return_dict=True, **record)
+        out.last_hidden_state = _put_back(out.last_hidden_state, layout)
+        if out.hidden_states is not None:
+            out.hidden_states = tuple(x if x is None else _put_back(x, layout) for x in out.hidden_states)
+        if out.attentions is not None:
+            rows = (_put_back(x.movedim(2, 1), layout).movedim(1, 2) for x in out.attentions)
+            out.attentions = tuple(_put_back_keys(x, layout) for x in rows)
+        return out
+
+    @capture_outputs
+    def _encode_tiles(self, hidden_states: Tensor, layout, attention_queries, output_attentions=None, **kwargs):
+        """Run the layers on (B, 1 + T', E); `capture_outputs` adds the states and weights that are asked for."""
         mask = None if layout is None else nn.functional.pad(layout.real, (1, 0), value=True)
-        context = make_context(self.config, hidden_states, self.backend(hidden_states), mask)
+        context = make_context(self.config, hidden_states, self.backend(hidden_states, output_attentions), mask)
         queries = None if attention_queries is None else self._prepare_queries(attention_queries, hidden_states, layout)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        pooled, maps, states = [self._pool(hidden_states, layout)], [], []
+        pooled, maps = [self._pool(hidden_states, layout)], []
         for layer in self.layers:
             if queries is not None:
-                weights = self._map(layer, hidden_states, queries)  # (B, H, Q, 1 + T')
-                maps.append(_put_back(weights.movedim(-1, 1), layout).movedim(1, -1))
-            if output_hidden_states:
-                states.append(_put_back(hidden_states, layout))
+                maps.append(_put_back_keys(self._map(layer, hidden_states, queries), layout))
             hidden_states = layer(hidden_states, context)
             pooled.append(self._pool(hidden_states, layout))
         hidden_states = self.layer_norm(hidden_states)
-        whole = _put_back(hidden_states, layout)
         return SlideEncoderOutput(
             pooler_output=self._pool(hidden_states, layout),
-            last_hidden_state=whole,
+            last_hidden_state=hidden_states,
             layer_embeddings=torch.stack(pooled),
             attention_maps=torch.stack(maps) if maps else None,
-            hidden_states=(*states, whole) if output_hidden_states else None,
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:
