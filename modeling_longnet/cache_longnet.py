@@ -65,7 +65,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.lengths: list[int] = []  # real tokens of each batch row
         self.columns = 0  # columns fed, padding included; -1 while slots are being written
         self.capacity = 0  # tokens that the slots are allocated for
-        self.is_recording = False
+        self.record_past = False  # Transformers' name: `generate` ends a recording by setting it
         self.ends_in_padding = False  # padding followed the tokens of some batch row
         self._record: _Record | None = None
 
@@ -133,7 +133,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.prefetch()
         self._check(key_states)
-        starts_record = self.is_recording and self._append_record(key_states, value_states, chunks)
+        starts_record = self.record_past and self._append_record(key_states, value_states, chunks)
         self.reserve(max((c.total for c in chunks), default=0))
         if starts_record or torch.is_grad_enabled():
             # A crop or a backward pass may need the old slots: leave them unchanged.
@@ -218,7 +218,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
         Their keys and values are kept until then.
         """
-        self.is_recording = True
+        self.record_past = True
 
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` columns; if negative, remove that many (0: none, as in Transformers).
@@ -264,7 +264,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Return to the start of the record and store again what leaves `kept` columns."""
         if kept == self.columns:
             return
-        is_recording, self.is_recording = self.is_recording, False
+        record_past, self.record_past = self.record_past, False
         *held, updates = record
         self.keys, self.values, self.lengths, self.columns, self.capacity, self.ends_in_padding = held
         for keys, values, chunks in updates:
@@ -277,7 +277,7 @@ class LongNetCacheLayer(CacheLayerMixin):
                     if end > c.column_begin
                 ]
                 self.update(keys[:, :columns], values[:, :columns], tuple(chunks))
-        self.is_recording = is_recording
+        self.record_past = record_past
 
     def decode(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: DecodingStep, scale: float):
         """Store one token and attend: one softmax over every slot its heads see (the multiset of Eq. 9-10).
@@ -474,7 +474,7 @@ class LongNetCache(Cache):
             and first.is_initialized
             and sum(c.batch for c in chunks) == len(first.lengths)
             and not torch.is_grad_enabled()
-            and not first.is_recording
+            and not first.record_past
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -154,7 +155,8 @@ class LongNetBackbone(LongNetPreTrainedModel):
     def encode(self, embeds: Tensor, context: AttentionContext) -> Tensor:
         """Return the hidden states after the final norm: (B, L, E) -> (B, L, E)."""
         hidden_states = self.dropout(embeds)
-        for layer in self.layers:
+        # Early exit as a draft (`generate(assistant_early_exit=n)`) lowers the config's number for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, context)
         return self.layer_norm(hidden_states)
 
@@ -412,20 +414,23 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """Give `generate` a bounded cache; refuse other kinds."""
-        name = generation_config.cache_implementation
-        if name not in (None, "offloaded") or (name and model_kwargs.get(CACHE) is not None):
+        name, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
+        if name not in (None, "offloaded") or (name and given is not None):
             raise ValueError(
                 f"cache_implementation={name!r}: LongNet has its own bounded cache, which generate() makes by itself; "
                 "leave it out, or set 'offloaded' and give no cache."
             )
+        if isinstance(given, Cache):
+            given._is_user_defined = True  # it outlives `generate`, which must leave no step too many in it
+            return
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:
                 raise ValueError("generate() runs with a cache where sequences are shared; leave use_cache=False out.")
             return
-        if model_kwargs.get(CACHE) is None:
+        if given is None:
             model_kwargs[CACHE] = LongNetCache(self.config, offloading=name == "offloaded")
-        if generation_config.is_assistant:
-            model_kwargs[CACHE].activate_past_recording()
+            if generation_config.is_assistant:
+                model_kwargs[CACHE].activate_past_recording()
 
 
 LongNetConfig.register_for_auto_class()
