@@ -24,6 +24,7 @@ from .compat import CACHE, attn_implementation
 from .dilated_attention import autocast_dtype
 from .packing import pack
 from .reference import count_branches
+from .sharding_accelerate import check_whole_sequences
 
 IMPLEMENTATION = "dilated"
 _DEFAULTS = {"segment_lengths": [], "dilation_rates": [], "head_offsets": "interleaved", "backend": "auto"}
@@ -217,6 +218,7 @@ def _make_context(
         mask: (B, S), nonzero for real tokens. position_ids: (B or 1, n).
         past: columns in the cache.
     """
+    check_whole_sequences("a model of use_dilated_attention")
     rows, _, length, head_dim = sample.shape
     setting, is_bounded = config.dilated_attention, isinstance(cache, DilatedCache)
     _check_mask(mask, rows, past + length)

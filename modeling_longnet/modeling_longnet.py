@@ -120,7 +120,28 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    # Who shards sequences or replaces the attention expects dense attention: Accelerate's context parallelism (use
+    # `SequenceSharding`), the Transformers backends of vLLM and SGLang.
+    _supports_context_parallel = False
+    _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": LongNetBlock, "attentions": LongNetAttention}
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        """Prepare `from_pretrained(distributed_config=...)`; refuse what Transformers would split wrongly.
+
+        LayerNorms inside a block and the heads' offsets need all features of a token, so no tensor parallel plan is
+        right; pipeline parallelism looks for a final norm named `norm`, and would apply ours in every stage.
+        """
+        given = distributed_config or {}
+        given = given if isinstance(given, dict) else vars(given)
+        sizes = {name: given.get(name) for name in ("tp_size", "pp_size") if (given.get(name) or 1) > 1}
+        if sizes:
+            raise ValueError(
+                f"{sizes}: LongNet has no tensor or pipeline parallelism; shard parameters by fsdp_size, or sequences "
+                "by SequenceSharding."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -322,6 +343,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     """A LongNet decoder with a bias-free output projection, untied by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
