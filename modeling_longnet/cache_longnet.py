@@ -54,7 +54,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.lengths: list[int] = []  # real tokens of each batch row
         self.columns = 0  # columns fed, padding included; -1 while slots are being written
         self.capacity = 0  # tokens that the slots are allocated for
-        self.is_recording = False
+        self.record_past = False  # Transformers' name: `generate` ends a recording by setting it
         self.ends_in_padding = False  # padding followed the tokens of some batch row
         self._record: _Record | None = None
 
@@ -114,10 +114,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         self._prepare(key_states)
         key, value = key_states.detach(), value_states.detach()
         # One column continues a record. Several, a prompt or a verified draft, start a new one.
-        starts_record = self.is_recording and (self._record is None or key.shape[1] > 1)
+        starts_record = self.record_past and (self._record is None or key.shape[1] > 1)
         if starts_record:
             self._record = _Record(vars(self) | {"_record": None}, [])
-        if self.is_recording:
+        if self.record_past:
             self._record.updates.append((key, value, chunks))
         self.reserve(max((c.total for c in chunks), default=0))
         if starts_record or torch.is_grad_enabled():
@@ -184,7 +184,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Keep the last update of several columns and every step after it, so that `crop` can take them back."""
-        self.is_recording = True
+        self.record_past = True
 
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` columns; if negative, remove that many (0: none, as in Transformers).
@@ -227,12 +227,13 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _replay(self, record: _Record, kept: int) -> None:
         """Return to the start of the record and store again what leaves `kept` columns."""
-        vars(self).update(record.before, is_recording=False)
+        record_past = self.record_past
+        vars(self).update(record.before, record_past=False)
         for keys, values, chunks in record.updates:
             if columns := min(kept - self.columns, keys.shape[1]):
                 parts = tuple(c._replace(total=c.start + c.length) for c in cut_chunks(chunks, 0, columns))
                 self.update(keys[:, :columns], values[:, :columns], parts)
-        self.is_recording = True
+        self.record_past = record_past
 
     def decode(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: DecodingStep, scale: float):
         """Store one token and attend: one softmax over every slot its heads see (the multiset of Eq. 9-10).
@@ -400,7 +401,7 @@ class LongNetCache(Cache):
         """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""
         first = self.layers[0]
         is_one_token = length == 1 and sum(c.batch for c in chunks) == len(first.lengths)
-        return first.is_initialized and is_one_token and not torch.is_grad_enabled() and not first.is_recording
+        return first.is_initialized and is_one_token and not torch.is_grad_enabled() and not first.record_past
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return a copy of what the cache holds, for `safetensors.torch.save_file` (see `cache_file`)."""

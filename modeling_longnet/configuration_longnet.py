@@ -254,6 +254,14 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(f"{field}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
 
     @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What `from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))` shards apart, by module name."""
+        plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", "layer_norm": "keep_full_weight"}
+        absent = {"embed_tokens"} if self.vocab_size is None else set()
+        absent |= set() if self.final_layer_norm else {"layer_norm"}
+        return {name: style for name, style in plan.items() if name not in absent}
+
+    @property
     def head_dim(self) -> int:
         """Dimensions per head, D."""
         return self.hidden_size // self.num_attention_heads

@@ -24,6 +24,7 @@ from .compat import CACHE, attn_implementation
 from .dilated_attention import autocast_dtype
 from .packing import pack
 from .reference import count_branches
+from .sharding_accelerate import check_whole_sequences
 
 IMPLEMENTATION = "dilated"
 # In the order of the arguments of `use_dilated_attention`.
@@ -190,6 +191,7 @@ def _make_context(
         mask: (B, S), nonzero for real tokens. position_ids: (B or 1, n).
         past: columns in the cache, the model's own or a DilatedCache.
     """
+    check_whole_sequences("a model of use_dilated_attention")
     rows, _, length, head_dim = sample.shape
     device, branches, is_bounded = sample.device, config_branches(pattern), isinstance(cache, DilatedCache)
     if mask is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -120,7 +121,28 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    # Who shards sequences or replaces the attention expects dense attention: Accelerate's context parallelism (use
+    # `SequenceSharding`), the Transformers backends of vLLM and SGLang.
+    _supports_context_parallel = False
+    _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": LongNetBlock, "attentions": LongNetAttention}
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        """Prepare `from_pretrained(distributed_config=...)`; refuse what Transformers would split wrongly.
+
+        LayerNorms inside a block and the heads' offsets need all features of a token, so no tensor parallel plan is
+        right; pipeline parallelism looks for a final norm named `norm`, and would apply ours in every stage.
+        """
+        given = distributed_config or {}
+        given = given if isinstance(given, dict) else vars(given)
+        sizes = {name: given.get(name) for name in ("tp_size", "pp_size") if (given.get(name) or 1) > 1}
+        if sizes:
+            raise ValueError(
+                f"{sizes}: LongNet has no tensor or pipeline parallelism; shard parameters by fsdp_size, or sequences "
+                "by SequenceSharding."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Magneto: Xavier normal, gain `magneto_gain` on v, out, fc1, fc2; embeddings and head N(0, 1 / E).
@@ -163,7 +185,8 @@ class LongNetBackbone(LongNetPreTrainedModel):
     def encode(self, embeds: Tensor, context: AttentionContext) -> Tensor:
         """Return the hidden states after the final norm: (B, L, E) -> (B, L, E)."""
         hidden_states = self.dropout(embeds)
-        for layer in self.layers:
+        # Early exit as a draft (`generate(assistant_early_exit=n)`) lowers the config's number for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, context)
         return self.layer_norm(hidden_states)
 
@@ -303,6 +326,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     """A LongNet decoder with a bias-free output projection, untied by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
@@ -396,20 +420,23 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """Give `generate` a bounded cache; refuse other kinds."""
-        name = generation_config.cache_implementation
-        if name not in (None, "offloaded") or (name and model_kwargs.get(CACHE) is not None):
+        name, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
+        if name not in (None, "offloaded") or (name and given is not None):
             raise ValueError(
                 f"cache_implementation={name!r}: generate() creates LongNet's own bounded cache; leave it out, or set "
                 "'offloaded' and pass no cache."
             )
+        if isinstance(given, Cache):
+            given._is_user_defined = True  # it outlives `generate`, which must leave no step too many in it
+            return
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:
                 raise ValueError("generate() needs a cache under sequence sharding; leave use_cache=False out.")
             return
-        if model_kwargs.get(CACHE) is None:
+        if given is None:
             model_kwargs[CACHE] = LongNetCache(self.config, offloading=name == "offloaded")
-        if generation_config.is_assistant:
-            model_kwargs[CACHE].activate_past_recording()
+            if generation_config.is_assistant:
+                model_kwargs[CACHE].activate_past_recording()
 
 
 LongNetConfig.register_for_auto_class()

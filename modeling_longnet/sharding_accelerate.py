@@ -73,11 +73,29 @@ class SequenceSharding(ParallelismConfig):
         """Allow a CPU, which Accelerate refuses; `build_device_mesh` has checked the sizes."""
 
 
+def _sequence_parallelism() -> "ParallelismConfig | None":
+    """Return the configuration by which Accelerate shards sequences, None if it does not."""
+    parallelism = accelerator_state().get("parallelism_config")
+    if parallelism is None or max(parallelism.cp_size, parallelism.sp_size) == 1:
+        return None
+    return parallelism
+
+
+def check_whole_sequences(what: str) -> None:
+    """Raise ValueError if Accelerate shards sequences, in its own way or by `SequenceSharding`."""
+    parallelism = _sequence_parallelism()
+    if parallelism is not None:
+        raise ValueError(
+            f"{what} needs whole sequences on each process, but Accelerate runs a {type(parallelism).__name__} with "
+            f"cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}: each shard would be a sequence of its own. "
+            "Leave these sizes at 1; LongNetModel shards sequences by SequenceSharding."
+        )
+
+
 def _accelerate_group() -> "dist.ProcessGroup | None":
     """Return the group that Accelerate's state holds for sequences, None if there is none."""
-    state = accelerator_state()
-    parallelism = state.get("parallelism_config")
-    if parallelism is None or max(parallelism.cp_size, parallelism.sp_size) == 1:
+    parallelism = _sequence_parallelism()
+    if parallelism is None:
         return None
     # Compared by name: beside remote code there may be a second class of this name.
     if type(parallelism).__name__ != "SequenceSharding":
@@ -87,7 +105,7 @@ def _accelerate_group() -> "dist.ProcessGroup | None":
             "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments, which takes its "
             "sizes from the launch configuration."
         )
-    return state["device_mesh"]["cp"].get_group()
+    return accelerator_state()["device_mesh"]["cp"].get_group()
 
 
 class SequenceSharded:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import config_branches, count_zero_keys, make_context
+from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape
 from .packing import pack
@@ -84,6 +85,7 @@ class SlideEncoderOutput(ModelOutput):
         attention_maps: (N, B, H, Q, L), if requested.
         hidden_states: N + 1 times (B, L, E), if requested: the input, then every layer's output, the last one after the
             final norm.
+        attentions: N times (B, H, L, L), if requested: each layer's attention weights; 0 for tiles left out.
     """
 
     pooler_output: Tensor | None = None
@@ -91,6 +93,7 @@ class SlideEncoderOutput(ModelOutput):
     layer_embeddings: Tensor | None = None
     attention_maps: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class _Layout(NamedTuple):
@@ -127,6 +130,11 @@ def _restore(x: Tensor, layout: _Layout | None) -> Tensor:
     whole = x.new_zeros(len(x), layout.total, *x.shape[2:])
     whole[rows, layout.tokens[rows, columns]] = x[rows, columns]
     return whole
+
+
+def _restore_keys(weights: Tensor, layout: _Layout | None) -> Tensor:
+    """(B, H, Q, K) -> (B, H, Q, L), 0 for tiles left out."""
+    return _restore(weights.movedim(-1, 1), layout).movedim(1, -1)
 
 
 def place_features(size: int, dim: int) -> Tensor:
@@ -168,7 +176,8 @@ class LongNetSlideEncoder(LongNetBackbone):
         coordinates: Tensor,
         attention_mask: Tensor | None = None,
         attention_queries: Tensor | list[int] | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
     ) -> SlideEncoderOutput:
         """Embed slides.
 
@@ -181,7 +190,8 @@ class LongNetSlideEncoder(LongNetBackbone):
             attention_queries: token numbers, 0 for CLS, i + 1 for tile i. Their attention maps hold the weight that
                 each of them gives to every token, over all branches. A row sums to 1 (less with `attend_zero_padding`)
                 and is 0 for a tile left out. Memory grows with H * Q * L.
-            output_hidden_states, return_dict: as in Transformers; the config's if not given.
+            output_hidden_states, output_attentions, return_dict: as in Transformers; the config's if not given. All
+                attention weights need attn_implementation="eager".
 
         Raises:
             ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
@@ -193,27 +203,34 @@ class LongNetSlideEncoder(LongNetBackbone):
         if layout is not None:
             tiles, coordinates, real = layout.select(tiles), layout.select(coordinates), layout.real
         hidden_states = self.dropout(self._embed_tiles(tiles, coordinates))
-        context = make_context(self.config, hidden_states, self.backend(hidden_states), real)
+        record = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        record = {name: getattr(self.config, name) if value is None else value for name, value in record.items()}
+        out = self._encode_tiles(hidden_states, layout, real, attention_queries, return_dict=True, **record)
+        out.last_hidden_state = _restore(out.last_hidden_state, layout)
+        if out.hidden_states is not None:
+            out.hidden_states = tuple(x if x is None else _restore(x, layout) for x in out.hidden_states)
+        if out.attentions is not None:
+            rows = (_restore(x.movedim(2, 1), layout).movedim(1, 2) for x in out.attentions)
+            out.attentions = tuple(_restore_keys(x, layout) for x in rows)
+        return out
+
+    @capture_outputs
+    def _encode_tiles(self, hidden_states: Tensor, layout, real, attention_queries, output_attentions=None, **kwargs):
+        """Run the layers on (B, K, E); `capture_outputs` adds the requested states and weights."""
+        context = make_context(self.config, hidden_states, self.backend(hidden_states, output_attentions), real)
         queries = None if attention_queries is None else self._make_queries(attention_queries, hidden_states, layout)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        pooled, maps, states = [self._pool(hidden_states, real)], [], []
+        pooled, maps = [self._pool(hidden_states, real)], []
         for layer in self.layers:
             if queries is not None:
-                weights = self._attention_map(layer, hidden_states, *queries)  # (B, H, Q, K)
-                maps.append(_restore(weights.movedim(-1, 1), layout).movedim(1, -1))
-            if output_hidden_states:
-                states.append(_restore(hidden_states, layout))
+                maps.append(_restore_keys(self._attention_map(layer, hidden_states, *queries), layout))
             hidden_states = layer(hidden_states, context)
             pooled.append(self._pool(hidden_states, real))
         hidden_states = self.layer_norm(hidden_states)
-        last = _restore(hidden_states, layout)
         return SlideEncoderOutput(
             pooler_output=self._pool(hidden_states, real),
-            last_hidden_state=last,
+            last_hidden_state=hidden_states,
             layer_embeddings=torch.stack(pooled),
             attention_maps=torch.stack(maps) if maps else None,
-            hidden_states=(*states, last) if output_hidden_states else None,
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sharding_worker import launch
 
 from benchmarks import communication
-from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
+from modeling_longnet import LongNetForCausalLM, SequenceSharding
 from modeling_longnet.branches import Chunk, make_branches
 from modeling_longnet.reference import count_branches
 from modeling_longnet.sharding import _checksum
@@ -120,13 +120,3 @@ def test_other_parallelism_is_refused(sizes):
 def test_too_few_processes_are_refused():
     with pytest.raises(ValueError, match="needs 4 processes, there are 1"):
         SequenceSharding(cp_size=4).build_device_mesh("cpu")
-
-
-def test_accelerates_own_context_parallelism_is_refused(monkeypatch):
-    from accelerate import ParallelismConfig
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(cp_size=2))
-    config = LongNetConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match=r"ParallelismConfig with cp_size=2.*SequenceSharding"):
-        LongNetForCausalLM(config)(input_ids=torch.zeros(1, 3, dtype=torch.int64))

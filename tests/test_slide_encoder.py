@@ -10,7 +10,14 @@ import torch
 from checks import assert_close, refused
 from transformers import AutoModel
 
-from modeling_longnet import LongNetImageConfig, LongNetImageEncoder, LongNetSlideConfig, LongNetSlideEncoder
+from modeling_longnet import (
+    LongNetConfig,
+    LongNetImageConfig,
+    LongNetImageEncoder,
+    LongNetModel,
+    LongNetSlideConfig,
+    LongNetSlideEncoder,
+)
 from modeling_longnet.slide_encoder import place_features
 
 FEATURES = 5
@@ -233,6 +240,39 @@ def test_the_input_embeddings_are_the_projections():
     assert slides.tile_embed is other
     slides.enable_input_require_grads()
     assert slides.requires_grad_(False)(*make_slides(9)[:2]).last_hidden_state.requires_grad
+
+
+@pytest.mark.parametrize("wanted", [[0], [1, 2]], ids=str)
+def test_some_hidden_states(wanted):
+    """Which states an index names is Transformers' choice; the others are None, as in a text model."""
+    encoder, slides = make_encoder(), make_slides(13, 8)
+    text = LongNetModel(LongNetConfig(vocab_size=5, num_hidden_layers=3, hidden_size=24, num_attention_heads=6))
+    with torch.no_grad():
+        every = encoder(*slides, output_hidden_states=True).hidden_states
+        some = encoder(*slides, output_hidden_states=wanted).hidden_states
+        expected = text(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=wanted).hidden_states
+    assert [x is None for x in some] == [x is None for x in expected]
+    kept = [x for x in some if x is not None]
+    assert len(kept) == len(wanted)
+    for x in kept:
+        assert any(torch.equal(x, y) for y in every)
+
+
+def test_attention_weights_of_every_tile():
+    """As `attention_queries` gives them, and 0 for tiles left out."""
+    encoder = make_encoder()
+    tiles, coordinates, mask = make_slides(13, 8)
+    with refused("eager"):
+        encoder(tiles, coordinates, mask, output_attentions=True)
+    encoder.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = encoder(tiles, coordinates, mask, attention_queries=list(range(14)), output_attentions=True)
+        encoder.config.output_attentions = True
+        states = encoder(tiles[:1], coordinates[:1], mask[:1]).attentions
+    assert_close("attentions", torch.stack(out.attentions), out.attention_maps)
+    assert_close("one slide", torch.stack(states), out.attention_maps[:, :1])
+    assert out.attention_maps[:, 1, :, 9:].count_nonzero() == out.attention_maps[:, 1, ..., 9:].count_nonzero() == 0
+    assert out.attention_maps[:, 1, :, :9, :9].count_nonzero() > 0
 
 
 def test_an_image_encoder_takes_images_alone():

@@ -1,7 +1,7 @@
 """What Transformers does with a model: generate in all its ways, Trainer, collators, pipelines.
 
-The library's own model tests live in its repository and are not installed with it; these are the checks of theirs
-that matter here.
+Transformers' tests of models and training run by `make test-transformers`. Its tests of generation are in no
+distribution of it: these are the checks of theirs that matter here.
 """
 
 import copy
@@ -11,12 +11,14 @@ import torch
 from checks import assert_close, make_model
 from torch.utils.data import Dataset
 from transformers import (
+    ContinuousBatchingConfig,
     DataCollatorWithFlattening,
     GenerationConfig,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.generation.utils import DeferredStopCheck
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM
 from modeling_longnet.testing import CACHE
@@ -62,6 +64,11 @@ def greedy_alone(model, prompts, new=40):
     return torch.stack(rows)
 
 
+def generate_whole(model, text, new):
+    """The text and its greedy continuation, without cache."""
+    return torch.cat([text, greedy_alone(model, list(text), new)], 1)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_left_padded_batch_equals_each_prompt_alone(model, prompts, implementation):
     model.set_attn_implementation(implementation)
@@ -85,6 +92,9 @@ def test_greedy_does_not_depend_on_how(model, prompts, kwargs):
     pytest.param({"num_beams": 4, "do_sample": False, "num_return_sequences": 2}, id="best beams"),
     pytest.param({"num_beams": 2, "do_sample": True}, id="beams, sampling"),
     pytest.param({"do_sample": True, "num_return_sequences": 3}, id="several samples"),
+    pytest.param({"do_sample": True, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.3}, id="penalties"),
+    pytest.param({"num_beams": 3, "length_penalty": 2.0, "no_repeat_ngram_size": 2}, id="beams, no repetition"),
+    pytest.param({"guidance_scale": 1.5}, id="guidance"),
 ])  # fmt: skip
 def test_sampling_and_beams_equal_those_without_a_cache(model, prompts, kwargs):
     inputs = left_padded(prompts)
@@ -97,16 +107,21 @@ def test_sampling_and_beams_equal_those_without_a_cache(model, prompts, kwargs):
 
 @pytest.mark.parametrize("kwargs", [
     pytest.param({"assistant": True}, id="assistant"),
+    pytest.param({"assistant": True, "do_sample": True, "top_k": 1}, id="assistant, sampling"),
     pytest.param({"prompt_lookup_num_tokens": 4}, id="prompt lookup"),
+    pytest.param({"prompt_lookup_num_tokens": 4, "do_sample": True, "top_k": 1}, id="prompt lookup, sampling"),
+    pytest.param({"assistant_early_exit": 1}, id="the first layer drafts"),
 ])  # fmt: skip
 def test_assisted_decoding_equals_greedy(model, kwargs):
     """Its drafts are taken back with crop, over segment borders too."""
     prompt = {"input_ids": torch.randint(1, 29, (1, 13)).repeat(1, 2)}
     expected = generate(model, prompt, new=60, do_sample=False)
+    kwargs = {"do_sample": False} | kwargs
     if kwargs.pop("assistant", False):
         kwargs["assistant_model"] = make_model(LongNetForCausalLM, seed=1, num_hidden_layers=1, pad_token_id=0)
         kwargs["assistant_model"].generation_config.num_assistant_tokens = 5
-    assert torch.equal(generate(model, prompt, new=60, do_sample=False, **kwargs), expected)
+    assert torch.equal(generate(model, prompt, new=60, **kwargs), expected)
+    assert torch.equal(generate(model, prompt, new=60, do_sample=False), expected), "the model is as it was"
 
 
 @pytest.mark.parametrize("drafts", [5, 20])
@@ -158,6 +173,128 @@ def test_a_cache_of_the_prompt_serves_several_generations(model):
         expected = generate(model, {"input_ids": text}, new=9, do_sample=False)
         again = generate(model, {"input_ids": text}, new=9, do_sample=False, **{CACHE: copy.deepcopy(cache)})
         assert torch.equal(again, expected)
+
+
+def test_beams_continue_from_a_cache(model):
+    prompt = torch.randint(1, 29, (1, 21))
+    expected = generate(model, {"input_ids": prompt}, new=12, num_beams=3, do_sample=False)
+    with torch.no_grad():
+        cache = model(prompt[:, :-1], **{CACHE: LongNetCache(model.config)})[CACHE]
+    cache.batch_repeat_interleave(3)
+    assert torch.equal(
+        generate(model, {"input_ids": prompt}, new=12, num_beams=3, do_sample=False, **{CACHE: cache}), expected
+    )
+
+
+def test_a_given_cache_is_marked(model):
+    """`generate` undoes a step too many in a cache that outlives it, which it knows by this mark."""
+    ids, cache = torch.randint(1, 29, (1, 5)), LongNetCache(model.config)
+    generate(model, {"input_ids": ids}, new=3, do_sample=False, **{CACHE: cache})
+    assert cache._is_user_defined
+    assert not cache.layers[0].record_past
+    made = model.generate(ids, max_new_tokens=3, pad_token_id=0, return_dict_in_generate=True)[CACHE]
+    assert not getattr(made, "_is_user_defined", False)
+
+
+def test_a_late_stop_leaves_a_given_cache_whole(model, monkeypatch):
+    """Where the device should not wait, `generate` stops one step late, takes that back and ends its recording."""
+
+    class Event:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        record = synchronize = lambda self: None
+
+    monkeypatch.setattr(DeferredStopCheck, "is_supported", lambda device, cache, returned, is_assistant: returned)
+    monkeypatch.setattr(torch, "Event", Event)
+    ids = torch.randint(1, 29, (1, 13))
+    plain = generate(model, {"input_ids": ids}, new=30, do_sample=False)
+    eos = int(plain[0, 12])
+    first = int((plain[0] == eos).nonzero()[0])
+    cache = LongNetCache(model.config)
+    short = model.generate(
+        ids, max_new_tokens=30, do_sample=False, eos_token_id=eos, pad_token_id=0, **{CACHE: cache}
+    )  # fmt: skip
+    assert torch.equal(short[:, 13:], plain[:, : first + 1])
+    assert cache.get_seq_length() == 13 + first
+    assert not any(layer.record_past for layer in cache.layers)
+    assert torch.equal(
+        generate(model, {"input_ids": short}, new=9, do_sample=False, **{CACHE: cache}),
+        plain[:, first + 1 : first + 10],
+    )
+
+
+def test_generation_without_a_prompt(model):
+    """From the token that begins a text."""
+    tokens = model.generate(bos_token_id=3, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(tokens, generate_whole(model, torch.tensor([[3]]), 9))
+
+
+def test_continuing_from_a_cache_of_embeddings(model):
+    ids = torch.randint(1, 29, (2, 14))
+    embeds = model.get_input_embeddings()(ids)
+    expected = generate(model, {"input_ids": ids}, new=12, do_sample=False)
+    first = model.generate(
+        inputs_embeds=embeds, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    embeds = torch.cat([embeds, model.get_input_embeddings()(first.sequences)], 1)
+    rest = generate(model, {"inputs_embeds": embeds}, new=7, do_sample=False, **{CACHE: first[CACHE]})
+    assert torch.equal(rest, expected[:, 5:])
+
+
+def test_a_prompt_has_no_logits_but_the_last(model, monkeypatch):
+    """Its other tokens' would be the largest tensor of a long prompt."""
+    widths, forward = [], model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: (widths.append(x.shape[1]), forward(x))[1])
+    generate(model, {"input_ids": torch.randint(1, 29, (2, 17))}, new=4, do_sample=False)
+    assert widths == [1] * 4
+
+
+@pytest.mark.parametrize(("how", "rows"), [
+    pytest.param({"do_sample": False}, 2, id="greedy"),
+    pytest.param({"do_sample": True, "top_k": 7}, 2, id="sampling"),
+    pytest.param({"num_beams": 3, "do_sample": False}, 6, id="beams"),
+    pytest.param({"num_beams": 3, "do_sample": True}, 6, id="beams, sampling"),
+])  # fmt: skip
+def test_the_returned_dict(model, how, rows):
+    """Everything that may be asked for, by its shape; the tokens are those without asking."""
+    model.set_attn_implementation("eager")
+    inputs = left_padded([torch.randint(1, 29, (n,)) for n in (7, 5)])
+    set_seed(3)
+    plain = generate(model, inputs, new=11, **how)
+    set_seed(3)
+    asked = ("scores", "logits", "hidden_states", "attentions")
+    result = model.generate(
+        **inputs, max_new_tokens=11, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
+        **{f"output_{name}": True for name in asked}, **how,
+    )  # fmt: skip
+    assert torch.equal(result.sequences[:, 7:], plain)
+    assert all(len(result[name]) == 11 for name in asked)
+    assert {tuple(x.shape) for x in (*result.scores, *result.logits)} == {(rows, 29)}
+    assert [tuple(x.shape) for x in result.hidden_states[0]] == [(rows, 7, 24)] * 3
+    assert {tuple(x.shape) for step in result.hidden_states[1:] for x in step} == {(rows, 1, 24)}
+    assert [tuple(x.shape) for x in result.attentions[0]] == [(rows, 6, 7, 7)] * 2
+    for step in result.attentions[1:]:  # what a bounded cache holds, and the new token
+        for x in step:
+            assert x.shape[:3] == (rows, 6, 1)
+            assert x.shape[3] <= 1 + 4 + 8 // 2 + 16 // 4
+            assert_close("sum", x.sum(-1), torch.ones(rows, 6, 1, dtype=torch.float64))
+    assert type(result[CACHE]) is LongNetCache
+    assert result[CACHE].get_seq_length() == 7 + 10
+    if rows == 6:
+        assert result.sequences_scores.shape == (2,)
+        assert result.beam_indices.shape == (2, 11)
+
+
+def test_continuous_batching_says_why_not(model):
+    """Its paged cache holds whole texts."""
+    settings = GenerationConfig(max_new_tokens=3, eos_token_id=28, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    results = model.float().generate_batch([[1, 2, 3], [4, 5]], settings, small, warmup=False)
+    assert len(results) == 2
+    assert all("LongNet" in x.error or "attn_implementation" in x.error for x in results.values())
+    assert not any(x.generated_tokens for x in results.values())
 
 
 def test_streamers_get_every_token(model, prompts):

@@ -1,0 +1,137 @@
+"""What other software may split, cut or replace in a model, as its flags and plans say: right, or refused."""
+
+import fnmatch
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
+from checks import refused
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_longnet import (
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetImageConfig,
+    LongNetImageEncoder,
+    LongNetModel,
+    LongNetSlideConfig,
+    LongNetSlideEncoder,
+    SequenceSharding,
+    use_dilated_attention,
+)
+
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "segment_lengths": [4], "dilation_rates": [1],
+}  # fmt: skip
+IDS = torch.zeros(1, 3, dtype=torch.int64)
+
+
+def make_text(model_class, **fields):
+    return model_class(LongNetConfig(**SIZES | {"vocab_size": 7} | fields))
+
+
+def make_slides():
+    return LongNetSlideEncoder(LongNetSlideConfig(tile_features=5, **SIZES))
+
+
+def make_images(**fields):
+    return LongNetImageEncoder(LongNetImageConfig(image_size=8, patch_size=4, **SIZES, **fields))
+
+
+MODELS = {
+    "LongNetModel": (lambda: make_text(LongNetModel), {"input_ids": IDS}),
+    "LongNetForCausalLM": (lambda: make_text(LongNetForCausalLM), {"input_ids": IDS}),
+    "LongNetSlideEncoder": (
+        make_slides,
+        {"tiles": torch.zeros(1, 3, 5), "coordinates": torch.zeros(1, 3, 2, dtype=torch.int64)},
+    ),
+    "LongNetImageEncoder": (make_images, {"pixel_values": torch.zeros(1, 3, 8, 8)}),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model_and_inputs(request):
+    make, inputs = MODELS[request.param]
+    return make(), inputs
+
+
+@pytest.mark.parametrize("make", [
+    pytest.param(lambda: make_text(LongNetForCausalLM), id="language model"),
+    pytest.param(lambda: make_text(LongNetForCausalLM, tie_word_embeddings=True), id="tied"),
+    pytest.param(lambda: make_text(LongNetModel, vocab_size=None), id="no vocabulary"),
+    pytest.param(lambda: make_text(LongNetModel, final_layer_norm=False), id="no final norm"),
+    pytest.param(make_slides, id="slides"),
+    pytest.param(make_images, id="images"),
+    pytest.param(lambda: make_images(final_layer_norm=True), id="images, final norm"),
+])  # fmt: skip
+def test_the_fsdp_plan_names_what_is_there(make):
+    """Every rule matches, and the rules hold all but the encoders' own parameters."""
+    model = make()
+    names = [name for name, _ in model.named_modules()]
+    for rule in model.fsdp_plan:
+        assert fnmatch.filter(names, rule), f"{rule} matches nothing"
+    left = [
+        n for n, _ in model.named_parameters() if not any(fnmatch.fnmatch(n, f"{rule}.*") for rule in model.fsdp_plan)
+    ]
+    assert {name.split(".")[0] for name in left} <= {"tile_embed", "cls_token", "norm", "patch_embed", "position_embed"}
+
+
+def test_the_fsdp_plan_is_not_saved(tmp_path):
+    make_text(LongNetForCausalLM).save_pretrained(tmp_path)
+    assert "fsdp_plan" not in (tmp_path / "config.json").read_text()
+
+
+def test_flags_say_what_is_supported(model_and_inputs):
+    model, _ = model_and_inputs
+    assert model.supports_gradient_checkpointing
+    assert not model.supports_context_parallel
+    assert not model.is_backend_compatible(), "vLLM and SGLang ask this before they replace the attention"
+    assert not model.supports_tp_plan
+    assert not model.supports_pp_plan
+    assert not model._can_compile_fullgraph
+    assert not model._supports_flex_attn
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}, {"fsdp_size": 2, "tp_size": 2}], ids=str)
+def test_splitting_a_layer_or_the_stack_is_refused(model_and_inputs, sizes, tmp_path):
+    """Transformers' pipeline looks for a norm named `norm`: it would apply the final norm after every stage."""
+    model, _ = model_and_inputs
+    model.save_pretrained(tmp_path)
+    with refused("no tensor or pipeline parallelism", "fsdp_size", "'tp_size': 2" if "tp_size" in sizes else "pp_size"):
+        type(model).from_pretrained(tmp_path, distributed_config=sizes)
+    type(model).from_pretrained(tmp_path, distributed_config={"tp_size": 1, "fsdp_size": 1, "pp_size": 1})
+
+
+def test_a_foreign_attention_is_refused(model_and_inputs):
+    """An inference server sets its own by name before it builds the model, whatever the flags say."""
+    model, inputs = model_and_inputs
+    for module in (model, getattr(model, "model", model)):
+        module.config._attn_implementation = "vllm"
+    with refused("'vllm'", "'eager', 'sdpa'"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("sharding", [ParallelismConfig, SequenceSharding])
+def test_dilated_attention_of_a_llama_needs_whole_sequences(sharding, monkeypatch):
+    """Accelerate would drop its mask and hand each process a part; SequenceSharding does not shard such a model."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    model = use_dilated_attention(LlamaForCausalLM(LlamaConfig(vocab_size=7, **sizes)), [4], [1])
+    expected = model(IDS).logits
+    for size in (1, 2):
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", sharding(cp_size=size))
+        if size == 1:
+            assert torch.equal(model(IDS).logits, expected)
+            continue
+        with refused(f"{sharding.__name__} with cp_size=2", "use_dilated_attention", "whole sequences"):
+            model(IDS)
+        model.set_attn_implementation("sdpa")
+        model(IDS)
+
+
+def test_accelerates_own_context_parallelism_is_refused(model_and_inputs, monkeypatch):
+    model, inputs = model_and_inputs
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(cp_size=2))
+    with refused("ParallelismConfig with cp_size=2", "SequenceSharding"):
+        model(**inputs)
