@@ -124,10 +124,11 @@ class LongNetCacheLayer(CacheLayerMixin):
             # A crop or a backward pass may need the old slots: leave them unchanged.
             self.map_slots(torch.clone)
         columns, self.columns = self.columns + key.shape[1], -1
-        self.lengths = list(self.lengths)
+        self.lengths = list(self.lengths)  # the record keeps the old list
         for chunk in chunks:
             self._store(chunk, key, value)
             self.lengths[chunk.batch_begin : chunk.batch_end] = [chunk.total] * chunk.batch
+        # A row with tokens but without a chunk in the last column ends in padding.
         at_end = sum(c.batch for c in chunks if c.column_end == key.shape[1])
         self.ends_in_padding |= at_end + self.lengths.count(0) < len(self.lengths)
         self.columns = columns
@@ -183,11 +184,14 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.ends_in_padding, self._record = False, None
 
     def activate_past_recording(self) -> None:
-        """Keep the last update of several columns and every step after it, so that `crop` can take them back."""
+        """Keep the last update of several columns and every step after it, so that `crop` can remove them.
+
+        This costs memory for every step until the next crop.
+        """
         self.record_past = True
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` columns; if negative, remove that many (0: none, as in Transformers).
+        """Keep the first `max_length` columns; if negative, remove that many (0: none, as in Transformers). Ends a record.
 
         Raises:
             ValueError: keys before those columns were discarded at the end of their segment.
@@ -213,14 +217,14 @@ class LongNetCacheLayer(CacheLayerMixin):
             )
         if min(self.lengths) < back:
             raise ValueError(
-                f"crop({max_length}): the rows hold {self.lengths} tokens, one fewer than the {back} to take back; "
-                "keep a copy of the cache from before that row began."
+                f"crop({max_length}): the rows hold {self.lengths} tokens, and some row has fewer than the {back} to "
+                "remove; keep a copy of the cache from before that row began."
             )
         for t, b in product(self.lengths, self.branches):
             if (t - back) % b.w and t // b.w != (t - back) // b.w:
                 raise ValueError(
-                    f"crop({max_length}): going back {back} tokens from {t} needs rows of a segment of {b.w} tokens "
-                    "that has ended; keep a copy of the cache from then, or feed the text again."
+                    f"crop({max_length}): removing {back} of {t} tokens needs keys of a segment of {b.w} tokens that were "
+                    "discarded when it ended; restore a copy of the cache from then, or feed the text again."
                 )
         self.lengths = [t - back for t in self.lengths]
         self.columns -= back
@@ -379,8 +383,8 @@ class LongNetCache(Cache):
     def step(self, num_heads: int) -> DecodingStep:
         """Prepare a decoding step of one token per batch row, for `num_heads` query heads.
 
-        Counted per branch on the CPU. If rates exceed the number of heads, most tokens are not kept in the more dilated
-        branches, and those slots are not read.
+        Only slots up to the last one written are read: with rates above the number of heads, most tokens are not kept
+        in the more dilated branches, whose slots come last.
         """
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)

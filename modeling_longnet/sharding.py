@@ -1,8 +1,9 @@
 """Attention and loss of a sequence that is sharded over a process group.
 
-Keys and values of the halo are exchanged in one all-to-all per layer, and their gradients in one back, which the owner
-sums. An all-gather within sub-groups would send twice as much in causal layers; it would only save traffic between
-nodes (benchmarks/README.md). A device receives at most sum_i w_i / r_i keys per head.
+Each layer exchanges halo keys and values in one all-to-all. The backward pass returns their gradients in another, and
+the owner sums them. All-gathers within sub-groups would send twice as much in causal layers and reduce only inter-node
+traffic (benchmarks/README.md). Per batch row and head a device receives fewer than sum_i ceil(w_i / r_i) keys if
+causal, twice that if bidirectional.
 
 Letters: B batch, L tokens of the whole sequence, n of a shard, C shards, H query heads, G key/value heads, D head
 dimension, S keys sent, R keys received.
@@ -71,7 +72,7 @@ class _ShardedAttention(torch.autograd.Function):
         for side, halo in exchange.split(slots):
             grads = backward_halo(grad_out, query, saved, lse, halo, grad_query, plan, side)
             parts.append(torch.stack(grads, -2).flatten(0, 2))  # (B * G * P, 2, D)
-        # One kernel call computes a key's gradient and has rounded it to the keys' dtype already.
+        # Nothing is lost in the keys' dtype: a halo key's gradient comes from one kernel call, already in that dtype.
         sent = torch.cat(parts).index_select(0, exchange.slots).to(key.dtype)
         received, wait = sharded.all_to_all(sent, is_backward=True)
         own_query, *shared = backward_chunks(grad_out, query, key, value, saved, lse, plan)
@@ -118,6 +119,7 @@ def group_loss(total: Tensor, count: Tensor, num_items: Tensor | int | None, gro
     else:
         num_items = num_items.to(total.device) if isinstance(num_items, Tensor) else num_items
         own, value = total / num_items, summed[0] / (size * num_items)
+    # The value of the loss of the group with the gradient of `own`.
     return own + (value.to(total.dtype) - own).detach()
 
 
