@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed lint bench paper paper-quick figures clean
+.PHONY: help demo test test-distributed test-transformers lint bench paper paper-quick figures clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,6 +30,10 @@ test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=.
 
 test-distributed: $(READY) ## run the whole matrix of sequences shared among processes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/sharding_matrix.py $(ARGS)
+
+test-transformers: $(READY) ## run Transformers' own model tests, minutes (TRANSFORMERS='5.17.*' those of that release)
+	$(VENV)/bin/python tests/library/source.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -r fEx tests/library/model_tests.py $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .
@@ -50,7 +54,7 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) examples.paper.figures
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-transformers-* .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-transformers-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

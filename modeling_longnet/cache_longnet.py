@@ -191,7 +191,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` columns; if negative, remove that many (0: none, as in Transformers). Ends a record.
+        """Keep the first `max_length` columns; if negative, remove that many (0: none). Ends the record.
 
         Raises:
             ValueError: keys before those columns were discarded at the end of their segment.
@@ -223,8 +223,8 @@ class LongNetCacheLayer(CacheLayerMixin):
         for t, b in product(self.lengths, self.branches):
             if (t - back) % b.w and t // b.w != (t - back) // b.w:
                 raise ValueError(
-                    f"crop({max_length}): removing {back} of {t} tokens needs keys of a segment of {b.w} tokens that were "
-                    "discarded when it ended; restore a copy of the cache from then, or feed the text again."
+                    f"crop({max_length}): removing {back} of {t} tokens needs keys of a segment of {b.w} tokens, which "
+                    "were discarded when it ended; restore a copy of the cache from then, or feed the text again."
                 )
         self.lengths = [t - back for t in self.lengths]
         self.columns -= back

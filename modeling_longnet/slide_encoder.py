@@ -206,12 +206,13 @@ class LongNetSlideEncoder(LongNetBackbone):
         record = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         record = {name: getattr(self.config, name) if value is None else value for name, value in record.items()}
         out = self._encode_tiles(hidden_states, layout, real, attention_queries, return_dict=True, **record)
-        out.last_hidden_state = _restore(out.last_hidden_state, layout)
-        if out.hidden_states is not None:
-            out.hidden_states = tuple(x if x is None else _restore(x, layout) for x in out.hidden_states)
-        if out.attentions is not None:
-            rows = (_restore(x.movedim(2, 1), layout).movedim(1, 2) for x in out.attentions)
-            out.attentions = tuple(_restore_keys(x, layout) for x in rows)
+        if layout is not None:
+            out.last_hidden_state = _restore(out.last_hidden_state, layout)
+            if out.hidden_states is not None:
+                out.hidden_states = tuple(x if x is None else _restore(x, layout) for x in out.hidden_states)
+            if out.attentions is not None:
+                rows = (_restore(x.movedim(2, 1), layout).movedim(1, 2) for x in out.attentions)
+                out.attentions = tuple(_restore_keys(x, layout) for x in rows)
         return out
 
     @capture_outputs
