@@ -133,7 +133,7 @@ def main() -> None:
     for length in (None, *arguments.sequence_lengths):
         if length is None:
             label, model = "before", AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
-            model.to(torch.accelerator.current_accelerator() or "cpu")
+            model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         else:
             label, model = f"after, sequences of {length:,}", tune(arguments, text, length, bfloat16)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):

@@ -1,6 +1,7 @@
 """The configuration of LongNet: every field with its unit and equation, and all validation."""
 
 import difflib
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -13,10 +14,11 @@ from transformers.activations import ACT2FN
 from .backends import backend_names
 from .branches import HEAD_OFFSETS, check_branches, count_work
 
+logger = logging.getLogger(__name__)
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 # Names that TorchScale and other models give to these fields.
 _OTHER_NAMES = {
-    "segment_lengths": "segment_length max_position_embeddings sliding_window",
+    "segment_lengths": "segment_length sliding_window",
     "dilation_rates": "dilated_ratio",
     "position_embedding": "xpos_rel_pos",
     "hidden_size": "decoder_embed_dim encoder_embed_dim d_model",
@@ -85,6 +87,8 @@ class LongNetConfig(PreTrainedConfig):
             Linear layers follow Magneto (arXiv 2210.06423) in any case.
         use_cache: `forward` returns a `LongNetCache` (never in training with gradient checkpointing).
         tie_word_embeddings: the output projection shares the embedding table.
+        max_position_embeddings: tokens that other tools take for the context (`generate` without a length stops there,
+            lm-eval cuts there); the model ignores it. The default is the longest segment: farther tokens never meet.
 
     Raises:
         StrictDataclassError or ValueError: names the field, the value and what is allowed.
@@ -134,7 +138,7 @@ class LongNetConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_near_misses(kwargs)
+        self._refuse_near_misses(kwargs, is_saved=self.transformers_version is not None)
         self.segment_lengths = list(self.segment_lengths)
         self.dilation_rates = list(self.dilation_rates)
         if self.num_key_value_heads is None:
@@ -144,7 +148,8 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Load as in Transformers, then validate: it sets the overrides of `from_pretrained` unchecked."""
+        """Load as in Transformers, which ignores or sets unchecked what `from_pretrained` overrides."""
+        cls._refuse_near_misses(kwargs)
         loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
@@ -185,14 +190,21 @@ class LongNetConfig(PreTrainedConfig):
         )
         return cls(segment_lengths=segments, dilation_rates=rates, num_attention_heads=num_attention_heads, **fields)
 
-    def _refuse_near_misses(self, kwargs: dict) -> None:
-        """Raise ValueError on a misspelt field: Transformers turns unknown keywords into attributes silently."""
-        own = [field.name for field in fields(self)]
+    @classmethod
+    def _refuse_near_misses(cls, kwargs: dict, is_saved: bool = False) -> None:
+        """Raise ValueError on a misspelt field: Transformers turns unknown keywords into attributes silently.
+
+        A file of `save_pretrained` names its Transformers version and must load whatever a tool set: only warn.
+        """
+        own = [field.name for field in fields(cls)]
         for key in kwargs:
             close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
             meant = OTHER_NAMES.get(key) or (close[0] if close else None)
-            if key in OTHER_NAMES or (meant and not hasattr(type(self), key)):
-                raise ValueError(f"LongNetConfig has no field {key!r}; did you mean {meant!r}?")
+            if key in OTHER_NAMES or (meant and not hasattr(cls, key)):
+                message = f"LongNetConfig has no field {key!r}; did you mean {meant!r}?"
+                if not is_saved:
+                    raise ValueError(message)
+                logger.warning("%s The saved value is not used.", message)
 
     def validate_architecture(self):
         """Check sizes, branches and names, after every construction and before saving."""
@@ -274,6 +286,23 @@ class LongNetConfig(PreTrainedConfig):
         repeat after the longest one.
         """
         return math.lcm(*self.segment_lengths)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The number set for other tools, else the longest segment."""
+        # Stored under its own name, so that it is saved only if it was set and else follows the segments.
+        tokens = self.__dict__.get("max_position_embeddings")
+        return max(self.segment_lengths) if tokens is None else tokens
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, tokens: int | None) -> None:
+        self.__dict__["max_position_embeddings"] = tokens
+
+    def validate_max_position_embeddings(self):
+        """Check the number that other tools read."""
+        tokens = self.max_position_embeddings
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"max_position_embeddings={tokens!r} must be a number of tokens, at least 1, or None.")
 
     def smallest_xpos_scale_base(self, largest: float = FLOAT32_SCALE) -> int:
         """Return the least integer base whose scales over half a period stay below `largest`.

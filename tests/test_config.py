@@ -48,6 +48,7 @@ BAD = [
     ({"initializer_range": -0.02}, ["initializer_range=-0.02"]),
     ({"attend_zero_padding": True}, ["attend_zero_padding=True", "is_causal=False"]),
     ({"pad_token_id": 29}, ["pad_token_id=29", "vocab_size=29"]),
+    ({"max_position_embeddings": "long"}, ["max_position_embeddings='long'", "at least 1"]),
 ]  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
 @pytest.mark.parametrize(("keyword", "meant"), [
     ("segment_length", "segment_lengths"),
     ("segments_lengths", "segment_lengths"),
-    ("max_position_embeddings", "segment_lengths"),
+    ("sliding_window", "segment_lengths"),
     ("rope_parameters", "rope_theta"),
     ("head_dim", "num_attention_heads"),
     ("dilation_rate", "dilation_rates"),
@@ -91,6 +92,62 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
 def test_near_misses_are_refused(keyword, meant):
     with refused(keyword, f"did you mean '{meant}'"):
         make_config(**{keyword: 1})
+
+
+@pytest.mark.parametrize("read", [LongNetConfig.from_pretrained, AutoConfig.from_pretrained])
+@pytest.mark.parametrize("keyword", ["segment_length", "num_heads", "head_dim", "vocab_sizes"])
+def test_near_misses_beside_a_good_folder_are_refused(keyword, read, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    with refused(keyword, "did you mean"):
+        read(tmp_path, **{keyword: 8})
+
+
+def test_a_near_miss_in_a_file_that_a_person_wrote_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "longnet", "segment_length": [8]}))
+    with refused("segment_length", "did you mean 'segment_lengths'"):
+        LongNetConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling`:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("segment_length", 8),
+        ("sliding_window", None),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
+        ("d_model", 24),
+        ("bos_token", "<s>"),
+    ],
+)
+def test_what_a_tool_set_does_not_make_a_file_unreadable(name, value, tmp_path, caplog):
+    config = make_config()
+    setattr(config, name, value)
+    make_model(LongNetForCausalLM).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    for loaded in (LongNetConfig.from_pretrained(tmp_path), LongNetForCausalLM.from_pretrained(tmp_path).config):
+        assert getattr(loaded, name) == value
+        assert loaded.segment_lengths == config.segment_lengths
+    saved_as = "rope_parameters" if name == "rope_scaling" else name
+    assert f"LongNetConfig has no field '{saved_as}'" in caplog.text
+
+
+def test_max_position_embeddings_is_the_longest_segment_unless_it_is_set(tmp_path):
+    config = make_config()
+    assert config.max_position_embeddings == 16
+    config.save_pretrained(tmp_path)
+    longer = LongNetConfig.from_pretrained(tmp_path, segment_lengths=[8, 32], dilation_rates=[1, 4])
+    assert longer.max_position_embeddings == 32
+    config.max_position_embeddings = 4096
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 4096
+    assert LongNetConfig.from_pretrained(tmp_path).max_position_embeddings == 4096
+    assert LongNetConfig.from_pretrained(tmp_path, max_position_embeddings=64).max_position_embeddings == 64
+    assert make_config(max_position_embeddings=128).max_position_embeddings == 128
+    assert make_config(max_position_embeddings=None).max_position_embeddings == 16
+    config.max_position_embeddings = 0
+    with refused("max_position_embeddings=0", "at least 1"):
+        config.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("length", [1, 100, 4096, 1_000_000])
