@@ -251,7 +251,7 @@ def load_tokenizer(
     if tokenizer == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     if tokenizer != "bpe":
-        return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        return read_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -268,6 +268,22 @@ def load_tokenizer(
         padding_side="left",  # for `generate`
         clean_up_tokenization_spaces=False,
     )
+
+
+def read_tokenizer(source: str, **options) -> PreTrainedTokenizerBase:
+    """Returns a saved tokenizer, which has split a first word.
+
+    Raises:
+        ValueError: If it cannot be read. On damaged files the libraries below raise anything, Rust's panics too.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer("a word", add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise ValueError(f"{source} holds no tokenizer that works ({type(error).__name__}: {error}).") from error
+    return tokenizer
 
 
 def sample_texts(corpus: Dataset) -> Iterator[str]:

@@ -35,13 +35,12 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .corpus import TextArguments, join_documents, load_text, tokenize
+from .corpus import TextArguments, join_documents, load_text, read_tokenizer, tokenize
 
 METRIC = Path(__file__).parent / "perplexity_by_context"
 BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
@@ -402,7 +401,7 @@ def main() -> None:
     parser = HfArgumentParser((EvaluationArguments, TextArguments))
     arguments, text_arguments = parser.parse_args_into_dataclasses()
     check_contexts(arguments.contexts, arguments.targets)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = read_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     model = load_model(arguments)
     text = load_text(text_arguments)["evaluation"]
     results = evaluate_contexts(

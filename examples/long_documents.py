@@ -26,14 +26,13 @@ import transformers
 from datasets import DatasetDict
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 
-from .corpus import TextArguments, join_documents, load_text, tokenize
+from .corpus import TextArguments, join_documents, load_text, read_tokenizer, tokenize
 from .demo import bfloat16_pays
 from .evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison, write_whole
 from .finetune import ModelArguments, make_trainer, run
@@ -122,7 +121,7 @@ def main() -> None:
     arguments = parse()
     default = Path(transformers.__file__).parent / "models"
     text = load_text(TextArguments(text=arguments.text or str(default), split_seed=arguments.split_seed))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = read_tokenizer(arguments.model)
     documents = join_documents(tokenize(text["evaluation"], tokenizer))
     prompts = cut_prompts(documents, tokenizer, arguments)
     bfloat16 = bfloat16_pays()

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from modeling_longnet import Scored, stream
+
+from .corpus import read_tokenizer
 
 PIECE = 1 << 20  # characters that are tokenized at once
 
@@ -48,7 +50,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = read_tokenizer(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
         tokens = tokenize(arguments.text, tokenizer, folder)
         chunks = stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state)

@@ -294,6 +294,14 @@ for _function in (_DilatedAttention, _DilatedAttentionBackward):
     _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
+def _strided(x: Tensor) -> Tensor:
+    """Return x, copied unless its last dimension alone has stride 1, as the kernels require.
+
+    With two such dimensions (`Tensor.unfold`), PyTorch's CPU kernel lays its result out wrongly and returns garbage.
+    """
+    return x if x.stride(-1) == 1 and x.stride().count(1) == 1 else x.contiguous()
+
+
 def attend_chunks(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, prefix: HaloKV | None = None
 ) -> Tensor:
@@ -308,5 +316,5 @@ def attend_chunks(
         (B, L, H, D) in the query's dtype. Differentiable in q, k, v and the prefix, once.
     """
     *halo, slots = prefix or (None, None, ())
-    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, *halo)]
+    tensors = [None if x is None else _strided(x) for x in (query, key, value, *halo)]
     return _DilatedAttention.apply(*tensors, slots, plan.flatten())[0]

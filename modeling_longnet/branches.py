@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 HEAD_OFFSETS = ("interleaved", "blocked")
+LONGEST_SEGMENT = 1 << 62  # positions are int64
 
 
 class Branch(NamedTuple):
@@ -73,7 +74,7 @@ class Slice(NamedTuple):
 
 
 def check_branches(segment_lengths, dilation_rates) -> None:
-    """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w, w growing."""
+    """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w <= 2^62, w growing."""
     pairs = f"segment_lengths={segment_lengths}, dilation_rates={dilation_rates}"
     if not all(isinstance(numbers, list | tuple) for numbers in (segment_lengths, dilation_rates)):
         raise ValueError(f"{pairs}: give two lists, such as [2048, 8192] and [1, 4].")
@@ -81,8 +82,10 @@ def check_branches(segment_lengths, dilation_rates) -> None:
     if len(segment_lengths) == 0 or len(segment_lengths) != len(dilation_rates):
         raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")
     numbers = (*segment_lengths, *dilation_rates)
-    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in numbers):
-        raise ValueError(f"{pairs}: segment lengths and dilation rates are whole numbers of tokens, at least 1.")
+    if not all(isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= LONGEST_SEGMENT for x in numbers):
+        raise ValueError(
+            f"{pairs}: segment lengths and dilation rates are whole numbers of tokens, at least 1 and at most 2^62."
+        )
     for w, r in zip(segment_lengths, dilation_rates, strict=True):
         if r > w:
             raise ValueError(f"{pairs}: rate {r} is larger than its segment length {w}; most heads would keep nothing.")

@@ -50,13 +50,17 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
             f"saved cache: its branches, each (w, r, offset of each key/value head), are {branches}; this model's are "
             f"{_branch_table(first)}."
         )
-    shared = {name: tensors[name].tolist() for name in _SHARED}
+    shared = {name: tensors[name] for name in _SHARED}
+    found = [(x.dim(), x.dtype) for x in shared.values()]
+    if found != [(1, torch.int64), (0, torch.int64), (0, torch.int64), (0, torch.bool)] or not len(shared["lengths"]):
+        raise ValueError(f"saved cache: {', '.join(_SHARED)} have (dimensions, dtype) {found}, which do not fit.")
+    shared = {name: x.tolist() for name, x in shared.items()}
     lengths, columns, capacity, _ = shared.values()
     needed = min(max(lengths), max(b.w for b in first.branches))
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
         raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
     sample = tensors[names[0]]
-    expected = (len(lengths), len(branches[0]) - 2, sum(first.slots(capacity)), sample.shape[-1]), sample.dtype
+    expected = (len(lengths), len(branches[0]) - 2, sum(first.slots(capacity)), *sample.shape[3:]), sample.dtype
     for name in names:
         if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
             raise ValueError(f"saved cache: {name} has shape {given}; expected {expected}.")
@@ -122,8 +126,11 @@ def read_state_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.pop("sha256") != _digest(tensors, metadata):
             raise ValueError("its content is not what was saved")
-        return tensors, metadata, int(metadata["position"]), float.fromhex(metadata["total"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        position, total = int(metadata["position"]), float.fromhex(metadata["total"])
+        if position < 1 or "text" not in metadata:
+            raise ValueError(f"position {position}, fields {sorted(metadata)}")
+        return tensors, metadata, position, total
+    except (SafetensorError, KeyError, ValueError, OverflowError, OSError) as error:
         raise ValueError(
             f"state file {path} is damaged or no state file ({error}); delete it to start anew."
         ) from error
@@ -150,4 +157,4 @@ def _sha256(tensors: Iterable[tuple[str, Tensor]], start: str = "") -> str:
 
 
 def _bytes(x: Tensor):
-    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if x.numel() else b""

@@ -65,8 +65,11 @@ class CheckpointFormat:
         modules = ("layers.0.self_attn.q_proj", "layers.0.ffn.fc1", "layer_norm", "embed_tokens", "lm_head")
         query, fc1, norm, table, output = (f"{inside}{self.theirs(name)}.weight" for name in modules)
         numbers = re.findall(rf"(?m)^{re.escape(inside + self.encoder)}layers\.(\d+)\.", "\n".join(state))
+        layers = 1 + max(map(int, numbers))
+        if layers > len(state):
+            raise ValueError(f"a name in the file says layer {layers - 1}, and the file holds {len(state)} tensors.")
         return {
-            "num_hidden_layers": 1 + max(map(int, numbers)),
+            "num_hidden_layers": layers,
             "hidden_size": _size(state, query, -1),
             "intermediate_size": _size(state, fc1, 0),
             "final_layer_norm": norm in state,
@@ -162,6 +165,8 @@ class TorchScaleFormat(CheckpointFormat):
             raise ValueError(f"head_offsets={config.head_offsets!r} keeps other tokens than TorchScale's 'blocked'.")
         if config.position_embedding == "rope":
             raise ValueError("position_embedding='rope': TorchScale has xPos or none.")
+        if config.position_embedding == "xpos" and config.rope_theta != 10000:
+            raise ValueError(f"rope_theta={config.rope_theta}: TorchScale's xPos has 10000.")
         if config.hidden_act not in ("gelu", "relu", "silu", "swish"):
             raise ValueError(f"hidden_act={config.hidden_act!r}: TorchScale has gelu, relu and swish (silu).")
         if config.layer_norm_eps != 1e-5 or getattr(config, "pooling_norm_eps", 1e-6) != 1e-6:

@@ -4,10 +4,12 @@ Each entry notes what replaces it when it is gone. `tests/test_compat.py` fails 
 missing name never breaks the import of the package, so saved folders still load.
 """
 
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 
 import torch
+from safetensors import SafetensorError
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # --- PyTorch: attention kernels that return the log-sum-exp. Checked with 2.11 and 2.13.
@@ -106,6 +108,18 @@ except ImportError:  # then config defaults are not merged, and hidden states an
 
 # 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+@contextmanager
+def refusing_damage(what: str):
+    """Turn what Transformers and safetensors raise on files that do not hold what they should into a ValueError.
+
+    Without it a `config.json`, index or weights file that is damaged may end in any of these, without the file's name.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, RecursionError, SafetensorError, TypeError) as error:
+        raise ValueError(f"{what} cannot be read; it may be damaged ({type(error).__name__}: {error}).") from error
 
 
 def attn_implementation(config) -> str:

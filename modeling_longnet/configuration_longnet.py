@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from fractions import Fraction
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backends import backend_names
 from .branches import HEAD_OFFSETS, check_branches, count_work
+from .compat import refusing_damage
 
 logger = logging.getLogger(__name__)
+MOST_LAYERS = 10_000  # more are no plan but a damaged file, and would be built for hours
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 # Names that TorchScale and other models give to these fields.
 _OTHER_NAMES = {
@@ -144,13 +147,23 @@ class LongNetConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
-        super().__post_init__(**kwargs)
+        with refusing_damage("the config"):
+            super().__post_init__(**kwargs)
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r}: give a dtype of PyTorch or its name, such as 'float32'.")
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """Read the file as in Transformers; refuse what is no JSON object."""
+        with refusing_damage("the config"):
+            return super().get_config_dict(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """Load as in Transformers, which ignores or sets unchecked what `from_pretrained` overrides."""
         cls._refuse_near_misses(kwargs)
-        loaded = super().from_dict(config_dict, **kwargs)
+        with refusing_damage("the config"):
+            loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
 
@@ -172,8 +185,8 @@ class LongNetConfig(PreTrainedConfig):
         """
         heads = fields.get("num_key_value_heads") or num_attention_heads
         fields.setdefault("position_embedding", "rope")
-        if length < 1 or effort < 1:
-            raise ValueError(f"length={length}, effort={effort}: both must be at least 1.")
+        if not (isinstance(length, int) and isinstance(effort, int) and length >= 1 and effort >= 1):
+            raise ValueError(f"length={length!r}, effort={effort!r}: both must be whole numbers of at least 1.")
         patterns = [_growing_branches(1 << n, length, heads) for n in range(4, max(5, (length - 1).bit_length() + 1))]
         work = [count_work(*pattern, length) for pattern in patterns]
         if effort < min(work):
@@ -210,6 +223,8 @@ class LongNetConfig(PreTrainedConfig):
         """Check sizes, branches and names, after every construction and before saving."""
         sizes = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
         self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}.")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}.")
@@ -231,7 +246,7 @@ class LongNetConfig(PreTrainedConfig):
         probabilities = "dropout", "activation_dropout", "drop_path_rate"
         self._check_numbers(probabilities, lambda p: 0 <= p < 1, "must be a probability, 0 <= p < 1")
         scales = "xpos_scale_base", "rope_theta", "layer_norm_eps", "embedding_scale", "initializer_range"
-        self._check_numbers(scales, lambda scale: scale > 0, "must be above 0")
+        self._check_numbers(scales, lambda scale: 0 < scale < math.inf, "must be above 0 and finite")
         if self.attention_dropout != 0:
             raise ValueError(
                 f"attention_dropout={self.attention_dropout} must be 0; use dropout or activation_dropout."

@@ -59,8 +59,11 @@ def read_state(source: Path) -> dict[str, Tensor]:
         raise ValueError(f"{source} is damaged, cut short, or not a file of plain tensors ({reason}).") from error
     while isinstance(state, dict) and len(found := [k for k in ("model", "state_dict", "module") if k in state]) == 1:
         state = state[found[0]]
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+    items = state.items() if isinstance(state, dict) else ()
+    if not items or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in items):
         raise ValueError(f"{source} holds no state dict: expected tensors by name, alone or under 'model'.")
+    if absent := [name for name, x in items if x.is_meta]:
+        raise ValueError(f"{source} was saved without the numbers of {', '.join(absent)} (device meta).")
     return state
 
 
@@ -80,12 +83,20 @@ def recognise(state: dict[str, Tensor]) -> tuple[CheckpointFormat, dict[str, Ten
     return format, {name.removeprefix(prefix): x for name, x in state.items()}, prefix
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Return False for other layouts and dtypes, and for strides of 0, by which a small file claims any size."""
+    is_dense = x.layout == torch.strided and x.dtype in DTYPES
+    return is_dense and (x.is_meta or x.nbytes <= x.untyped_storage().nbytes())
+
+
 def _check_weights(state: dict[str, Tensor]) -> None:
-    wrong = [name for name, x in state.items() if x.layout != torch.strided or x.dtype not in DTYPES]
-    if wrong:
+    if wrong := [name for name, x in state.items() if not _is_plain(x)]:
         found = "; ".join(f"{name} ({state[name].layout}, {state[name].dtype})" for name in wrong)
         allowed = ", ".join(map(str, DTYPES))
-        raise ValueError(f"weights must be dense, of {allowed}; found {found}. Convert them, or list them in `ignore`.")
+        raise ValueError(
+            f"weights must be dense, as large as what is stored of them, of {allowed}; found {found}. Convert them, or "
+            "list them in `ignore`."
+        )
     if empty := [name for name, x in state.items() if not x.is_meta and x.isnan().all()]:
         raise ValueError(f"all values are NaN in {', '.join(empty)}: the training failed.")
 

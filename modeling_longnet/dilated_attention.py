@@ -11,6 +11,8 @@ from .reference import count_branches, dense_attention
 # Computed once: a graph of torch.compile cannot call it.
 _AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)}
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -24,6 +26,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"{shapes}: the {key.shape[1]} key/value heads must divide the {query.shape[1]} query heads.")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: expected one floating-point dtype.")
+    if any(x.layout != torch.strided for x in (query, key, value)):
+        raise ValueError(f"layouts {query.layout}, {key.layout}, {value.layout}: query, key and value must be dense.")
     if not query.device == key.device == value.device:
         raise ValueError(f"devices {query.device}, {key.device}, {value.device}: all three must be on one device.")
 
@@ -82,8 +86,8 @@ def dilated_attention(
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     _check_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be above 0: fused kernels multiply masked scores, -inf, by it.")
+    if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
+        raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
     branches = make_branches(segment_lengths, dilation_rates, key.shape[1], head_offsets)
     backend = choose_backend(backend, query)
     if backend == "eager":

@@ -19,7 +19,7 @@ from .attention_context import AttentionContext, make_context, make_sharded_cont
 from .backends import choose_backend
 from .cache_longnet import LongNetCache
 from .chunked_loss import chunked_cross_entropy
-from .compat import CACHE, attn_implementation, capture_outputs, merge_with_config_defaults
+from .compat import CACHE, attn_implementation, capture_outputs, merge_with_config_defaults, refusing_damage
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import autocast_dtype
 from .model_card import ModelCardMixin
@@ -126,6 +126,12 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     _supports_context_parallel = False
     _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": LongNetBlock, "attentions": LongNetAttention}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in Transformers; a damaged file is a ValueError that names the folder."""
+        with refusing_damage(str(pretrained_model_name_or_path)):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
@@ -275,12 +281,16 @@ class LongNetModel(LongNetBackbone):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is not None:
             check_shape("inputs_embeds", inputs_embeds, "batch", "length", self.config.hidden_size)
+            if not inputs_embeds.is_floating_point():
+                raise ValueError(f"inputs_embeds has dtype {inputs_embeds.dtype}; expected floating point.")
             return inputs_embeds if shard is None else shard.cut(inputs_embeds)
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         check_shape("input_ids", input_ids, "batch", "length")
+        if input_ids.is_meta and not self.get_input_embeddings().weight.is_meta:
+            raise ValueError("input_ids is on the device meta and the model is not: there are no ids to look up.")
         _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
-        embeds = self.embed_tokens(input_ids if shard is None else shard.cut(input_ids))
+        embeds = self.embed_tokens((input_ids if shard is None else shard.cut(input_ids)).long())
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
     def _check_cache(self, cache, batch: int) -> None:
@@ -308,10 +318,11 @@ def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
     """Raise on values that are no token ids, which on a GPU would trigger a device-side assert."""
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
     if torch.compiler.is_compiling() or ids.device.type == "meta":
         return
+    ids = ids.long()  # unsigned types have no comparisons
     wrong = (ids < 0) | (ids >= vocab_size)
     if ignored is not None:
         wrong = wrong & (ids != ignored)

@@ -101,6 +101,7 @@ def _document_borders(
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; expected ({batch} or 1, {length}).")
     ids = position_ids.expand(batch, length).cpu()
+    ids = ids if ids.is_floating_point() else ids.long()  # small and unsigned types overflow
     named = enumerate(zip(ids, rows, starts, strict=True))
     return [_cut_row(row, x, *borders, start, columns) if borders else [] for row, (x, borders, start) in named]
 

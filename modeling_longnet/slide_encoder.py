@@ -4,6 +4,7 @@ Letters: B slides, T tiles, L = 1 + T tokens (CLS first), K tokens without the t
 most), E hidden size, H heads, G key/value heads, N layers, Q queries.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ class LongNetSlideConfig(LongNetConfig):
         sizes = "tile_features", "tile_size", "grid_size"
         self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_name("pooling", POOLING)
+        self._check_numbers(["pooling_norm_eps"], lambda eps: 0 < eps < math.inf, "must be above 0 and finite")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 4: sine and cosine of two axes.")
         if self.is_causal or self.position_embedding != "none" or self.vocab_size is not None:
@@ -260,7 +262,7 @@ class LongNetSlideEncoder(LongNetBackbone):
                 "the origin, give the coordinates of the level with such tiles, or make the config's grid_size larger."
             )
         embeds = self.tile_embed(tiles.to(self.tile_embed.weight.dtype))
-        table = place_features(self.config.grid_size, self.config.hidden_size // 2).to(embeds)
+        table = place_features(1 + int(places.max()), self.config.hidden_size // 2).to(embeds)
         # The first half of the features encodes the second coordinate, as in the released table.
         embeds = embeds + torch.cat([table[places[..., 1]], table[places[..., 0]]], -1)
         return torch.cat([self.cls_token.expand(len(embeds), -1, -1).to(embeds.dtype), embeds], 1)

@@ -112,7 +112,8 @@ def _score(model, tokens: Tensor, cache: LongNetCache) -> Tensor:
 
 
 def _check_arguments(model, tokens: Tensor, chunk_size: int) -> None:
-    if tokens.dim() != 1 or len(tokens) < 2 or tokens.is_floating_point():
+    is_whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.dim() != 1 or len(tokens) < 2 or not is_whole:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}, {tokens.dtype}; expected (L,) integers, L >= 2.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1 token.")

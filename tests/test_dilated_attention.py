@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from checks import ROUNDING, assert_close, attend, make_halo, refused
+from checks import ROUNDING, assert_close, assert_low_precision, attend, make_halo, refused
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -274,17 +274,6 @@ def test_zero_padding_equals_the_dense_reference(case):
         )  # fmt: skip
         results.append(dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, inputs, grad_out)), strict=True)))
     assert_all_close(*results)
-
-
-def assert_low_precision(name, actual, rival, exact):
-    """Root mean square error at most twice the rival's own, plus one rounding step of each number.
-
-    Not the largest error: among thousands of them it is a matter of luck, and PyTorch's own kernel passes four
-    times the dense reference's on some of these inputs.
-    """
-    own, error = ((x.double() - exact).norm().item() for x in (rival, actual))
-    step = torch.finfo(actual.dtype).eps * exact.norm().item()
-    assert error <= 2 * own + step, f"{name}: error {error:.3g}, its rival's {own:.3g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
