@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-transformers lint bench paper paper-quick figures clean
+.PHONY: help demo test test-distributed test-faults test-transformers lint bench paper paper-quick figures clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,9 @@ test-distributed: $(READY) ## run the whole matrix of sequences shared among pro
 test-transformers: $(READY) ## run Transformers' own model tests, minutes (TRANSFORMERS='5.17.*' those of that release)
 	$(VENV)/bin/python tests/library/source.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -r fEx tests/library/model_tests.py $(ARGS)
+
+test-faults: $(READY) ## kill training, saves, conversions, streams and sharded processes at random moments; minutes
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -m faults tests/test_faults.py $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

@@ -14,6 +14,7 @@ for a LongNet, the code that loads it without this package.
 if not __package__:
     raise SystemExit("Run this as a module from the repository's root: python -m examples.finetune")
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -30,7 +31,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 
@@ -147,14 +147,17 @@ def run(trainer: Trainer) -> PreTrainedModel:
 
 
 def find_checkpoint(arguments: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: a path as given, or the `last` one in `output_dir`."""
+    """The checkpoint to resume from: a path as given, or the `last` whole one in `output_dir`."""
     if arguments.resume_from_checkpoint != "last":
         return arguments.resume_from_checkpoint
-    folder = arguments.output_dir
-    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if checkpoint is None:
-        raise ValueError(f"{folder!r} holds no checkpoint to resume from. Start without `last`.")
-    return checkpoint
+    folders = [path for path in Path(arguments.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text("utf-8"))  # Trainer writes it last
+            return str(folder)
+        except (OSError, ValueError):
+            print(f"{folder} is skipped: it was not written to its end")
+    raise ValueError(f"{arguments.output_dir!r} holds no checkpoint to resume from. Start without `last`.")
 
 
 def main() -> None:

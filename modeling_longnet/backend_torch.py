@@ -18,6 +18,8 @@ from .compat import (
 
 # Of a causal call that is split, the first queries see their own keys; the others are a second call under a mask.
 _SPLIT = 256
+# Over fewer keys than a vector register holds, the CPU kernel returns out 0 and lse 0 where all scores are NaN.
+_VECTOR = 16
 _KERNELS = {
     "cpu": (cpu_flash, cpu_flash_backward),
     "cuda": (cuda_flash, cuda_flash_backward, cuda_efficient, cuda_efficient_backward),
@@ -59,7 +61,7 @@ class TorchBackend(StridedBackend):
             return [(slice(None), *_cuda_forward(query, key, value, is_causal, scale))]
         query, key, value = self._gather(query, key, value)
         if not (is_causal and self.splits_queries(query, query.shape[-2])):
-            return [(slice(None), *cpu_flash(query, key, value, 0.0, is_causal, scale=scale))]
+            return [(slice(None), *_cpu_forward(query, key, value, is_causal, scale))]
         first, others = slice(_SPLIT), slice(_SPLIT, None)
         q, k, v = (x[..., first, :] for x in (query, key, value))
         mask = _causal_mask(query.shape[-2], query.dtype)
@@ -89,6 +91,16 @@ class TorchBackend(StridedBackend):
         if tensors[0].itemsize > 2 or tensors[0].nbytes > self.gathered_bytes:
             return tensors
         return tuple([x.contiguous() for x in tensors])
+
+
+def _cpu_forward(query, key, value, is_causal, scale) -> tuple[Tensor, Tensor]:
+    out, lse = cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
+    if key.shape[-2] < _VECTOR:
+        keys = (0 * key).sum(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)  # NaN or 0, as 0 * inf is NaN
+        nan = (0 * query).sum(-1) + (keys.cumsum(-1) if is_causal else keys.sum(-1, keepdim=True))
+        out += nan[..., None]
+        lse += nan
+    return out, lse
 
 
 @lru_cache(maxsize=8)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .dilated_attention import autocast_dtype
+from .saving import replacing, stamp
 
 # Attributes that are equal in all layers of a cache.
 _SHARED = ("lengths", "columns", "capacity", "ends_in_padding")
@@ -80,8 +81,9 @@ class StateFile:
 
     def __init__(self, path: str | os.PathLike, model):
         self.path = Path(path)
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists.")
+        if self.path.is_dir() or not self.path.parent.is_dir() or not os.access(self.path.parent, os.W_OK):
+            raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists and can be written to.")
+        self.stamp = stamp(self.path)
         self.device, self.fields, self.text = model.device, _model_fields(model), hashlib.sha256()
 
     def add_text(self, tokens: Tensor) -> None:
@@ -91,11 +93,16 @@ class StateFile:
 
     def save(self, cache, position: int, total: float) -> None:
         """Replace the file in one step: an interrupted save leaves the previous state."""
+        if stamp(self.path) not in (None, self.stamp):
+            raise ValueError(
+                f"state file {self.path} was written by another process since this one read it, and is left as it is; "
+                "give each process a file of its own, or start again to continue from this one."
+            )
         counts = {"position": str(position), "total": total.hex(), "text": self.text.hexdigest()}
         tensors, metadata = cache_to_tensors(cache), self.fields | counts
-        partial = self.path.with_name(self.path.name + ".partial")
-        save_file(tensors, partial, metadata=metadata | {"sha256": _digest(tensors, metadata)})
-        os.replace(partial, self.path)
+        with replacing(self.path) as part:
+            save_file(tensors, part, metadata=metadata | {"sha256": _digest(tensors, metadata)})
+        self.stamp = stamp(self.path)
 
     def load(self, cache, tokens: Tensor) -> tuple[int, float]:
         """Fill the cache; return the position in the text and the total, 0 and 0.0 if there is no file."""
@@ -138,7 +145,8 @@ def read_state_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 
 def _model_fields(model) -> dict[str, str]:
     """Return what a model and its state file must share: the config's own fields, dtype, SHA-256 of the weights."""
-    config, ignored = model.config.to_dict(), {*PreTrainedConfig().to_dict(), "auto_map", "attention_backend"}
+    config = model.config.to_dict()
+    ignored = {*PreTrainedConfig().to_dict(), "auto_map", "attention_backend", "max_position_embeddings"}
     fields = {name: json.dumps(config[name]) for name in sorted(set(config) - ignored)}
     dtype = str(autocast_dtype(next(model.parameters())))
     return fields | {"dtype": dtype, "weights": _sha256(model.named_parameters())}

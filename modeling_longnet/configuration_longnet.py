@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -15,6 +16,7 @@ from transformers.activations import ACT2FN
 from .backends import backend_names
 from .branches import HEAD_OFFSETS, check_branches, count_work
 from .compat import refusing_damage
+from .saving import merging
 
 logger = logging.getLogger(__name__)
 MOST_LAYERS = 10_000  # more are no plan but a damaged file, and would be built for hours
@@ -166,6 +168,13 @@ class LongNetConfig(PreTrainedConfig):
             loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """As in Transformers, but an interrupted save leaves the former files."""
+        if push_to_hub:  # the upload reads the folder itself
+            return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        with merging(Path(save_directory)) as scratch:
+            super().save_pretrained(scratch, **kwargs)
 
     @classmethod
     def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, **fields):

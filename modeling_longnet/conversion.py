@@ -8,7 +8,6 @@ import json
 import pickle
 import re
 import struct
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from dataclasses import fields
@@ -25,6 +24,7 @@ from torch import Tensor
 from .checkpoint_formats import FORMATS, CheckpointFormat
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
+from .saving import replacing
 
 # Raised for a damaged file by PyTorch, its unpickler and safetensors.
 DAMAGED = (RuntimeError, EOFError, OSError, LookupError, AttributeError, AssertionError, TypeError, ValueError)
@@ -176,10 +176,9 @@ def convert_checkpoint(
     model = convert(state, ignore, **overrides)
     model.config.converted_from = f"{recognise(state)[0].title}, {source.name}"
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        whole = Path(scratch) / output_dir.name
+    with replacing(output_dir) as whole:
         model.save_pretrained(whole)
-        whole.replace(output_dir)
+        _check_output(output_dir)  # another process may have been faster
     return model
 
 
@@ -210,12 +209,14 @@ def export_checkpoint(model: LongNetPreTrainedModel, format_name: str, file: str
     state = format.to_foreign(model) | format.buffers(model)
     if file is None:
         return state
-    part = Path(f"{file}.part")  # no reader sees a half-written file
-    if Path(file).suffix == ".safetensors":  # cannot hold tied tensors that share memory
-        save_file({name: x.clone().contiguous() for name, x in state.items()}, part)
-    else:
-        torch.save({"model": state}, part)
-    part.replace(file)
+    with replacing(file) as part:
+        if part.suffix == ".safetensors":  # which cannot hold tied tensors that share memory
+            save_file({name: x.clone().contiguous() for name, x in state.items()}, part)
+            return state
+        try:
+            torch.save({"model": state}, part)
+        except RuntimeError as error:
+            raise OSError(f"{error}; is the disk full?") from error
     return state
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from .saving import merging
+
 DIGEST = "longnet_card"
 # From the cards that Transformers generates.
 GENERIC = "model card has been automatically generated"
@@ -70,9 +72,22 @@ model = {auto_class}.from_pretrained("path/of/this/folder", trust_remote_code=Tr
 class ModelCardMixin:
     """Write the model card where `save_pretrained` and `push_to_hub` of a `PreTrainedModel` write a folder."""
 
-    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in Transformers; the folder also gets the model card, unless a person wrote its README.md."""
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, *args, **kwargs
+    ):
+        """As in Transformers, but an interrupted save leaves the former files; the folder also gets the model card.
+
+        The card replaces no README.md that a person wrote.
+        """
+        arguments = is_main_process, state_dict, push_to_hub, *args
+        is_shared = kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None)
+        if is_main_process and not push_to_hub and not is_shared:
+            with merging(Path(save_directory)) as scratch:
+                super().save_pretrained(scratch, *arguments, **kwargs)
+                write_model_card(self, Path(save_directory), scratch)
+            return
+        # An upload and other processes need the folder itself.
+        super().save_pretrained(save_directory, *arguments, **kwargs)
         if is_main_process:
             write_model_card(self, Path(save_directory))
 
@@ -82,13 +97,12 @@ class ModelCardMixin:
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def write_model_card(model, folder: Path) -> None:
-    """Write README.md unless a person wrote or edited it."""
-    readme, partial = folder / "README.md", folder / "README.md.part"
+def write_model_card(model, folder: Path, target: Path | None = None) -> None:
+    """Write README.md to `target`, by default `folder`, unless a person wrote or edited that of `folder`."""
+    readme = folder / "README.md"
     card = make_model_card(model, readme.read_text("utf-8", errors="replace") if readme.exists() else None)
     if card is not None:
-        card.save(partial)
-        partial.replace(readme)
+        card.save((target or folder) / readme.name)
 
 
 def make_model_card(model, previous: str | None = None) -> ModelCard | None:

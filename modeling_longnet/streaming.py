@@ -65,7 +65,7 @@ def stream(
     Raises:
         ValueError: at the call: bad sizes, a model that is no causal language model or in training mode, a state file
             that cannot be written, is damaged, or belongs to another model or text. Before a chunk: ids in it that
-            are not in the vocabulary.
+            are not in the vocabulary. When the state is saved: another process has written the state file.
     """
     _check_arguments(model, tokens, chunk_size)
     cache = LongNetCache(model.config)
