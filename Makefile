@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-faults test-transformers lint bench paper paper-quick figures clean
+.PHONY: help demo fuzz test test-distributed test-faults test-transformers lint bench paper paper-quick figures clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,10 @@ test-transformers: $(READY) ## run Transformers' own model tests, minutes (TRANS
 
 test-faults: $(READY) ## kill training, saves, conversions, streams and sharded processes at random moments; minutes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -m faults tests/test_faults.py $(ARGS)
+
+MINUTES ?= 5
+fuzz: $(READY) ## random inputs against the dense reference, and damaged files (MINUTES=30, ARGS='--replay ...')
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(RUN) fuzz --minutes $(MINUTES) $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

@@ -98,7 +98,7 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
         A scalar in at least float32, differentiable once in `hidden` and the head's parameters.
     """
     keep = targets != ignore_index
-    if not keep.all():
+    if not keep.is_meta and not keep.all():
         hidden, targets = hidden[keep], targets[keep]
     forward, size, is_replaced = head.forward, tokens_per_chunk(hidden, head), "forward" in vars(head)
     # The head's hooks run once, around all chunks: FSDP2 gathers, reduces and frees its parameters in them.

@@ -313,7 +313,9 @@ def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
     """Raise unless `x` has these sizes; a word stands for any size above 0."""
     sizes = zip(x.shape, expected, strict=False)
     if x.dim() != len(expected) or not all(n > 0 if isinstance(size, str) else n == size for n, size in sizes):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({', '.join(map(str, expected))}), all above 0.")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; expected ({', '.join(map(str, expected))}), each at least 1."
+        )
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:

@@ -262,7 +262,8 @@ class LongNetSlideEncoder(LongNetBackbone):
                 "the origin, give the coordinates of the level with such tiles, or make the config's grid_size larger."
             )
         embeds = self.tile_embed(tiles.to(self.tile_embed.weight.dtype))
-        table = place_features(1 + int(places.max()), self.config.hidden_size // 2).to(embeds)
+        size = self.config.grid_size if places.is_meta else 1 + int(places.max())
+        table = place_features(size, self.config.hidden_size // 2).to(embeds)
         # The first half of the features encodes the second coordinate, as in the released table.
         embeds = embeds + torch.cat([table[places[..., 1]], table[places[..., 0]]], -1)
         return torch.cat([self.cls_token.expand(len(embeds), -1, -1).to(embeds.dtype), embeds], 1)
