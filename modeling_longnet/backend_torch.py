@@ -96,8 +96,9 @@ class TorchBackend(StridedBackend):
 def _cpu_forward(query, key, value, is_causal, scale) -> tuple[Tensor, Tensor]:
     out, lse = cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
     if key.shape[-2] < _VECTOR:
-        keys = (0 * key).sum(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)  # NaN or 0, as 0 * inf is NaN
-        nan = (0 * query).sum(-1) + (keys.cumsum(-1) if is_causal else keys.sum(-1, keepdim=True))
+        queries, keys = ((0 * x.detach()).sum(-1) for x in (query, key))  # NaN or 0; 0 * inf is NaN
+        keys = keys.cumsum(-1) if is_causal else keys.sum(-1, keepdim=True)
+        nan = queries + keys.repeat_interleave(query.shape[1] // key.shape[1], 1)
         out += nan[..., None]
         lse += nan
     return out, lse

@@ -90,8 +90,8 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _check_weights(state: dict[str, Tensor]) -> None:
-    if wrong := [name for name, x in state.items() if not _is_plain(x)]:
-        found = "; ".join(f"{name} ({state[name].layout}, {state[name].dtype})" for name in wrong)
+    if wrong := {name: x for name, x in state.items() if not _is_plain(x)}:
+        found = "; ".join(f"{name} ({tuple(x.shape)}, {x.layout}, {x.dtype})" for name, x in wrong.items())
         allowed = ", ".join(map(str, DTYPES))
         raise ValueError(
             f"weights must be dense, as large as what is stored of them, of {allowed}; found {found}. Convert them, or "

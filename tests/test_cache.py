@@ -523,6 +523,13 @@ def test_a_loaded_cache_refuses_what_the_saved_one_refuses():
     pytest.param("1.keys", lambda x: x.float(), id="dtype"),
     pytest.param("1.values", lambda x: x[:, :2], id="shape"),
     pytest.param("branches", lambda x: x.flip(1), id="branches"),
+    pytest.param("lengths", lambda x: x[0], id="one length"),
+    pytest.param("lengths", lambda x: x[:0], id="no rows"),
+    pytest.param("lengths", lambda x: x.double(), id="fractions"),
+    pytest.param("columns", lambda x: x[None], id="a list of columns"),
+    pytest.param("capacity", lambda x: x.float(), id="a fraction for capacity"),
+    pytest.param("ends_in_padding", lambda x: x[None], id="a list of padding"),
+    pytest.param("0.keys", lambda x: x[0, 0, 0, 0], id="a number for keys"),
 ])  # fmt: skip
 def test_damaged_tensors_are_refused_and_leave_the_cache_as_it_was(name, change):
     model = make_model(LongNetModel)

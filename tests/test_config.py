@@ -22,11 +22,13 @@ BAD = [
     ({"segment_lengths": [4, 8], "dilation_rates": [1, 9]}, ["rate 9", "segment length 8"]),
     ({"segment_lengths": 16, "dilation_rates": 1}, ["segment_lengths"]),
     ({"segment_lengths": [4.0], "dilation_rates": [1]}, ["segment_lengths"]),
+    ({"segment_lengths": [4, 1 << 63], "dilation_rates": [1, 1]}, ["9223372036854775808", "2^62"]),
     ({"hidden_size": 25}, ["hidden_size=25", "num_attention_heads=6"]),
     ({"num_key_value_heads": 4}, ["num_key_value_heads=4", "num_attention_heads=6"]),
     ({"num_key_value_heads": 0}, ["num_key_value_heads=0"]),
     ({"num_attention_heads": 0}, ["num_attention_heads=0", "at least 1"]),
     ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
+    ({"num_hidden_layers": 1 << 31}, ["num_hidden_layers=2147483648", "at most 10000"]),
     ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
     ({"intermediate_size": -1}, ["intermediate_size=-1", "at least 1"]),
     ({"hidden_size": "24"}, ["hidden_size"]),
@@ -37,6 +39,8 @@ BAD = [
     ({"hidden_act": "gelluu"}, ["hidden_act='gelluu'", "'gelu'"]),
     ({"xpos_scale_base": 1, "segment_lengths": [4096], "dilation_rates": [1]}, ["xpos_scale_base=1", "or more"]),
     ({"xpos_scale_base": 0}, ["xpos_scale_base=0", "above 0"]),
+    ({"xpos_scale_base": float("inf")}, ["xpos_scale_base=inf", "finite"]),
+    ({"embedding_scale": float("inf")}, ["embedding_scale=inf", "finite"]),
     ({"rope_theta": -1.0}, ["rope_theta=-1.0", "above 0"]),
     ({"layer_norm_eps": 0.0}, ["layer_norm_eps=0.0", "above 0"]),
     ({"embedding_scale": float("nan")}, ["embedding_scale=nan", "above 0"]),
@@ -64,6 +68,30 @@ def test_bad_overrides_are_refused(fields, words, tmp_path):
     make_config().save_pretrained(tmp_path)
     with refused(*words):
         LongNetConfig.from_pretrained(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("fields", [
+    {"dtype": "nn"}, {"dtype": ""}, {"dtype": 3}, {"dtype": [1]}, {"id2label": 1.0}, {"id2label": {"a": 1}},
+], ids=str)  # fmt: skip
+def test_bad_fields_of_transformers_are_refused(fields):
+    with refused("d"):
+        make_config(**fields)
+
+
+DAMAGED = {
+    "no object": "[1, 2]", "a string": '"abc"', "null": "null", "deep": "[" * 100_000, "deep inside": '{"a":' * 20_000,
+    "not JSON": "{'a': 1}", "no text": "\0\0", "empty": "",
+    "a number of 5,000 digits": '{"hidden_size": ' + "9" * 5000 + "}",
+    "an odd dtype": '{"dtype": {"a": 1}}', "odd labels": '{"id2label": [1]}', "odd layers": '{"layer_types": 3}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_a_clear_error(content, tmp_path):
+    """Of the kinds that a caller expects of a bad file, whatever the JSON reader and Transformers raise within."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=r"config|JSON|dtype|layer_types|digits"):
+        LongNetConfig.from_pretrained(tmp_path)
 
 
 def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
@@ -170,6 +198,12 @@ def test_for_context_keeps_to_its_effort(length, heads, effort, capsys):
     if effort >= length:
         assert config.dilation_rates == [1]
     assert f"({config.segment_lengths[0]}, 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("length", "effort"), [(2.5, 64), (100, 64.0), ("100", 64), (0, 64), (100, 0)])
+def test_for_context_takes_whole_numbers(length, effort):
+    with refused(f"length={length!r}", f"effort={effort!r}", "whole numbers"):
+        LongNetConfig.for_context(length, effort=effort)
 
 
 def test_keywords_of_others_pass():

@@ -238,6 +238,9 @@ BAD_STATES = {
     "sparse": ({"embed_tokens__weight": torch.zeros(64, 32).to_sparse()}, ["embed_tokens.weight", "sparse"]),
     "nan": ({"layers__1__ffn__fc2__bias": torch.full((32,), torch.nan)}, ["NaN", "layers.1.ffn.fc2.bias"]),
     "unknown": ({"something__else": torch.zeros(2)}, ["unknown tensors", "something.else"]),
+    "absurd-size": ({"embed_tokens__weight": torch.zeros(1).expand(1 << 40, 32)}, ["embed_tokens", "1099511627776"]),
+    "absurd-layer": ({"layers__99999999__ffn__fc1__bias": torch.zeros(2)}, ["layer 99999999", "tensors"]),
+    "meta": ({"embed_tokens__weight": torch.zeros(64, 32, device="meta")}, ["embed_tokens.weight", "device meta"]),
 }
 
 
@@ -277,6 +280,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
     torch.save({"model": _RunsCode()}, "code-in-zip.pt")
     torch.save({"model": weights, "state_dict": weights}, "two.pt")
     torch.save([torch.zeros(1)], "list.pt")
+    torch.save(weights | {3: torch.zeros(1)}, "number.pt")
     torch.save({"a": torch.zeros(1)}, "other.pt")
     before = sorted(Path().iterdir())
     for file, *words in (
@@ -287,6 +291,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
         ("code-in-zip.pt", "could run code", "mkdir"),
         ("two.pt", "no state dict"),
         ("list.pt", "no state dict"),
+        ("number.pt", "no state dict"),
         ("other.pt", "not recognised", "Prov-GigaPath"),
     ):
         with refused(*words):
@@ -397,8 +402,9 @@ def test_ignored_tensors_are_left_out():
         ({"head_offsets": "blocked", "hidden_act": "gelu_new"}, ["gelu_new", "swish"]),
         ({"head_offsets": "blocked", "layer_norm_eps": 1e-3}, ["1e-5"]),
         ({"head_offsets": "blocked", "embedding_scale": 2.0}, ["embedding_scale=2.0", "sqrt"]),
+        ({"head_offsets": "blocked", "rope_theta": 500.0}, ["rope_theta=500.0", "10000"]),
     ],
-    ids=["offsets", "shared-heads", "rope", "activation", "eps", "embedding-scale"],
+    ids=["offsets", "shared-heads", "rope", "activation", "eps", "embedding-scale", "theta"],
 )
 def test_what_torchscale_cannot_be_is_not_written(changes, words):
     config = LongNetConfig(

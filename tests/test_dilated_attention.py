@@ -84,20 +84,26 @@ def make_inputs(case: Case, dtype=torch.float64, layout="transposed"):
     """q (B, H, L, D), k, v (B, G, L, D) and the gradient of out, in one of the memory layouts users have."""
     torch.manual_seed(sum(case[:5]))
     sizes = [case.heads, case.groups, case.groups, case.heads]
+
+    def random(*shape):  # cast before it is viewed: a cast makes most views contiguous
+        return torch.randn(*shape).to(dtype)
+
     if layout == "contiguous":
-        made = [torch.randn(case.batch, n, case.length, case.dim) for n in sizes]
+        made = [random(case.batch, n, case.length, case.dim) for n in sizes]
     elif layout == "transposed":
-        made = [torch.randn(case.batch, case.length, n, case.dim).transpose(1, 2) for n in sizes]
+        made = [random(case.batch, case.length, n, case.dim).transpose(1, 2) for n in sizes]
     elif layout == "fused":  # slices of one projection, as a fused q, k, v layer gives them
-        made = list(torch.randn(case.batch, case.length, sum(sizes), case.dim).transpose(1, 2).split(sizes, 1))
+        made = list(random(case.batch, case.length, sum(sizes), case.dim).transpose(1, 2).split(sizes, 1))
     elif layout == "columns":  # the head dimension is not contiguous
-        made = [torch.randn(case.batch, n, case.dim, case.length).transpose(2, 3) for n in sizes]
+        made = [random(case.batch, n, case.dim, case.length).transpose(2, 3) for n in sizes]
     elif layout == "expanded":  # one text, shown for the whole batch
-        made = [torch.randn(1, n, case.length, case.dim).expand(case.batch, -1, -1, -1) for n in sizes]
-    return [x.to(dtype) if x.dtype != dtype else x for x in made]
+        made = [random(1, n, case.length, case.dim).expand(case.batch, -1, -1, -1) for n in sizes]
+    elif layout == "windows":  # rows that overlap, with two strides of 1
+        made = [random(case.batch, n, case.length + case.dim - 1).unfold(-1, case.dim, 1) for n in sizes]
+    return made
 
 
-LAYOUTS = ("transposed", "contiguous", "fused", "columns", "expanded")
+LAYOUTS = ("transposed", "contiguous", "fused", "columns", "expanded", "windows")
 
 
 def run(case: Case, query, key, value, grad_out, backend="torch", **kwargs):
@@ -822,6 +828,7 @@ def shapes(query, key, value=None, dtype=torch.float32):
                  ["torch.float32", "torch.bfloat16"], id="dtypes"),
     pytest.param([torch.zeros(1, 4, 7, 8), *(torch.zeros(1, 4, 7, 8, device="meta") for _ in range(2))],
                  ["meta", "cpu"], id="devices"),
+    pytest.param([torch.zeros(1, 4, 7, 8).to_sparse() for _ in range(3)], ["sparse_coo", "dense"], id="layouts"),
 ])  # fmt: skip
 def test_inputs_that_do_not_fit_are_refused(inputs, words):
     with refused(*words):
@@ -839,6 +846,9 @@ def test_inputs_that_do_not_fit_are_refused(inputs, words):
     pytest.param({"segment_lengths": 4, "dilation_rates": 1}, ["segment_lengths=4", "two lists"], id="no lists"),
     pytest.param({"scale": 0.0}, ["scale=0.0", "above 0"], id="scale 0"),
     pytest.param({"scale": -1.0}, ["scale=-1.0", "above 0"], id="negative scale"),
+    pytest.param({"scale": 1e-300}, ["scale=1e-300", "above 0 in float32"], id="scale 0 in float32"),
+    pytest.param({"scale": math.inf}, ["scale=inf", "float32"], id="infinite scale"),
+    pytest.param({"segment_lengths": [4, 1 << 63]}, ["9223372036854775808", "2^62"], id="w beyond int64"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(kwargs, words):
     inputs = shapes((1, 4, 7, 8), (1, 4, 7, 8))

@@ -119,6 +119,21 @@ class TestText:
         (ids,) = corpus.encode_texts([text], tokenizer)
         assert ids.tolist() == ByT5Tokenizer()(text, add_special_tokens=False).input_ids
 
+    @pytest.mark.parametrize("content", [
+        "[1]", "{", '{"version": "1.0"}', "[" * 100_000,
+        # The prefix is longer than the second part of a merge: the tokenizers library panics.
+        json.dumps({"version": "1.0", "added_tokens": [], "model": {
+            "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+            "continuing_subword_prefix": "much longer than b",
+        }}),
+    ], ids=["list", "cut", "empty", "deep", "panic"])  # fmt: skip
+    def test_a_damaged_tokenizer_is_a_clear_error(self, content, tmp_path):
+        (tmp_path / "tokenizer.json").write_text(content)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=f"{tmp_path.name} holds no tokenizer that works"):
+            corpus.read_tokenizer(str(tmp_path))
+
     def test_packing_keeps_documents_apart(self):
         documents = {"a": np.arange(10, 15, dtype=np.int32), "b": np.arange(20, 29, dtype=np.int32)}
         rows = corpus.pack(documents, 4)

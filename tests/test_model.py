@@ -568,6 +568,38 @@ def test_copies_and_pickles():
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32], ids=str
+)
+def test_whole_numbers_of_any_type(dtype):
+    model = make_model(LongNetForCausalLM)
+    ids, positions = random_ids(2, 9), torch.arange(9)[None]
+    expected = model(ids, labels=ids).loss
+    given = model(ids.to(dtype), labels=ids.to(dtype), position_ids=positions.to(dtype)).loss
+    assert torch.equal(given, expected)
+
+
+DAMAGES = {
+    "cut weights": ("model.safetensors", lambda content: content[:-9]),
+    "nonsense for weights": ("model.safetensors", lambda content: b"nonsense" * 9),
+    "an index without a map": ("model.safetensors.index.json", lambda content: b'{"metadata": {}}'),
+    "an index of numbers": ("model.safetensors.index.json", lambda content: b'{"weight_map": {"a": 1}}'),
+    "an index that is a list": ("model.safetensors.index.json", lambda content: b"[1]"),
+    "a config that is a list": ("config.json", lambda content: b"[1]"),
+    "generation settings that are a list": ("generation_config.json", lambda content: b"[1]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_a_clear_error(name, damage, tmp_path):
+    """ValueError or OSError with a file's or the folder's name, whatever Transformers and safetensors raise within."""
+    is_sharded = name.endswith("index.json")
+    make_model(LongNetForCausalLM).save_pretrained(tmp_path, max_shard_size="5KB" if is_sharded else "1GB")
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises((ValueError, OSError), match=r"config|test_a_damaged"):
+        LongNetForCausalLM.from_pretrained(tmp_path)
+
+
 # What is refused
 
 
@@ -583,6 +615,10 @@ def test_copies_and_pickles():
     pytest.param({"inputs_embeds": torch.zeros(1, 3, 23)}, ["inputs_embeds", "(1, 3, 23)", "24"], id="embeds' width"),
     pytest.param({"inputs_embeds": torch.zeros(1, 0, 24)}, ["inputs_embeds", "(1, 0, 24)"], id="no embeds"),
     pytest.param({"inputs_embeds": torch.zeros(3, 24)}, ["inputs_embeds", "(3, 24)"], id="2D embeds"),
+    pytest.param({"inputs_embeds": torch.zeros(1, 3, 24, dtype=torch.uint8)}, ["torch.uint8", "floating"], id="bytes"),
+    pytest.param({"input_ids": torch.zeros(1, 3, dtype=torch.complex64)}, ["complex64", "whole numbers"], id="complex"),
+    pytest.param({"input_ids": torch.zeros(1, 3, dtype=torch.bool)}, ["bool", "whole numbers"], id="booleans"),
+    pytest.param({"input_ids": torch.zeros(1, 3, device="meta").long()}, ["device meta"], id="meta"),
 ])  # fmt: skip
 def test_bad_inputs_are_refused(kwargs, words):
     with refused(*words):
@@ -598,6 +634,7 @@ def test_bad_inputs_are_refused(kwargs, words):
     pytest.param(torch.zeros(2, 5, 1, dtype=torch.int64), ["(2, 5, 1)"], id="3D"),
     pytest.param(torch.full((2, 5), 29), ["29", "0 to 28", "-100"], id="id above"),
     pytest.param(torch.full((2, 5), -1), ["-1", "0 to 28", "-100"], id="id below"),
+    pytest.param(torch.zeros(2, 5, dtype=torch.complex64), ["complex64", "whole numbers"], id="complex"),
 ])  # fmt: skip
 def test_bad_labels_are_refused(labels, words, name):
     with refused(name, *words):

@@ -126,6 +126,20 @@ def test_place_features_tell_all_places_apart():
     assert len(table.unique(dim=0)) == 1000
 
 
+def test_a_grid_of_any_size_costs_nothing():
+    """Features of the places that tiles have, not of all places that the config allows."""
+    tiles, coordinates, _ = make_slides(9)
+    with torch.no_grad():
+        found, expected = (make_encoder(**x)(tiles, coordinates).pooler_output for x in ({"grid_size": 1 << 40}, {}))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("eps", [0.0, float("nan"), float("inf"), -1e-6])
+def test_the_pooling_norm_needs_an_epsilon(eps):
+    with refused("pooling_norm_eps", "above 0"):
+        make_encoder(pooling_norm_eps=eps)
+
+
 def test_training_drops_paths_and_evaluation_does_not():
     encoder = make_encoder(dropout=0.0, drop_path_rate=0.9)
     tiles, coordinates, _ = make_slides(6)

@@ -160,15 +160,22 @@ def flipped_bit(path):
     path.write_bytes(content)
 
 
-def changed_lengths(path):
+def rewrite(path, tensors, **changes):
     """With a right hash, so that what the file says about itself must be compared."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    tensors["lengths"] -= 7
-    metadata.pop("sha256")
+        metadata = file.metadata() | changes
+    metadata = {name: value for name, value in metadata.items() if name != "sha256" and value is not None}
     metadata["sha256"] = cache_file._digest(tensors, metadata)
     save_file(tensors, path, metadata=metadata)
+
+
+def changed_lengths(path):
+    tensors = load_file(path)
+    rewrite(path, tensors | {"lengths": tensors["lengths"] - 7})
+
+
+def changed_metadata(**changes):
+    return lambda path: rewrite(path, load_file(path), **changes)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +186,11 @@ def changed_lengths(path):
         (lambda path: path.write_bytes(b""), "damaged"),
         (flipped_bit, "damaged"),
         (changed_lengths, "its position is 306"),
+        (changed_metadata(position="0"), "damaged"),
+        (changed_metadata(total="0x1p+2000"), "damaged"),
+        (changed_metadata(text=None), "damaged"),
     ],
-    ids=["half", "nonsense", "empty", "bit", "lengths"],
+    ids=["half", "nonsense", "empty", "bit", "lengths", "position", "total", "no hash"],
 )
 def test_refuses_damaged_states_and_leaves_them(model, tokens, tmp_path, damage, message):
     path = finished_state(model, tokens, tmp_path / "state.safetensors")
@@ -256,6 +266,8 @@ def test_cache_refuses_tensors_of_another_config_and_stays_as_it_was(model, toke
     [
         ({"tokens": torch.zeros(5)}, "integers"),
         ({"tokens": torch.zeros(1, 5, dtype=torch.int64)}, "shape"),
+        ({"tokens": torch.zeros(5, dtype=torch.bool)}, "torch.bool"),
+        ({"tokens": torch.zeros(5, dtype=torch.complex64)}, "torch.complex64"),
         ({"tokens": torch.zeros(1, dtype=torch.int64)}, "L >= 2"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"model": make_model(is_causal=False)}, "is_causal=False"),
@@ -263,7 +275,18 @@ def test_cache_refuses_tensors_of_another_config_and_stays_as_it_was(model, toke
         ({"state_file": "no-such-folder/state.safetensors"}, "no-such-folder"),
         ({"state_file": Path(__file__).parent}, "must be a file"),
     ],
-    ids=["float", "matrix", "one", "no chunk", "bidirectional", "no head", "no folder", "folder"],
+    ids=[
+        "float",
+        "matrix",
+        "booleans",
+        "complex",
+        "one",
+        "no chunk",
+        "bidirectional",
+        "no head",
+        "no folder",
+        "folder",
+    ],
 )
 def test_refuses_bad_arguments_before_the_first_chunk(model, tokens, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -38,47 +38,44 @@ def draw_length(draw: Draw, usual: int = 60) -> int:
     return draw.integer(1, usual) if not draw.flag(0.04) else draw.integer(370, 620)
 
 
-def draw_tensor(draw: Draw, layout: str, batch: int, heads: int, length: int, dim: int) -> Tensor:
-    """A (B, heads, L, D) float64 tensor in one of the layouts that users have."""
-    shape = batch, heads, length, dim
+def draw_tensor(draw: Draw, layout: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:
+    """A (B, heads, L, D) tensor in one of the layouts that users have."""
+    batch, heads, length, dim = shape
+
+    def random(*sizes: int) -> Tensor:  # cast before it is viewed: a cast makes most views contiguous
+        return torch.randn(sizes).to(dtype)
+
     if layout == "transposed":
-        return torch.randn(batch, length, heads, dim, dtype=torch.float64).transpose(1, 2)
+        return random(batch, length, heads, dim).transpose(1, 2)
     if layout == "columns":
-        return torch.randn(batch, heads, dim, length, dtype=torch.float64).mT
+        return random(batch, heads, dim, length).mT
     if layout == "expanded":
-        return torch.randn(1, heads, length, dim, dtype=torch.float64).expand(shape)
+        return random(1, heads, length, dim).expand(shape)
     if layout == "stepped":
-        return torch.randn(batch, heads, 2 * length, 3 * dim, dtype=torch.float64)[:, :, ::2, 1::3]
+        return random(batch, heads, 2 * length, 3 * dim)[:, :, ::2, 1::3]
+    if layout == "fused":
+        return random(batch, length, heads + 2, dim).transpose(1, 2)[:, 1:-1]
     if layout == "overlapping":
         strides = [draw.integer(0, 2 * dim) for _ in range(3)] + [draw.integer(1, 2)]
-        storage = torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)), dtype=torch.float64)
-        return storage.as_strided(shape, strides)
-    return torch.randn(shape, dtype=torch.float64)
+        return random(1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))).as_strided(shape, strides)
+    return random(*shape)
 
 
-def draw_inputs(draw: Draw, batch: int, heads: int, groups: int, length: int, dim: int) -> list[Tensor]:
-    """q (B, H, L, D), k, v (B, G, L, D) and the gradient of out, float64; sometimes small, large or all equal."""
-    layout, sizes = draw.choice(LAYOUTS), (heads, groups, groups, heads)
-    draw.note("layout", layout)
-    if layout == "fused":
-        whole = torch.randn(batch, length, sum(sizes), dim, dtype=torch.float64).transpose(1, 2)
-        inputs = list(whole.split(sizes, 1))
-    else:
-        inputs = [draw_tensor(draw, layout, batch, n, length, dim) for n in sizes]
-    values = draw.choice(["normal"] * 6 + ["small", "large", "equal keys", "zero"])
-    draw.note("values", values)
+def draw_inputs(
+    draw: Draw, dtype: torch.dtype, batch: int, heads: int, groups: int, length: int, dim: int
+) -> list[Tensor]:
+    """q (B, H, L, D), k, v (B, G, L, D) and the gradient of out; sometimes small, large or all equal."""
+    layout, values = draw.choice(LAYOUTS), draw.choice(["normal"] * 6 + ["small", "large", "equal keys", "zero"])
+    draw.note("layout, values", (layout, values))
+    inputs = [draw_tensor(draw, layout, dtype, (batch, n, length, dim)) for n in (heads, groups, groups, heads)]
     if values == "zero":
-        inputs = [torch.zeros_like(x) for x in inputs[:3]] + inputs[3:]
+        inputs[:3] = [torch.zeros_like(x) for x in inputs[:3]]
     elif values == "equal keys":
         inputs[1] = inputs[1][:, :, :1].expand_as(inputs[1])
-    elif values != "normal":
-        inputs[:2] = [x * (1e-3 if values == "small" else 4.0) for x in inputs[:2]]
+    elif values != "normal" and layout != "overlapping":
+        for x in inputs[:2] if layout != "expanded" else ():
+            x.mul_(1e-3 if values == "small" else 4.0)
     return inputs
-
-
-def cast(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies only if the dtype differs, as a copy would lose the layout."""
-    return [x if x.dtype == dtype else x.to(dtype) for x in inputs]
 
 
 def grads_of(out: Tensor, inputs: list[Tensor], grad_out: Tensor) -> dict[str, Tensor]:
@@ -135,17 +132,16 @@ def op(draw: Draw) -> None:
     }  # fmt: skip
     dtype, backend = draw.choice(DTYPES), draw.choice(["torch", "auto"])
     draw.note("case", (batch, groups * repeat, groups, length, dim, lengths, rates, options, dtype, backend))
-    inputs = draw_inputs(draw, batch, groups * repeat, groups, length, dim)
+    low = draw_inputs(draw, dtype, batch, groups * repeat, groups, length, dim)
     needed = [not draw.flag(0.2) for _ in range(3)]
-    inputs[3] = inputs[3] if not draw.flag(0.2) else inputs[3][:1, :1, :1, :1].expand_as(inputs[3])
+    low[3] = low[3] if not draw.flag(0.2) else low[3][:1, :1, :1, :1].expand_as(low[3])
 
     def run(inputs, backend):
         *leaves, grad_out = inputs
         leaves = [x.detach().requires_grad_(n) for x, n in zip(leaves, needed, strict=True)]
         return grads_of(dilated_attention(*leaves, lengths, rates, backend=backend, **options), leaves, grad_out)
 
-    low = cast(inputs, dtype)
-    high = cast(low, torch.float64)
+    high = [x.double() for x in low]
     positions = torch.arange(length)[None]
     branches = make_branches(lengths, rates, groups, options["head_offsets"])
     counts = count_branches(branches, positions, positions, is_causal=options["is_causal"])
@@ -193,12 +189,12 @@ class _Packed:
         self.chunks = draw_documents(draw, self.batch, self.length)
         draw.note("case", (self.batch, self.length, groups * repeat, groups, dim, lengths, rates, self.is_causal))
         draw.note("zero padding, dtype, chunks", (self.padding, self.dtype, self.chunks))
-        inputs = draw_inputs(draw, self.batch, groups * repeat, groups, self.length, dim)
-        *self.inputs, self.grad_out = (x.transpose(1, 2) for x in cast(inputs, self.dtype))
+        inputs = draw_inputs(draw, self.dtype, self.batch, groups * repeat, groups, self.length, dim)
+        *self.inputs, self.grad_out = (x.transpose(1, 2) for x in inputs)
         self.plan = AttentionPlan(self.chunks, self.branches, self.is_causal, dim**-0.5, backend, self.padding)
 
     def dense(self, dtype: torch.dtype, counts: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
-        leaves = [x.detach().requires_grad_() for x in cast(self.inputs, dtype)]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in self.inputs]
         out, *_ = dense_attention(*(x.transpose(1, 2) for x in leaves), counts, self.plan.scale, zeros)
         return grads_of(out.transpose(1, 2), leaves, self.grad_out.to(dtype))
 

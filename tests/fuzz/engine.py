@@ -6,12 +6,15 @@ integers is a case too. Shrinking deletes and lowers these integers while the fa
 
 import faulthandler
 import multiprocessing
+import os
 import random
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,9 +144,9 @@ def shrink(outcome: Outcome, run: Callable[[list[int]], Outcome], seconds: float
                 if not improves(best.choices[:place] + best.choices[place + size :]):
                     place += 1
         for place in range(len(before)):
-            for lower in (lambda x: 0, lambda x: x // 2, lambda x: x - 1):
-                while place < len(best.choices) and best.choices[place] > 0:
-                    value = lower(best.choices[place])
+            for power in (None, *reversed(range(20))):  # to 0, then by ever smaller powers of 2
+                while place < len(best.choices) and best.choices[place] >= (1 if power is None else 1 << power):
+                    value = 0 if power is None else best.choices[place] - (1 << power)
                     if not improves([*best.choices[:place], value, *best.choices[place + 1 :]]):
                         break
     return best
@@ -157,7 +160,7 @@ class Worker:
     """Runs cases in a process of its own, which a crash, a hang or the memory limit may end.
 
     Args:
-        kinds: cases by name; must be importable, as the process is spawned.
+        kinds: returns the cases by name; a function of a module, as another process calls it.
         seconds: of a case, before the process is killed.
         memory: bytes of address space that cases may take beyond what the imports took.
     """
@@ -185,7 +188,7 @@ class Worker:
         return Outcome(status, given, f"the process {status}", trace=trace)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _process_context(self.kinds.__module__)
         self._pipe, inner = context.Pipe()
         arguments = inner, self.kinds, self.memory, self._log.name, self.seconds
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
@@ -201,6 +204,20 @@ class Worker:
             self._process.join()
             self._pipe.close()
             self._process = None
+
+
+def _process_context(module: str) -> multiprocessing.context.BaseContext:
+    """Return what starts processes: where it can, from a server that has imported the module once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context.set_forkserver_preload([module])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return context
 
 
 _LAST_CHOICES = "choices: "
