@@ -242,6 +242,7 @@ def test_many_steps_are_taken_back_over_a_border(is_padded):
 def test_a_refused_crop_leaves_the_record():
     model = make_model(LongNetModel)
     cache, ids = filled(model, 18, recording=True, piece=15)
+    assert cache.layers[0]._record.before["_record"] is None  # a record does not keep the one before
     with refused("crop(-99)", "18"):
         cache.crop(-99)
     with refused("crop(-4)", "ended"):
