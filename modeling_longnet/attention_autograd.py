@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backend import BranchCall, Grads
 from .backends import BACKENDS
-from .branches import Branch, Chunk, prefix_lengths
+from .branches import Branch, Chunk, flatten_branch, prefix_lengths, unflatten_branches
 
 
 class AttentionPlan(NamedTuple):
@@ -36,16 +36,14 @@ class AttentionPlan(NamedTuple):
 
     def flatten(self) -> tuple:
         """Return the plan as the operators' schema takes it."""
-        w, r, offsets = zip(*self.branches, strict=True)
-        return [*chain(*self.chunks)], w, r, [*chain(*offsets)], *self[2:]
+        return [*chain(*self.chunks)], [*chain(*map(flatten_branch, self.branches))], *self[2:]
 
     @classmethod
-    def unflatten(cls, chunks: list[int], w: list[int], r: list[int], offsets: list[int], *others) -> "AttentionPlan":
+    def unflatten(cls, chunks: list[int], branches: list[int], *others) -> "AttentionPlan":
         """Return the plan from what `flatten` made of it."""
-        heads, size = len(offsets) // len(w), len(Chunk._fields)
-        of_branches = (tuple(offsets[i : i + heads]) for i in range(0, len(offsets), heads))
+        size = len(Chunk._fields)
         chunks = tuple(Chunk(*chunks[i : i + size]) for i in range(0, len(chunks), size))
-        return cls(chunks, tuple(map(Branch, w, r, of_branches)), *others)
+        return cls(chunks, unflatten_branches(tuple(branches)), *others)
 
 
 class HaloKV(NamedTuple):
@@ -82,7 +80,7 @@ def _branch_calls(plan: AttentionPlan, keys: str = "chunk") -> Iterator[tuple[in
     for chunk in plan.chunks:
         for index in order if chunk.length else ():
             branch = plan.branches[index]
-            is_first = is_own and index == 0 and branch.r == 1
+            is_first = is_own and index == 0 and branch.covers_all
             yield index, BranchCall(chunk, branch, keys, is_causal, plan.scale, zero_padding, is_first, overlaps)
             overlaps = is_own
 
@@ -94,9 +92,9 @@ def _accumulator(x: Tensor, plan: AttentionPlan) -> Tensor:
     no float32 copy), else at least float32.
     """
     first, *others = plan.branches
-    costs_one_rounding = first.r == 1 and sum(1 / branch.r for branch in others) <= 1
+    costs_one_rounding = first.covers_all and sum(1 / (branch.query_rate or branch.r) for branch in others) <= 1
     dtype = x.dtype if costs_one_rounding else torch.promote_types(x.dtype, torch.float32)
-    is_covered = first.r == 1 and sum(c.batch * c.length for c in plan.chunks) == x.shape[0] * x.shape[1]
+    is_covered = first.covers_all and sum(c.batch * c.length for c in plan.chunks) == x.shape[0] * x.shape[1]
     make = torch.empty if is_covered else torch.zeros
     return make(x.shape, dtype=dtype, device=x.device)
 
@@ -164,7 +162,7 @@ def backward_halo(
 _names = ("longnet", *(f"longnet_{i}" for i in range(2, 1000)))
 _namespace = next(name for name in _names if not hasattr(getattr(torch.ops, name), "dilated_attention"))
 _library = torch.library.Library(_namespace, "FRAGMENT")
-_PLAN = "SymInt[] chunks, int[] w, int[] r, int[] offsets, bool is_causal, float scale, str backend, bool zero_padding"
+_PLAN = "SymInt[] chunks, int[] branches, bool is_causal, float scale, str backend, bool zero_padding"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? halo_value"
 _library.define(f"dilated_attention({_INPUTS}, SymInt[] slots, {_PLAN}) -> (Tensor, Tensor)")
 _library.define(

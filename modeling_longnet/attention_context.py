@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
-from .branches import Branch, make_branches
+from .branches import Branch
 from .cache_longnet import DecodingStep, LongNetCache, cache_pattern
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import autocast_dtype
@@ -25,23 +25,27 @@ class AttentionContext:
     """One forward pass as its attention layers see it.
 
     Attributes:
-        plan: chunks, branches and backend of the op.
+        plans: chunks, branches and backend of the op in each layer; one plan if all layers have the same.
         rotary: factors of queries and keys; None if the model applies positions itself, or has none.
         cache: the bounded cache to read and extend.
-        step: set in a decoding step of one token per batch row.
-        sharded: set if other processes hold parts of the same sequences.
-        counts: (B or 1, G, L, P + L), in how many branches a query sees each cached slot and each key of the batch;
-            dense reference only.
+        steps: one per layer in a decoding step of one token per batch row, else empty.
+        sharded: one per plan if other processes hold parts of the same sequences, else empty.
+        counts: one per plan, (B or 1, G or H, L, P + L), in how many branches a query sees each cached slot and each
+            key of the batch; dense reference only.
         zero_keys: (B, G, L), the zero keys of the released implementation per query; dense reference only.
     """
 
-    plan: AttentionPlan
+    plans: tuple[AttentionPlan, ...]
     rotary: Rotary | None = None
     cache: LongNetCache | None = None
-    step: DecodingStep | None = None
-    sharded: GroupExchange | None = None
-    counts: Tensor | None = None
+    steps: tuple[DecodingStep, ...] = ()
+    sharded: tuple[GroupExchange, ...] = ()
+    counts: tuple[Tensor, ...] = ()
     zero_keys: Tensor | None = None
+
+    def of_layer(self, of_plans: tuple, layer_idx: int):
+        """Return a layer's own of what there is once per plan."""
+        return of_plans[layer_idx if len(of_plans) > 1 else 0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor | None]:
         """Attend in one layer, and extend its cache.
@@ -53,30 +57,34 @@ class AttentionContext:
             (B, L, H, D), and the (B, H, L, P + L) attention weights under the dense reference, else None.
         """
         layer = None if self.cache is None else self.cache.layers[layer_idx]
-        if self.step is not None:
-            return layer.decode(query, key, value, self.step, self.plan.scale), None
-        if self.sharded is not None:
-            return attend_sharded(query, key, value, self.plan, self.sharded), None
+        plan = self.of_layer(self.plans, layer_idx)
+        if self.steps:
+            return layer.decode(query, key, value, self.steps[layer_idx], plan.scale), None
+        if self.sharded:
+            return attend_sharded(query, key, value, plan, self.of_layer(self.sharded, layer_idx)), None
         prefix = None if layer is None else layer.prefix(key)
-        if self.plan.backend == "eager":
-            out, weights = self._attend_dense(query, key, value, prefix)
+        if plan.backend == "eager":
+            counts = self.of_layer(self.counts, layer_idx)
+            out, weights = self._attend_dense(query, key, value, prefix, counts, plan.scale)
         else:
-            out, weights = attend_chunks(query, key, value, self.plan, prefix), None
+            out, weights = attend_chunks(query, key, value, plan, prefix), None
         if layer is not None:
-            layer.update(key, value, self.plan.chunks)
+            layer.update(key, value, plan.chunks)
         return out, weights
 
-    def _attend_dense(self, query: Tensor, key: Tensor, value: Tensor, prefix: HaloKV | None) -> tuple[Tensor, Tensor]:
+    def _attend_dense(self, query, key, value, prefix: HaloKV | None, counts: Tensor, scale: float):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if prefix is not None:
             key, value = torch.cat([prefix.key, key], 2), torch.cat([prefix.value, value], 2)
-        out, weights, _ = dense_attention(query, key, value, self.counts, self.plan.scale, self.zero_keys)
+        out, weights, _ = dense_attention(query, key, value, counts, scale, self.zero_keys)
         return out.transpose(1, 2), weights
 
 
-def config_branches(config: LongNetConfig) -> tuple[Branch, ...]:
-    """Return the branches of a model of this config."""
-    return make_branches(*cache_pattern(config))
+def layer_branches(config: LongNetConfig) -> tuple[tuple[Branch, ...], ...]:
+    """Return the branches of each layer of a model of this config; one entry if all layers have the same."""
+    pattern, groups, heads = cache_pattern(config)
+    layers = tuple(pattern.branches(groups, heads, i) for i in range(config.num_hidden_layers))
+    return layers if len(set(layers)) > 1 else layers[:1]
 
 
 def make_context(
@@ -98,12 +106,12 @@ def make_context(
     starts, columns = (None, 0) if cache is None else (cache.lengths or None, cache.get_seq_length())
     packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
     rotary = make_rotary(config, packing.positions, autocast_dtype(embeds))
-    context = AttentionContext(_plan(config, packing, backend), rotary, cache)
+    context = AttentionContext(_plans(config, packing, backend), rotary, cache)
     if backend == "eager":
-        context.counts = _count_keys(context.plan, packing, cache)
+        context.counts = tuple(_count_keys(plan, packing, cache, i) for i, plan in enumerate(context.plans))
         context.zero_keys = count_zero_keys(config, packing, embeds) if config.attend_zero_padding else None
     elif cache is not None and cache.can_step(packing.chunks, length):
-        context.step = cache.step(config.num_attention_heads)
+        context.steps = cache.steps()
     return context
 
 
@@ -127,24 +135,26 @@ def make_sharded_context(
         )
     batch, device = embeds.shape[0], embeds.device
     chunks, packing = pack_shard(shard, batch, device, attention_mask, position_ids)
-    plan, rotary = _plan(config, packing, backend), make_rotary(config, packing.positions, autocast_dtype(embeds))
+    plans, rotary = _plans(config, packing, backend), make_rotary(config, packing.positions, autocast_dtype(embeds))
     # A group in the cache of `plan_exchange` would outlive its destruction.
-    exchange = plan_exchange(shard._replace(group=None), chunks, plan.branches, plan.is_causal, batch, device)
-    return AttentionContext(plan, rotary, sharded=GroupExchange(shard.group, exchange))
+    local = shard._replace(group=None)
+    exchanges = (plan_exchange(local, chunks, x.branches, x.is_causal, batch, device) for x in plans)
+    return AttentionContext(plans, rotary, sharded=tuple(GroupExchange(shard.group, x) for x in exchanges))
 
 
-def _plan(config: LongNetConfig, packing: Packing, backend: str) -> AttentionPlan:
+def _plans(config: LongNetConfig, packing: Packing, backend: str) -> tuple[AttentionPlan, ...]:
     options = config.is_causal, config.head_dim**-0.5, backend, config.attend_zero_padding
-    return AttentionPlan(packing.chunks, config_branches(config), *options)
+    return tuple(AttentionPlan(packing.chunks, branches, *options) for branches in layer_branches(config))
 
 
-def _count_keys(plan: AttentionPlan, packing: Packing, cache: LongNetCache | None) -> Tensor:
-    """Return `AttentionContext.counts`."""
+def _count_keys(plan: AttentionPlan, packing: Packing, cache: LongNetCache | None, layer_idx: int) -> Tensor:
+    """Return a layer's `AttentionContext.counts`."""
     _, positions, documents = packing
     counts = count_branches(plan.branches, positions, positions, documents, documents, plan.is_causal)
     if cache is None or not any(cache.lengths):
         return counts
-    seen = cache.seen_slots(positions.expand(len(cache.lengths), -1))
+    seen = cache.seen_slots(positions.expand(len(cache.lengths), -1), layer_idx)
+    counts = counts.repeat_interleave(seen.shape[1] // counts.shape[1], 1)
     if documents is not None:
         seen = seen & (documents >= 0)[:, None, :, None]
     return torch.cat([seen, counts.expand(len(seen), -1, -1, -1)], -1)
@@ -154,5 +164,5 @@ def count_zero_keys(config: LongNetConfig, packing: Packing, embeds: Tensor) -> 
     """Return (B, G, L): the zero keys of the released implementation that each query attends to."""
     result = torch.zeros(len(embeds), config.num_key_value_heads, embeds.shape[1], dtype=torch.int64)
     for first, last, begin, end, *_ in packing.chunks:
-        result[first:last, :, begin:end] = count_zero_padding(config_branches(config), end - begin)
+        result[first:last, :, begin:end] = count_zero_padding(layer_branches(config)[0], end - begin)
     return result.to(embeds.device)

@@ -1,10 +1,10 @@
 """The loop shared by kernels that take strided (batch, heads, seqlen, D) views: PyTorch's and flash-attn's.
 
-A branch is cut into slices (see `branches`). Each slice is one or a few kernel calls on views of the tensors, and the
+A branch is cut into products (see `products`). Each is one or a few kernel calls on views of the tensors, and the
 results are merged into views of the running out and lse.
 
 Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension, P halo slots, n segments, h heads of a
-slice. Tensors are (B, L, H, D), which makes every slice a strided view.
+view. Tensors are (B, L, H, D), which makes every view a strided one.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .backend import Backend, BranchCall, Grads
-from .branches import Branch, Chunk, Slice, chunk_slices
+from .branches import Chunk
+from .products import Product, View, branch_products
 
 # A larger result is allocated with mmap, and the system zeroes its pages in every call.
 _CPU_BYTES_PER_CALL = 2 << 20
@@ -40,37 +41,46 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def slice_view(x: Tensor, chunk: Chunk, branch: Branch, piece: Slice) -> Tensor:
-    """Return a slice of a (B, L, H or G, ...) tensor as a strided (B, n, h, seqlen, ...) view."""
+def strided_view(x: Tensor, view: View, chunk: Chunk, column: int) -> Tensor:
+    """Return what a view shows of a (B, L, heads, ...) tensor as a strided (B, n, h, seqlen, ...) one.
+
+    `column` is that of the chunk's first token, or 0 in a halo.
+    """
     batch_stride, token_stride, head_stride, *dim_strides = x.stride()
-    _, _, heads, *dims = x.shape
-    repeat = heads // len(branch.offsets)  # heads that share a key/value head
-    first_token = chunk.column_begin + piece.begin + piece.first
-    first = first_token * token_stride + piece.head * repeat * head_stride + chunk.batch_begin * batch_stride
-    if repeat == 1:  # else the slice holds adjacent heads with equal offsets (`chunk_slices`)
-        head_stride = piece.head_stride * head_stride + piece.first_stride * token_stride
-    size = (chunk.batch, piece.segments, piece.heads * repeat, piece.seqlen, *dims)
-    stride = (batch_stride, branch.w * token_stride, head_stride, branch.r * token_stride, *dim_strides)
+    first = (column + view.first) * token_stride + view.head * head_stride + chunk.batch_begin * batch_stride
+    step = view.head_step * head_stride + view.token_step * token_stride
+    size = (chunk.batch, view.segments, view.heads, view.seqlen, *x.shape[3:])
+    stride = (batch_stride, view.segment_step * token_stride, step, view.rate * token_stride, *dim_strides)
     return x.as_strided(size, stride, x.storage_offset() + first)
 
 
-def slice_heads(piece: Slice) -> slice:
-    """Return the key/value heads of a slice as an index."""
-    return slice(piece.head, piece.head + (piece.heads - 1) * piece.head_stride + 1, piece.head_stride)
-
-
-def _branch_views(call: BranchCall, piece: Slice, of_queries: list[Tensor], of_keys: list[Tensor]) -> Iterator[tuple]:
-    """Yield the (batch, h, seqlen, ...) views of each kernel call that computes a slice.
+def _product_calls(call: BranchCall, product: Product, of_queries: list[Tensor], of_keys: list[Tensor]):
+    """Yield the (batch, h, seqlen, ...) views of each kernel call that computes a product, and whether it is causal.
 
     `of_queries` are (B, L, H, ...) tensors, `of_keys` (B, L, G, ...), or (B, P, G, ...) for a halo.
     """
-    views = [slice_view(x, call.chunk, call.branch, piece) for x in of_queries]
-    if call.keys == "chunk":
-        yield from _kernel_calls(*views, *(slice_view(x, call.chunk, call.branch, piece) for x in of_keys))
-    elif count := piece.prefix if call.keys == "prefix" else piece.suffix:
-        batch, heads = slice(call.chunk.batch_begin, call.chunk.batch_end), slice_heads(piece)
-        # A slice with a prefix or suffix is a part of one segment.
-        yield *(x[:, 0] for x in views), *(x[batch, :count, heads].transpose(1, 2) for x in of_keys)
+    chunk, key_column = call.chunk, call.chunk.column_begin if call.keys == "chunk" else 0
+    queries = [strided_view(x, product.queries, chunk, chunk.column_begin) for x in of_queries]
+    keys = [strided_view(x, product.keys, chunk, key_column) for x in of_keys]
+    for rows, columns, is_causal in product.steps():
+        if product.is_reversed:
+            rows, columns = _reversed(rows, product.queries.seqlen), _reversed(columns, product.keys.seqlen)
+        views = [x[:, :, :, rows] for x in queries] + [x[:, :, :, columns] for x in keys]
+        for parts in _kernel_calls(*views):
+            yield parts, is_causal
+
+
+def _whole_views(call: BranchCall, product: Product, *tensors: Tensor, keys: tuple[int, ...]) -> list[Tensor]:
+    """Return the (batch, h, seqlen, ...) views of a product that one kernel call computes; `keys` are those tensors."""
+    views = (product.keys if i in keys else product.queries for i in range(len(tensors)))
+    column = call.chunk.column_begin
+    return [strided_view(x, view, call.chunk, column).flatten(0, 1) for x, view in zip(tensors, views, strict=True)]
+
+
+def _reversed(rows: slice, seqlen: int) -> slice:
+    """Return the rows that are these when counted backwards."""
+    begin, end, _ = rows.indices(seqlen)
+    return slice(seqlen - end, seqlen - begin)
 
 
 def _kernel_calls(*views: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -94,11 +104,6 @@ def _split_batch(views: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         most = max(1, _CPU_BYTES_PER_CALL // max(1, query[0].numel() * query.element_size()))
     for begin in range(0, query.shape[0], most):
         yield tuple(x[begin : begin + most] for x in views)
-
-
-def _whole_views(call: BranchCall, piece: Slice, *tensors: Tensor) -> list[Tensor]:
-    """Return the (batch, h, seqlen, ...) views of a slice that one kernel call computes."""
-    return [slice_view(x, call.chunk, call.branch, piece).flatten(0, 1) for x in tensors]
 
 
 def _as_tokens(x: Tensor, like: Tensor) -> Tensor:
@@ -131,49 +136,62 @@ class StridedBackend(Backend):
         return False
 
     def forward_branch(self, call, query, key, value, out, lse):
-        for piece in chunk_slices(call.chunk, call.branch, query.shape[2] > key.shape[2]):
-            if self.is_whole(call, piece, query, key):
-                # The slice is the whole branch, and the result becomes the running out: no copy, no second allocation.
-                views = _whole_views(call, piece, query, key, value)
+        for product in branch_products(call.chunk, call.branch, query.shape[2], call.is_causal, call.keys):
+            if self.is_whole(call, product, query, key):
+                # One call is the whole branch, and its result becomes the running out: no copy, no second allocation.
+                views = _whole_views(call, product, query, key, value, keys=(1, 2))
                 [(_, out, lse)] = self.forward(*views, call.is_causal, call.scale)
                 return _as_tokens(out, query), _as_tokens(lse, query)
-            for q, o, s, k, v in _branch_views(call, piece, [query, out, lse], [key, value]):
-                for queries, new_out, new_lse in self.forward(q, k, v, call.is_causal, call.scale):
-                    _write(call.is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
-                if call.zero_padding and piece.padding:
-                    # n zero keys have out 0 and lse ln(n). They are constants: backward, they act through lse alone.
-                    merge_(o, s, torch.zeros_like(o), torch.full_like(s, piece.padding).log_())
+            calls = _product_calls(call, product, [query, out, lse], [key, value])
+            is_first = call.is_first and product.is_first
+            for (q, o, s, k, v), is_causal in calls:
+                if product.is_reversed and is_causal:
+                    q, k, v = (x.flip(2) for x in (q, k, v))
+                for queries, new_out, new_lse in self.forward(q, k, v, is_causal, call.scale):
+                    if product.is_reversed and is_causal:
+                        queries, new_out, new_lse = _reversed(queries, q.shape[2]), new_out.flip(2), new_lse.flip(2)
+                    _write(is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
+            if call.zero_padding and product.padding:
+                # n zero keys have out 0 and lse ln(n). They are constants: backward, they act through lse alone.
+                o, s = (strided_view(x, product.queries, call.chunk, call.chunk.column_begin) for x in (out, lse))
+                merge_(o, s, torch.zeros_like(o), torch.full_like(s, product.padding).log_())
         return out, lse
 
     def backward_branch(self, call, grad_out, query, key, value, saved, lse, grads):
-        for piece in chunk_slices(call.chunk, call.branch, query.shape[2] > key.shape[2]):
-            if self.is_whole(call, piece, query, key):
-                views = _whole_views(call, piece, grad_out, query, key, value, saved, lse)
+        for product in branch_products(call.chunk, call.branch, query.shape[2], call.is_causal, call.keys):
+            if self.is_whole(call, product, query, key):
+                views = _whole_views(call, product, grad_out, query, key, value, saved, lse, keys=(2, 3))
                 parts = self.backward(*views, call.is_causal, call.scale)
                 return tuple(_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True))
             of_queries, of_keys = [query, grad_out, saved, lse, grads[0]], [key, value, *grads[1:]]
-            for q, g, o, s, dq, k, v, dk, dv in _branch_views(call, piece, of_queries, of_keys):
-                parts = self.backward(g, q, k, v, o, s, call.is_causal, call.scale)
-                for total, part in zip((dq, dk, dv), parts, strict=True):
-                    total.copy_(part) if call.is_first else total.add_(part)
+            is_first = call.is_first and product.is_first
+            for views, is_causal in _product_calls(call, product, of_queries, of_keys):
+                is_reversed = product.is_reversed and is_causal
+                q, g, o, s, dq, k, v, dk, dv = (x.flip(2) if is_reversed else x for x in views)
+                parts = self.backward(g, q, k, v, o, s, is_causal, call.scale)
+                for total, part in zip((views[4], *views[7:]), parts, strict=True):
+                    part = part.flip(2) if is_reversed else part
+                    total.copy_(part) if is_first else total.add_(part)
         return grads
 
-    def is_whole(self, call: BranchCall, piece: Slice, query: Tensor, key: Tensor) -> bool:
+    def is_whole(self, call: BranchCall, product: Product, query: Tensor, key: Tensor) -> bool:
         """Return True if one kernel call computes every head and token, in the order of memory.
 
         Not in half precision, which is slower this way (benchmarks/README.md).
         """
-        batch, length, heads = key.shape[:3]
+        batch, length, heads = query.shape[:3]
+        queries, keys = product.queries, product.keys
         return (
             call.is_first
-            and not (call.zero_padding and piece.padding)
+            and not call.branch.is_window
+            and not (call.zero_padding and product.padding)
             and call.chunk.batch == batch
-            and piece.heads == heads
-            and piece.segments * piece.seqlen == length
+            and queries.heads == heads
+            and queries.segments * queries.seqlen == keys.segments * keys.seqlen == length
             and all(x.stride(0) == length * x.stride(1) or batch == 1 for x in (query, key))
-            and not (call.is_causal and self.splits_queries(query, piece.seqlen))
+            and not (call.is_causal and self.splits_queries(query, queries.seqlen))
             and query.dtype in (torch.float32, torch.float64)
-            and (query.device.type == "cpu" or batch * piece.segments <= _CUDA_BATCH_PER_CALL)
+            and (query.device.type == "cpu" or batch * queries.segments <= _CUDA_BATCH_PER_CALL)
         )
 
 

@@ -1,7 +1,8 @@
 """File formats: a bounded cache as tensors, and the state file from which `stream` resumes.
 
 Tensors of a cache: "{i}.keys" and "{i}.values" (B, G, P, D) of layer i; "lengths" (B,), "columns", "capacity" and
-"ends_in_padding", equal in all layers; "branches" (n, 2 + G), each w, r and the offset per key/value head. A state file
+"ends_in_padding", equal in all layers; "branches" (n, 2 + G), each w, r and the offset per key/value head (for
+patterns beyond the paper the numbers of `flatten_branch`, a row for each layer). A state file
 is a safetensors file of these with B = 1. Its metadata are "position", "total" (a hexadecimal float), "text" (SHA-256
 of the tokens before the position), the fields of `_model_fields`, and "sha256" of all this.
 """
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .branches import Branch, Pattern, flatten_branch
 from .dilated_attention import autocast_dtype
 from .saving import replacing, stamp
 
@@ -34,7 +36,7 @@ def cache_to_tensors(cache) -> dict[str, Tensor]:
         raise ValueError("an empty cache has nothing to save.")
     cache.check_whole()
     tensors = {name: torch.tensor(getattr(first, name)) for name in _SHARED}
-    tensors["branches"] = torch.tensor(_branch_table(first))
+    tensors["branches"] = torch.tensor(_branch_table(cache))
     for i, layer in enumerate(cache.layers):
         tensors |= {f"{i}.keys": layer.keys.clone(), f"{i}.values": layer.values.clone()}
     return tensors
@@ -46,10 +48,10 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     names = [f"{i}.{name}" for i in range(len(cache.layers)) for name in ("keys", "values")]
     if set(tensors) != {*names, *_SHARED, "branches"}:
         raise ValueError(f"a saved cache of {len(cache.layers)} layers was expected; found {sorted(tensors)}.")
-    if (branches := tensors["branches"].tolist()) != _branch_table(first):
+    if (branches := tensors["branches"].tolist()) != _branch_table(cache):
         raise ValueError(
             f"saved cache: its branches, each (w, r, offset of each key/value head), are {branches}; this model's are "
-            f"{_branch_table(first)}."
+            f"{_branch_table(cache)}."
         )
     shared = {name: tensors[name] for name in _SHARED}
     found = [(x.dim(), x.dtype) for x in shared.values()]
@@ -61,7 +63,7 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
         raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
     sample = tensors[names[0]]
-    expected = (len(lengths), len(branches[0]) - 2, sum(first.slots(capacity)), *sample.shape[3:]), sample.dtype
+    expected = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]), sample.dtype
     for name in names:
         if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
             raise ValueError(f"saved cache: {name} has shape {given}; expected {expected}.")
@@ -72,8 +74,13 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
         vars(layer).update(shared, lengths=list(lengths), is_initialized=True, _record=None)
 
 
-def _branch_table(layer) -> list[list[int]]:
-    return [[b.w, b.r, *b.offsets] for b in layer.branches]
+def _branch_table(cache) -> list[list[int]]:
+    """Return w, r and offsets of each branch if these are all there is, else `flatten_branch` of those of each layer."""
+    layers = [layer.branches for layer in cache.layers]
+    plain = [Branch(b.w, b.r, b.offsets) for b in layers[0]]
+    if all(list(branches) == plain for branches in layers):
+        return [[b.w, b.r, *b.offsets] for b in plain]
+    return [[n for b in branches for n in map(int, flatten_branch(b))] for branches in layers]
 
 
 class StateFile:
@@ -85,6 +92,8 @@ class StateFile:
             raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists and can be written to.")
         self.stamp = stamp(self.path)
         self.device, self.fields, self.text = model.device, _model_fields(model), hashlib.sha256()
+        # A file of an earlier version lacks newer fields of the config: it means their defaults.
+        self.absent = {name: json.dumps(default) for name, default in Pattern._field_defaults.items()}
 
     def add_text(self, tokens: Tensor) -> None:
         """Add tokens to the hash of the text before the position."""
@@ -110,7 +119,7 @@ class StateFile:
             return 0, 0.0
         tensors, metadata, position, total = read_state_file(self.path)
         for name, value in self.fields.items():
-            if (found := metadata.get(name)) != value:
+            if (found := metadata.get(name, self.absent.get(name))) != value:
                 raise ValueError(
                     f"state file {self.path} belongs to another model: its {name} is {found}, this model's {value}."
                 )

@@ -1,8 +1,9 @@
 """The bounded cache: it keeps the current segment of each branch, which is all that later tokens can see.
 
 After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values per head, not t. Its memory doubles
-from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch keeps position p in slot
-`(p mod w) // r`; when p starts a new segment, the branch's slots are free again.
+from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch keeps the j-th kept token of
+the current segment in slot j; a new segment begins again at slot 0. A window of W tokens keeps position p in slot
+`p mod W`.
 
 Letters: B batch, L new columns, H query heads, G key/value heads, D head dimension, P slots in all, n branches.
 """
@@ -19,8 +20,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention_autograd import HaloKV
-from .backend_strided import slice_heads, slice_view
-from .branches import Branch, Chunk, chunk_slices, make_branches
+from .backend_strided import strided_view
+from .branches import Branch, Chunk, Pattern, chunk_slices
 from .cache_file import cache_to_tensors, load_cache_tensors
 from .configuration_longnet import LongNetConfig
 from .packing import cut_chunks
@@ -34,7 +35,7 @@ class _Record(NamedTuple):
 
 
 class DecodingStep(NamedTuple):
-    """One decoding step, the same for every layer: which slots it writes and which it attends to."""
+    """One decoding step of a layer: which slots it writes and which it attends to."""
 
     written: tuple[Tensor, Tensor, Tensor]  # batch row, head and slot of each new key
     mask: Tensor  # (B, H, 1, S), 0 or -inf, for the first S slots; no later one is seen
@@ -97,7 +98,18 @@ class LongNetCacheLayer(CacheLayerMixin):
         if not self.is_initialized or not any(self.lengths):
             return None
         self._prepare(key_states)
-        return HaloKV(self.keys, self.values, self.slots(self.capacity))
+        return HaloKV(self._in_order(self.keys), self._in_order(self.values), self.slots(self.capacity))
+
+    def _in_order(self, slots: Tensor) -> Tensor:
+        """Return (B, G, P, D) slots with those of a window from the oldest token that the next one sees, in order."""
+        window = self.branches[0].w
+        if not self.branches[0].is_window or max(self.lengths) < window:
+            return slots
+        kept = torch.tensor(self.lengths, device=slots.device).clamp(max=window - 1)
+        first = torch.tensor(self.lengths, device=slots.device) - kept
+        ring = (first[:, None] + torch.arange(window, device=slots.device)) % window  # (B, W)
+        index = ring[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
+        return torch.cat([slots[:, :, :window].gather(2, index), slots[:, :, window:]], 2)
 
     def update(self, key_states: Tensor, value_states: Tensor, chunks: tuple[Chunk, ...], **kwargs):
         """Store the new keys and values that later tokens can see.
@@ -137,17 +149,25 @@ class LongNetCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _store(self, chunk: Chunk, key_states: Tensor, value_states: Tensor) -> None:
-        """Copy the kept tokens of the segment that the chunk ends in, unless it ends with that segment."""
+        """Copy the last tokens of a window, and the kept tokens of a segment that goes on after the chunk."""
         batch, sizes = slice(chunk.batch_begin, chunk.batch_end), self.slots(self.capacity)
         slots = zip(self.keys.split(sizes, 2), self.values.split(sizes, 2), strict=True)
         for branch, (keys, values) in zip(self.branches, slots, strict=True):
-            last_begin = chunk.length - min(chunk.length, chunk.total % branch.w)
-            for piece in chunk_slices(chunk, branch, False):
+            if branch.is_window:
+                new = min(chunk.length, branch.w)
+                ring = torch.arange(chunk.total - new, chunk.total, device=keys.device) % branch.w
+                columns = slice(chunk.column_end - new, chunk.column_end)
+                keys[batch, :, ring] = key_states[batch, columns].transpose(1, 2)
+                values[batch, :, ring] = value_states[batch, columns].transpose(1, 2)
+                continue
+            last_begin = chunk.length - min(chunk.length, (chunk.total + branch.phase) % branch.w)
+            for piece in chunk_slices(chunk, branch):
                 if piece.begin != last_begin:
                     continue
-                heads, numbers = slice_heads(piece), slice(piece.prefix, piece.prefix + piece.seqlen)
-                keys[batch, heads, numbers] = slice_view(key_states, chunk, branch, piece)[:, 0]
-                values[batch, heads, numbers] = slice_view(value_states, chunk, branch, piece)[:, 0]
+                heads, numbers = piece.head_index(), slice(piece.prefix, piece.prefix + piece.seqlen)
+                view = piece.view(branch)
+                keys[batch, heads, numbers] = strided_view(key_states, view, chunk, chunk.column_begin)[:, 0]
+                values[batch, heads, numbers] = strided_view(value_states, view, chunk, chunk.column_begin)[:, 0]
 
     def check_whole(self) -> None:
         """Raise ValueError if writing was interrupted: some slots then hold other tokens than the lengths claim."""
@@ -221,10 +241,11 @@ class LongNetCacheLayer(CacheLayerMixin):
                 "remove; keep a copy of the cache from before that row began."
             )
         for t, b in product(self.lengths, self.branches):
-            if (t - back) % b.w and t // b.w != (t - back) // b.w:
+            if back and _is_discarded(b, t - back, t):
                 raise ValueError(
-                    f"crop({max_length}): removing {back} of {t} tokens needs keys of a segment of {b.w} tokens, which "
-                    "were discarded when it ended; restore a copy of the cache from then, or feed the text again."
+                    f"crop({max_length}): removing {back} of {t} tokens needs keys of a "
+                    f"{'window' if b.is_window else 'segment'} of {b.w} tokens, which were discarded since; restore a "
+                    "copy of the cache from then, or feed the text again."
                 )
         self.lengths = [t - back for t in self.lengths]
         self.columns -= back
@@ -295,6 +316,14 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
 
+def _is_discarded(branch: Branch, length: int, now: int) -> bool:
+    """Return whether keys that token number `length` sees were discarded when `now` tokens were stored."""
+    if branch.is_window:
+        return max(0, length - branch.w + 1) < now - branch.w
+    place = (length + branch.phase) % branch.w
+    return length > 0 and place > 0 and (now + branch.phase) // branch.w != (length + branch.phase) // branch.w
+
+
 @lru_cache(maxsize=16)
 def _slot_table(sizes: tuple[int, ...], device: torch.device) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return where each branch's slots begin (n,), and each slot's branch and number in it (P,)."""
@@ -302,6 +331,63 @@ def _slot_table(sizes: tuple[int, ...], device: torch.device) -> tuple[np.ndarra
     branch = np.arange(len(sizes)).repeat(sizes)
     number = np.arange(len(branch)) - begin[branch]
     return begin, torch.from_numpy(branch).to(device), torch.from_numpy(number).to(device)
+
+
+class _SlotCounts:
+    """How many slots of each branch queries see, as arrays over the n branches of a layer."""
+
+    def __init__(self, branches: tuple[Branch, ...], num_heads: int):
+        def column(values):  # (heads or 1, 1, n)
+            return np.array(list(values)).T.reshape(-1, 1, len(branches))
+
+        self.w, self.r, self.phase, self.window = (
+            column([getattr(b, name)] for b in branches) for name in ("w", "r", "phase", "is_window")
+        )
+        self.after_window = column([b.after_window] for b in branches)
+        self.after_segment, self.after_phase = (
+            column([getattr(b, name)] for b in branches) for name in ("after_segment", "after_phase")
+        )
+        self.offset = column(b.offsets for b in branches)
+        self.query_rate = column([b.query_rate or b.r] for b in branches)
+        self.query_offset = column(self._of_heads(b.query_offsets or b.offsets, num_heads) for b in branches)
+        self.repeat = num_heads // self.offset.shape[0]
+
+    @staticmethod
+    def _of_heads(offsets: tuple[int, ...], num_heads: int) -> np.ndarray:
+        return np.repeat(offsets, num_heads // len(offsets))
+
+    def rows(self, end: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Return how many kept keys of the segment of `position` lie before the position `end`; (B, G, L, n)."""
+        begin = position - (position + self.phase) % self.w  # of the segment; the sequence begins at 0
+        kept, ghosts = (-((self.offset - n) // self.r) for n in (end - begin, np.maximum(-begin, 0)))
+        return np.maximum(kept, 0) - np.maximum(ghosts, 0)
+
+    def seen(self, positions: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first slot that queries see, and the number of the last one plus 1: (B, H, L, n) each.
+
+        Takes positions (B, L) and ends (B, 1): the slots hold what lies before `ends`, a window from the oldest on.
+        """
+        position, ends = positions[:, None, :, None], ends[:, None, :, None]
+        limit = np.minimum(position - self.after_window + 1, ends)
+        into = (position + self.after_phase) % np.maximum(self.after_segment, 1)
+        limit = np.where(self.after_segment > 0, np.minimum(limit, position - into), limit)
+        last = np.maximum(self.rows(limit, position), 0).repeat(self.repeat, 1)
+        kept = ((position + self.phase) % self.w) % self.query_rate == self.query_offset
+        held = np.minimum(ends, np.where(ends > position, self.w, self.w - 1))  # tokens of a window
+        first = np.where(self.window, np.maximum(0, position - self.w + 1 - (ends - held)), 0)
+        return first + 0 * last, np.where(self.window, held, np.where(kept, last, 0))
+
+    def own_slot(self, positions: np.ndarray) -> np.ndarray:
+        """Return the slot of each token (B, 1) in its branches, -1 where a head does not keep it: (B, G, 1, n)."""
+        position = positions[:, None, :, None]
+        place = (position + self.phase) % self.w
+        row = np.where(place % self.r == self.offset, self.rows(position + 1, position) - 1, -1)
+        return np.where(self.window, position % self.w, row)
+
+
+@lru_cache(maxsize=64)
+def _slot_counts(branches: tuple[Branch, ...], num_heads: int) -> _SlotCounts:
+    return _SlotCounts(branches, num_heads)
 
 
 class LongNetCache(Cache):
@@ -321,19 +407,17 @@ class LongNetCache(Cache):
 
     def __init__(self, config: LongNetConfig, max_length: int | None = None, offloading: bool = False):
         self.pattern = cache_pattern(config)
-        branches, layers = make_branches(*self.pattern), range(config.num_hidden_layers)
-        super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for _ in layers])
-        # w (n,), r (n,) and offset (G, 1, n) of the n branches
-        w, r, offsets = (np.array(column) for column in zip(*branches, strict=True))
-        self._branches = w, r, offsets.T[:, None]
+        pattern, groups, self.num_heads = self.pattern
+        layers = (pattern.branches(groups, self.num_heads, i) for i in range(config.num_hidden_layers))
+        super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for branches in layers])
 
     def check(self, config: LongNetConfig, batch: int) -> None:
         """Raise ValueError unless a model of this config can continue with a batch of this size."""
         given, held = (cache_pattern(config), config.num_hidden_layers), (self.pattern, len(self.layers))
         if given != held:
             raise ValueError(
-                "the cache belongs to another config: its (segment_lengths, dilation_rates, key/value heads, "
-                f"head_offsets), layers are {held}, the model has {given}."
+                f"the cache belongs to another config: its (pattern, key/value heads, query heads), layers are {held}, "
+                f"the model has {given}."
             )
         if self.lengths and len(self.lengths) != batch:
             raise ValueError(f"the cache holds {len(self.lengths)} rows, the input has {batch}.")
@@ -355,51 +439,46 @@ class LongNetCache(Cache):
         layer = self.layers[0]
         return _slot_table(layer.slots(layer.capacity), layer.device)
 
-    def _count_seen(self, positions: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Return how many slots of each branch queries see, the kept tokens of their segment before `ends`.
-
-        Takes positions (B, L) and ends (B, 1), returns (B, G, L, n); 0 in branches that do not keep the query.
-        """
-        w, r, offset = self._branches
-        place = positions[:, None, :, None] % w  # (B, 1, L, n), in the segment
-        length = place + (ends - positions)[:, None, :, None]  # of the segment before `ends`
-        return np.where(place % r == offset, -((offset - length) // r), 0).clip(0)
-
     @torch.compiler.disable  # a graph would turn NumPy's arrays into tensors, and fail in inference mode
-    def seen_slots(self, positions: Tensor) -> Tensor:
-        """Return which slots the queries at these positions see: the earlier kept tokens of their segment.
+    def seen_slots(self, positions: Tensor, layer_idx: int) -> Tensor:
+        """Return which slots of `LongNetCacheLayer.prefix` the queries at these positions see.
 
         Args:
             positions: (B, L), each at least the length of its batch row.
 
         Returns:
-            (B, G, L, P) bool.
+            (B, H, L, P) bool.
         """
         _, branch, number = self.slots()
-        counts = self._count_seen(positions.cpu().numpy(), np.array(self.lengths)[:, None])
-        return number < torch.from_numpy(counts).to(number.device)[..., branch]
+        counts = _slot_counts(self.layers[layer_idx].branches, self.num_heads)
+        first, last = counts.seen(positions.cpu().numpy(), np.array(self.lengths)[:, None])
+        first, last = (torch.from_numpy(x).to(number.device)[..., branch] for x in (first, last))
+        return (first <= number) & (number < last)
 
     @torch.compiler.disable
-    def step(self, num_heads: int) -> DecodingStep:
-        """Prepare a decoding step of one token per batch row, for `num_heads` query heads.
+    def steps(self) -> tuple[DecodingStep, ...]:
+        """Prepare a decoding step of one token per batch row, for each layer.
 
-        Only slots up to the last one written are read: with rates above the number of heads, most tokens are not kept
-        in the more dilated branches, whose slots come last.
+        Only slots up to the last one that is seen are read: with rates above the number of heads, most tokens are not
+        kept in the more dilated branches, whose slots come last.
         """
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)
+        steps = {branches: self._step(branches) for branches in {layer.branches for layer in self.layers}}
+        return tuple(steps[layer.branches] for layer in self.layers)
+
+    def _step(self, branches: tuple[Branch, ...]) -> DecodingStep:
         first, (begin, branch_of, number) = self.layers[0], self.slots()
-        position = np.array(self.lengths)[:, None]
-        counts = self._count_seen(position, position + 1)  # (B, G, 1, n)
-        batch, head, _, branch = counts.nonzero()
-        slot = begin[branch] + counts[batch, head, 0, branch] - 1  # the token's own is the last that is seen
-        end = slot.max(initial=0) + 1
-        seen = number[:end] < torch.from_numpy(counts).to(first.device)[..., branch_of[:end]]  # (B, G, 1, S)
-        seen = seen.repeat_interleave(num_heads // seen.shape[1], 1)
+        counts, position = _slot_counts(branches, self.num_heads), np.array(self.lengths)[:, None]
+        own = counts.own_slot(position)  # (B, G, 1, n)
+        batch, head, _, branch = (own >= 0).nonzero()
+        written = batch, head, begin[branch] + own[batch, head, 0, branch]
+        last = counts.seen(position, position + 1)[1]  # (B, H, 1, n)
+        end = np.where(last > 0, begin + last, 0).max(initial=0)
+        seen = number[:end] < torch.from_numpy(last).to(first.device)[..., branch_of[:end]]  # (B, H, 1, S)
         mask = torch.zeros(seen.shape, dtype=first.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-        covered = None if any(b.r == 1 for b in first.branches) else seen.any(-1, keepdim=True)
-        written = tuple(torch.from_numpy(x).to(first.device) for x in (batch, head, slot))
-        return DecodingStep(written, mask, covered)
+        covered = None if branches[0].covers_all else seen.any(-1, keepdim=True)
+        return DecodingStep(tuple(torch.from_numpy(x).to(first.device) for x in written), mask, covered)
 
     def can_step(self, chunks: tuple[Chunk, ...], length: int) -> bool:
         """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""
@@ -416,6 +495,6 @@ class LongNetCache(Cache):
         load_cache_tensors(self, tensors)
 
 
-def cache_pattern(config: LongNetConfig) -> tuple:
-    """Return what two configs must have in common to share a cache."""
-    return tuple(config.segment_lengths), tuple(config.dilation_rates), config.num_key_value_heads, config.head_offsets
+def cache_pattern(config: LongNetConfig) -> tuple[Pattern, int, int]:
+    """Return what two configs must have in common to share a cache: the pattern, key/value heads and query heads."""
+    return Pattern.of(config), config.num_key_value_heads, config.num_attention_heads

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backends import backend_names
-from .branches import HEAD_OFFSETS, check_branches, count_work
+from .branches import LONGEST_SEGMENT, Pattern, count_work
 from .compat import refusing_damage
 from .saving import merging
 
@@ -71,6 +71,15 @@ class LongNetConfig(PreTrainedConfig):
         dilation_rates: r of each branch, 1 <= r <= w: a head keeps every r-th token of a segment (Eq. 5).
         head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13), "blocked" is
             TorchScale's `g // ceil(G / r)`, which converted checkpoints need.
+        window_size: a sliding window before the branches: every query sees the last so many tokens. None: no window.
+            Beyond the paper, as the next four; a good choice of all is `LongNetConfig.for_context`.
+        query_rates: for each branch the rate at which queries are kept, a divisor of its dilation rate; 1 lets every
+            query see the branch's keys. None: the dilation rates, as in the paper.
+        rotate_offsets: queries and keys of a head are kept at two offsets, which turn from layer to layer, so that any
+            two tokens of a segment meet in some head or layer.
+        stagger_segments: odd layers place segment borders half a segment earlier.
+        keys_once: a branch leaves out the segment, or window, of the branch before it: no key counts twice. A text
+            within the first branch then gets dense attention. Causal models only.
         is_causal: decoder (True) or bidirectional encoder (False).
         position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)), "rope"
             (rotation alone) or "none". Positions are taken modulo `position_period`.
@@ -121,6 +130,11 @@ class LongNetConfig(PreTrainedConfig):
     segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
     head_offsets: str = "interleaved"
+    window_size: int | None = None
+    query_rates: list[int] | tuple[int, ...] | None = None
+    rotate_offsets: bool = False
+    stagger_segments: bool = False
+    keys_once: bool = False
     is_causal: bool = True
     position_embedding: str = "xpos"
     xpos_scale_base: float | int = 512
@@ -146,6 +160,7 @@ class LongNetConfig(PreTrainedConfig):
         self._refuse_near_misses(kwargs, is_saved=self.transformers_version is not None)
         self.segment_lengths = list(self.segment_lengths)
         self.dilation_rates = list(self.dilation_rates)
+        self.query_rates = None if self.query_rates is None else list(self.query_rates)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
@@ -242,8 +257,12 @@ class LongNetConfig(PreTrainedConfig):
         pad, size = self.pad_token_id, self.vocab_size
         if pad is not None and size is not None and not 0 <= pad < size:
             raise ValueError(f"pad_token_id={pad} must be an id below vocab_size={size}, or None.")
-        check_branches(self.segment_lengths, self.dilation_rates)
-        self._check_name("head_offsets", HEAD_OFFSETS)
+        Pattern.of(self).check(self.is_causal)
+        if self.attend_zero_padding and Pattern.of(self)[3:] != Pattern((), ())[3:]:
+            raise ValueError(
+                "attend_zero_padding=True is for checkpoints of the released implementation, which has the paper's "
+                "pattern alone: leave out window_size, query_rates, rotate_offsets, stagger_segments and keys_once."
+            )
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
         self._check_name("attention_backend", [name for name in backend_names() if name != "eager"])
         self._check_name("hidden_act", ACT2FN)
@@ -269,6 +288,11 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads} = {self.head_dim} "
                 f"dimensions per head must be even, as position_embedding={self.position_embedding!r} rotates pairs."
+            )
+        if self.position_embedding == "xpos" and self.position_period == LONGEST_SEGMENT:
+            raise ValueError(
+                'position_embedding="xpos" scales by positions that must repeat, and with window_size or '
+                'stagger_segments they never do; use position_embedding="rope".'
             )
         if self.position_embedding == "xpos" and self.smallest_xpos_scale_base() > self.xpos_scale_base:
             raise ValueError(
@@ -307,8 +331,10 @@ class LongNetConfig(PreTrainedConfig):
         """Tokens after which positions may repeat: the least common multiple of the segment lengths.
 
         A query and its keys share a segment, so the modulo keeps their distance. Nested segments, as in the paper,
-        repeat after the longest one.
+        repeat after the longest one. A window, or staggered segments, cross every such border: positions never repeat.
         """
+        if self.window_size is not None or self.stagger_segments:
+            return LONGEST_SEGMENT
         return math.lcm(*self.segment_lengths)
 
     @property
@@ -316,7 +342,7 @@ class LongNetConfig(PreTrainedConfig):
         """The number set for other tools, else the longest segment."""
         # Stored under its own name, so that it is saved only if it was set and else follows the segments.
         tokens = self.__dict__.get("max_position_embeddings")
-        return max(self.segment_lengths) if tokens is None else tokens
+        return max([*self.segment_lengths, self.window_size or 0]) if tokens is None else tokens
 
     @max_position_embeddings.setter
     def max_position_embeddings(self, tokens: int | None) -> None:

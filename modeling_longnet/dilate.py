@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
-from .attention_context import AttentionContext, config_branches
+from .attention_context import AttentionContext, layer_branches
 from .backends import backend_names, choose_backend
-from .branches import Branch, make_branches, prefix_lengths
+from .branches import Branch, Pattern, prefix_lengths
 from .cache_longnet import LongNetCache
 from .compat import CACHE, attn_implementation
 from .dilated_attention import autocast_dtype
@@ -27,8 +27,7 @@ from .reference import count_branches
 from .sharding_accelerate import check_whole_sequences
 
 IMPLEMENTATION = "dilated"
-# In the order of the arguments of `use_dilated_attention`.
-_DEFAULTS = {"segment_lengths": [], "dilation_rates": [], "head_offsets": "interleaved", "backend": "auto"}
+_DEFAULTS = {"segment_lengths": [], "dilation_rates": []} | Pattern._field_defaults | {"backend": "auto"}
 # What else a model may request of its attention, by the keyword argument that requests it.
 _UNSUPPORTED = {
     "sliding_window": "a sliding window",
@@ -45,6 +44,7 @@ def use_dilated_attention(
     *,
     head_offsets: str | None = None,
     backend: str | None = None,
+    **beyond,
 ) -> PreTrainedModel:
     """Switch a causal decoder of Transformers to dilated attention and return it; weights and positions stay.
 
@@ -60,8 +60,11 @@ def use_dilated_attention(
     Args:
         model: changed in place. Its config stores the branches as `dilated_attention`.
         segment_lengths, dilation_rates: w and r of each branch (see `dilated_attention`).
-        head_offsets, backend: as in `dilated_attention`; "interleaved" and "auto" at first. Whichever of the four is
-            omitted keeps its stored value.
+        head_offsets, backend: as in `dilated_attention`; "interleaved" and "auto" at first.
+        beyond: window_size, query_rates, rotate_offsets, stagger_segments and keys_once, as in `LongNetConfig`. With a
+            window and keys_once, texts of up to window_size tokens get exactly the model's dense attention.
+
+    Whatever is omitted keeps its stored value.
 
     Raises:
         ValueError: names the part of the model, or the argument, that does not fit.
@@ -73,8 +76,9 @@ def use_dilated_attention(
     config = model.config
     _check_model(model)
     setting = _DEFAULTS | (getattr(config, "dilated_attention", None) or {})
-    given = zip(_DEFAULTS, (segment_lengths, dilation_rates, head_offsets, backend), strict=True)
-    setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given if x is not None}
+    given = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "head_offsets": head_offsets}
+    given |= beyond | {"backend": backend}
+    setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given.items() if x is not None}
     _check_setting(**setting)
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)
@@ -84,10 +88,10 @@ def use_dilated_attention(
     return model
 
 
-def _check_setting(segment_lengths, dilation_rates, head_offsets, backend) -> None:
-    if not segment_lengths and not dilation_rates:
+def _check_setting(backend, **pattern) -> None:
+    if not pattern["segment_lengths"] and not pattern["dilation_rates"] and pattern.get("window_size") is None:
         raise ValueError("give segment_lengths and dilation_rates: the model's config notes none.")
-    make_branches(segment_lengths, dilation_rates, 1, head_offsets)
+    Pattern(**pattern).check()
     if backend not in backend_names():
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backend_names()))}.")
 
@@ -165,20 +169,22 @@ class _DilatedContext(AttentionContext):
 
     Attributes:
         key_columns: columns of the keys that each layer passes: all seen so far, or with a DilatedCache the new ones.
-        prefix: (B, G, P), which of them are the prefix, and the slots of each branch; None without past in them.
+        prefixes: one per plan, (B, G, P), which of them are the prefix, and the slots of each branch; empty without
+            past in them.
     """
 
     key_columns: int = 0
-    prefix: tuple[Tensor, tuple[int, ...]] | None = None
+    prefixes: tuple[tuple[Tensor, tuple[int, ...]], ...] = ()
 
     def attend(self, query, key, value, layer_idx):
         """Attend as a LongNet does; key and value (B, S, G, D) may begin with the past in the model's own cache."""
-        if self.prefix is None:
+        if not self.prefixes:
             return super().attend(query, key, value, layer_idx)
-        columns, slots = self.prefix
+        columns, slots = self.of_layer(self.prefixes, layer_idx)
         past, index = key.shape[1] - query.shape[1], columns[..., None].expand(-1, -1, -1, key.shape[-1])
         prefix = HaloKV(*(x.transpose(1, 2).gather(2, index) for x in (key, value)), slots)
-        return attend_chunks(query, key[:, past:], value[:, past:], self.plan, prefix), None
+        plan = self.of_layer(self.plans, layer_idx)
+        return attend_chunks(query, key[:, past:], value[:, past:], plan, prefix), None
 
 
 def _make_context(
@@ -193,7 +199,7 @@ def _make_context(
     """
     check_whole_sequences("a model of use_dilated_attention")
     rows, _, length, head_dim = sample.shape
-    device, branches, is_bounded = sample.device, config_branches(pattern), isinstance(cache, DilatedCache)
+    device, layers, is_bounded = sample.device, layer_branches(pattern), isinstance(cache, DilatedCache)
     if mask is not None:
         _check_columns("the attention mask", mask.shape, (rows, past + length))
         mask = mask != 0
@@ -207,19 +213,20 @@ def _make_context(
     elif past:
         starts = [past] * rows if mask is None else mask[:, :past].sum(1).tolist()
     chunks = pack(rows, length, device, mask, position_ids, starts, past).chunks
-    plan = AttentionPlan(chunks, branches, True, head_dim**-0.5, backend)
-    context = _DilatedContext(plan, key_columns=length if is_bounded else past + length)
+    plans = tuple(AttentionPlan(chunks, branches, True, head_dim**-0.5, backend) for branches in layers)
+    context = _DilatedContext(plans, key_columns=length if is_bounded else past + length)
     if is_bounded:
         cache.pending_layer = None  # an interrupted forward may have left one
         context.cache = cache
-        context.step = cache.step(pattern.num_attention_heads) if cache.can_step(chunks, length) else None
+        context.steps = cache.steps() if cache.can_step(chunks, length) else ()
     elif backend == "eager":
         _, positions, documents = pack(rows, past + length, device, mask, None if past else position_ids)
         new = None if documents is None else documents[:, past:]
-        context.counts = count_branches(branches, positions[:, past:], positions, new, documents)
+        given = positions[:, past:], positions, new, documents
+        context.counts = tuple(count_branches(branches, *given) for branches in layers)
     elif past:
         first = torch.zeros(rows, dtype=torch.int64) if mask is None else mask.int().argmax(1).cpu()
-        context.prefix = _prefix_columns(branches, starts, first, past, device)
+        context.prefixes = tuple(_prefix_columns(branches, starts, first, past, device) for branches in layers)
     return context
 
 
@@ -240,9 +247,16 @@ def _prefix_columns(
         starts: real tokens in the cache. first: (B,), the column of the first one.
     """
     slots, start, columns = prefix_lengths(branches, *starts), torch.tensor(starts), []
-    for (w, r, offsets), count in zip(branches, slots, strict=True):
-        begin = first + start // w * w  # (B,)
-        columns.append(begin[:, None, None] + torch.tensor(offsets)[:, None] + torch.arange(count) * r)
+    for branch, count in zip(branches, slots, strict=True):
+        w, r, offsets = branch[:3]
+        offset = torch.tensor(offsets)[:, None]
+        if branch.is_window:
+            begin = (start - w + 1).clamp(min=0)[:, None, None] + 0 * offset
+        else:
+            segment = start - (start + branch.phase) % w
+            ghosts = -((offset - (-segment).clamp(min=0)[:, None, None]) // r)  # kept places before the first token
+            begin = segment[:, None, None] + offset + ghosts.clamp(min=0) * r
+        columns.append(first[:, None, None] + begin + torch.arange(count) * r)
     # Slots that a head lacks are never read.
     return torch.cat(columns, 2).clamp(max=past - 1).to(device), slots
 
@@ -260,19 +274,19 @@ def _attend(
     _check_call(layer, key, value, dropout, rest)
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     context, (rows, groups, columns, _) = dilated_context, key.shape
-    fits = context is not None and len(context.plan.branches[0].offsets) == groups
+    fits = context is not None and len(context.plans[0].branches[0].offsets) == groups
     if context is not None and context.cache is not None:
         context.cache.pending_layer = None
         if not fits:
-            expected = context.cache.pattern[2]
+            expected = context.cache.pattern[1]
             raise ValueError(f"the model has {groups} key/value heads, its config {expected}: use its own cache.")
     elif not fits:
         # Loaded by name without a hook, or a family that drops keyword arguments or repeats key/value heads itself.
         pattern, past = _pattern(layer.config, groups), columns - query.shape[2]
         context = _make_context(pattern, query, attention_mask, position_ids, past, None)
     _check_columns("a layer's key", (rows, columns), (rows, context.key_columns))
-    if scaling is not None and scaling != context.plan.scale:
-        context = replace(context, plan=context.plan._replace(scale=scaling))
+    if scaling is not None and scaling != context.plans[0].scale:
+        context = replace(context, plans=tuple(plan._replace(scale=scaling) for plan in context.plans))
     tokens = (x.transpose(1, 2) for x in (query, key, value))
     return context.attend(*tokens, getattr(layer, "layer_idx", None))[0], None
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .attention_autograd import AttentionPlan, attend_chunks
 from .backends import choose_backend
-from .branches import make_branches, whole_batch
+from .branches import Pattern, whole_batch
 from .reference import count_branches, dense_attention
 
 # Computed once: a graph of torch.compile cannot call it.
@@ -50,6 +50,12 @@ def dilated_attention(
     is_causal: bool = True,
     scale: float | None = None,
     head_offsets: str = "interleaved",
+    window_size: int | None = None,
+    query_rates: list[int] | tuple[int, ...] | None = None,
+    rotate_offsets: bool = False,
+    stagger_segments: bool = False,
+    keys_once: bool = False,
+    layer: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3).
@@ -66,6 +72,8 @@ def dilated_attention(
         is_causal: a query sees no later key.
         scale: factor of the scores, above 0; 1 / sqrt(D) if None.
         head_offsets: "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale).
+        window_size, query_rates, rotate_offsets, stagger_segments, keys_once: beyond the paper, see `LongNetConfig`.
+        layer: number of the layer, which rotated offsets and staggered segments depend on.
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's kernels), "flash_attn" (that
             package), "triton" (CUDA, D up to 256, no float64), or "auto": "triton" on a GPU, else "torch".
 
@@ -88,7 +96,10 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
         raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
-    branches = make_branches(segment_lengths, dilation_rates, key.shape[1], head_offsets)
+    beyond = window_size, query_rates, rotate_offsets, stagger_segments, keys_once
+    pattern = Pattern(segment_lengths, dilation_rates, head_offsets, *beyond)
+    pattern.check(is_causal)
+    branches = pattern.branches(key.shape[1], query.shape[1], layer)
     backend = choose_backend(backend, query)
     if backend == "eager":
         positions = torch.arange(query.shape[2], device=query.device)[None]

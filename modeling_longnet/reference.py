@@ -17,10 +17,13 @@ def count_branches(
     key_documents: Tensor | None = None,
     is_causal: bool = True,
 ) -> Tensor:
-    """Count the branches in which each query sees each key (LongNet, Eq. 4-8 and 13-15).
+    """Count the branches in which each query sees each key (LongNet, Eq. 4-8 and 13-15, and design beyond the paper).
 
-    Query i sees key j in branch (w, r) if they share a segment (`i // w == j // w`), the head keeps both
-    (`(i mod w) mod r == o == (j mod w) mod r`) and, if causal, `j <= i`.
+    In branch (w, r, phase) position p stands at place (p + phase) mod w of a segment. Query i sees key j if
+    - they share a segment; in a window: |i - j| < w;
+    - the head keeps both: the query's place modulo query_rate and the key's modulo r are the head's offsets;
+    - if causal, j <= i;
+    - the regions that `after_window` and `after_segment` leave out do not hold the key.
 
     Args:
         query_positions, key_positions: (B, L) and (B, S) integers, each token's position in its own document.
@@ -28,18 +31,38 @@ def count_branches(
             attend to each other, and a negative number marks padding. None: one document per batch row.
 
     Returns:
-        (B, G, L, S) int64 counts.
+        (B, G, L, S) int64 counts; (B, H, L, S) if query heads that share keys have offsets of their own.
     """
     i, j = query_positions[:, None, :, None], key_positions[:, None, None, :]  # (B, 1, L, 1), (B, 1, 1, S)
     allowed = (j <= i) if is_causal else torch.ones_like(j <= i)
     if query_documents is not None:
         doc_i, doc_j = query_documents[:, None, :, None], key_documents[:, None, None, :]
         allowed = allowed & (doc_i == doc_j) & (doc_i >= 0)
-    counts = torch.zeros_like(allowed, dtype=torch.int64).repeat(1, len(branches[0].offsets), 1, 1)
-    for w, r, offsets in branches:
-        o = torch.tensor(offsets, device=i.device)[:, None, None]  # (G, 1, 1)
-        counts += (i // w == j // w) & ((i % w) % r == o) & ((j % w) % r == o) & allowed
+    heads = max(len(branch.query_offsets or branch.offsets) for branch in branches)
+    counts = torch.zeros_like(allowed, dtype=torch.int64).repeat(1, heads, 1, 1)
+    for branch in branches:
+        counts += _sees(branch, i, j, heads) & allowed
     return counts
+
+
+def _sees(branch: Branch, i: Tensor, j: Tensor, heads: int) -> Tensor:
+    """Return (B, heads, L, S) bool: what `count_branches` says of one branch, without documents and causality."""
+
+    def of_heads(offsets):  # (heads, 1, 1)
+        return torch.tensor(offsets, device=i.device).repeat_interleave(heads // len(offsets))[:, None, None]
+
+    if branch.is_window:
+        return ((i - j).abs() < branch.w).expand(-1, heads, -1, -1)
+    w, r, offsets = branch[:3]
+    p, q = i + branch.phase, j + branch.phase
+    sees = (p // w == q // w) & ((q % w) % r == of_heads(offsets))
+    sees = sees & ((p % w) % (branch.query_rate or r) == of_heads(branch.query_offsets or offsets))
+    if branch.after_window:
+        sees = sees & ((i - j).abs() >= branch.after_window)
+    if branch.after_segment:
+        p, q = (x + branch.after_phase for x in (i, j))
+        sees = sees & (p // branch.after_segment != q // branch.after_segment)
+    return sees
 
 
 def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
@@ -53,7 +76,7 @@ def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
     """
     p = torch.arange(length)
     counts = torch.zeros(len(branches[0].offsets), length, dtype=torch.int64)
-    for w, r, offsets in branches:
+    for w, r, offsets, *_ in branches:
         is_kept = (p % w) % r == torch.tensor(offsets)[:, None]  # (G, length)
         real = torch.zeros_like(counts).index_add_(1, p // w, is_kept.long())  # in each segment
         counts += torch.where(is_kept, -(-min(w, length) // r) - real[:, p // w], 0)
@@ -67,7 +90,7 @@ def dense_attention(
 
     Args:
         query: (B, H, L, D); key, value: (B, G, S, D), any floating dtype. Scores are computed in at least float32.
-        counts: (B or 1, G or 1, L, S), how often a key counts for a query.
+        counts: (B or 1, H, G or 1, L, S), how often a key counts for a query.
         zero_padding: (B or 1, G, L), number of further keys with score 0 and value 0.
 
     Returns:
@@ -76,7 +99,7 @@ def dense_attention(
     """
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
-    counts = counts.repeat_interleave(repeat if counts.shape[1] > 1 else 1, 1)
+    counts = counts.repeat_interleave(query.shape[1] // counts.shape[1] if counts.shape[1] > 1 else 1, 1)
     precise = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(precise) @ key.to(precise).transpose(-1, -2) * scale
     scores = scores.masked_fill(counts == 0, -torch.inf)

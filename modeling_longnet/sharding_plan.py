@@ -80,7 +80,7 @@ def halo_slices(
     for chunk in shard.cut_chunks(chunks, rank):
         rows = chunk.batch_begin, chunk.batch_end
         for index, branch in enumerate(branches):
-            for piece in chunk_slices(chunk, branch, False):
+            for piece in chunk_slices(chunk, branch):
                 first = shard.borders[rank] + chunk.column_begin + piece.begin + piece.first
                 prefix = first - piece.prefix * branch.r, piece.prefix
                 suffix = first + piece.seqlen * branch.r, 0 if is_causal else piece.suffix

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_context import config_branches, count_zero_keys, make_context
+from .attention_context import layer_branches, count_zero_keys, make_context
 from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape
@@ -291,7 +291,7 @@ class LongNetSlideEncoder(LongNetBackbone):
             )
         match = (layout.tokens[:, None] == tokens[:, None]) & layout.real[:, None]  # (B, Q, K)
         found, of_queries = match.int().max(-1)  # 1 and its column, or 0 for a tile left out
-        branches = config_branches(self.config)
+        branches = layer_branches(self.config)[0]
         # Documents: 0, or -1 for padding and for queries left out, which see nothing.
         counts = count_branches(branches, of_queries, columns, found - 1, layout.real.int() - 1, is_causal=False)
         zero_keys = None
