@@ -76,12 +76,12 @@ def _branch_calls(plan: AttentionPlan, keys: str = "chunk") -> Iterator[tuple[in
     """
     order = (0, *range(len(plan.branches) - 1, 0, -1))
     is_own, overlaps = keys == "chunk", False
-    is_causal, zero_padding = plan.is_causal and is_own, plan.zero_padding and is_own
+    zero_padding = plan.zero_padding and is_own
     for chunk in plan.chunks:
         for index in order if chunk.length else ():
             branch = plan.branches[index]
             is_first = is_own and index == 0 and branch.covers_all
-            yield index, BranchCall(chunk, branch, keys, is_causal, plan.scale, zero_padding, is_first, overlaps)
+            yield index, BranchCall(chunk, branch, keys, plan.is_causal, plan.scale, zero_padding, is_first, overlaps)
             overlaps = is_own
 
 
