@@ -397,7 +397,10 @@ def _key_specs(chunk: Chunk, branch: Branch, part: Part) -> list[tuple[int, ...]
 
 @lru_cache(maxsize=4096)
 def chunk_slices(chunk: Chunk, branch: Branch) -> tuple[Slice, ...]:
-    """Return all kept keys of a branch in a chunk, in as few slices as possible."""
+    """Return all kept keys of a branch in a chunk, in as few slices as possible.
+
+    Where queries have offsets of their own, slices without a key tell what lies before and after the chunk.
+    """
     slices = []
     for part in [] if branch.is_window else cut_at_borders(chunk, branch):
         specs = _key_specs(chunk, branch, part)
@@ -408,4 +411,4 @@ def chunk_slices(chunk: Chunk, branch: Branch) -> tuple[Slice, ...]:
     if branch.is_window:
         halo = min(chunk.start, branch.w - 1), min(chunk.total - chunk.start - chunk.length, branch.w - 1)
         slices = [Slice(0, 1, 0, len(branch.offsets), 1, 0, 0, chunk.length, *halo, 0)]
-    return tuple(piece for piece in slices if piece.seqlen)
+    return tuple(piece for piece in slices if piece.seqlen or branch.query_offsets)

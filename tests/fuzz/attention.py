@@ -12,7 +12,7 @@ from torch import Tensor
 from modeling_longnet import dilated_attention
 from modeling_longnet.attention_autograd import AttentionPlan, HaloKV, attend_chunks
 from modeling_longnet.backends import BACKENDS
-from modeling_longnet.branches import Branch, Chunk, make_branches, prefix_lengths
+from modeling_longnet.branches import Branch, Chunk, Pattern, prefix_lengths
 from modeling_longnet.reference import count_branches, count_zero_padding, dense_attention
 from modeling_longnet.sharding import attend_sharded
 from modeling_longnet.sharding_plan import Exchange, Shard, plan_exchange, shard_borders
@@ -31,6 +31,20 @@ def draw_branches(draw: Draw, largest: int = 45) -> tuple[list[int], list[int]]:
         return [base << i for i in range(count)], [min(1 << i, base << i) for i in range(count)]
     lengths = sorted({draw.integer(1, largest) for _ in range(draw.integer(1, 4))})
     return lengths, [draw.integer(1, min(w, draw.choice([3, w]))) for w in lengths]
+
+
+def draw_pattern(draw: Draw, is_causal: bool) -> Pattern:
+    """The paper's pattern, or one with any of the fields beyond it."""
+    lengths, rates = draw_branches(draw)
+    if draw.flag():
+        return Pattern(tuple(lengths), tuple(rates), draw.choice(["interleaved", "blocked"]))
+    window = draw.integer(1, min(lengths)) if draw.flag() else None
+    if window and draw.flag(0.1):
+        return Pattern((), (), window_size=window)
+    query_rates = tuple(draw.choice([a for a in range(1, r + 1) if r % a == 0]) for r in rates) if draw.flag() else None
+    is_nested = all(b % a == 0 for a, b in pairwise(lengths))
+    beyond = draw.flag(), draw.flag(), is_causal and is_nested and draw.flag(0.7)
+    return Pattern(tuple(lengths), tuple(rates), "interleaved", window, query_rates, *beyond)
 
 
 def draw_length(draw: Draw, usual: int = 60) -> int:
@@ -125,11 +139,11 @@ def op(draw: Draw) -> None:
     groups, repeat = draw.integer(1, 5), draw.integer(1, 3)
     batch, length = draw.integer(1, 4), draw_length(draw)
     dim = draw.integer(1, 9) if draw.flag(0.8) else draw.choice([16, 24, 33, 64, 128])
-    lengths, rates = draw_branches(draw)
-    options = {
-        "is_causal": draw.flag(), "head_offsets": draw.choice(["interleaved", "blocked"]),
-        "scale": draw.choice([None, None, 0.3, 1.7]),
-    }  # fmt: skip
+    is_causal, layer = draw.flag(), draw.integer(0, 3)
+    pattern = draw_pattern(draw, is_causal)
+    lengths, rates, *_ = pattern
+    options = pattern._asdict() | {"is_causal": is_causal, "scale": draw.choice([None, None, 0.3, 1.7]), "layer": layer}
+    del options["segment_lengths"], options["dilation_rates"]
     dtype, backend = draw.choice(DTYPES), draw.choice(["torch", "auto"])
     draw.note("case", (batch, groups * repeat, groups, length, dim, lengths, rates, options, dtype, backend))
     low = draw_inputs(draw, dtype, batch, groups * repeat, groups, length, dim)
@@ -143,8 +157,8 @@ def op(draw: Draw) -> None:
 
     high = [x.double() for x in low]
     positions = torch.arange(length)[None]
-    branches = make_branches(lengths, rates, groups, options["head_offsets"])
-    counts = count_branches(branches, positions, positions, is_causal=options["is_causal"])
+    branches = pattern.branches(groups, groups * repeat, layer)
+    counts = count_branches(branches, positions, positions, is_causal=is_causal)
     terms = rounding_terms(high, counts, options["scale"] or dim**-0.5, dtype)
     compare(dtype, run(low, backend), run(low, "eager"), run(high, "eager"), terms)
 
@@ -163,13 +177,14 @@ def draw_documents(draw: Draw, batch: int, length: int) -> tuple[Chunk, ...]:
 def count_documents(
     chunks: tuple[Chunk, ...], branches: tuple[Branch, ...], batch: int, length: int, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """How often each key counts for a query, (B, G, L, L), and the zero keys of the released code, (B, G, L)."""
+    """How often each key counts for a query, (B, G or H, L, L), and the zero keys of the released code, (B, G, L)."""
     positions, documents = torch.zeros(batch, length, dtype=torch.int64), torch.full((batch, length), -1)
     zeros = torch.zeros(batch, len(branches[0].offsets), length, dtype=torch.int64)
     for number, (first, last, begin, end, *_) in enumerate(chunks):
         positions[first:last, begin:end] = torch.arange(end - begin)
         documents[first:last, begin:end] = number
-        zeros[first:last, :, begin:end] = count_zero_padding(branches, end - begin)
+        if not any(branch.is_window for branch in branches):
+            zeros[first:last, :, begin:end] = count_zero_padding(branches, end - begin)
     return count_branches(branches, positions, positions, documents, documents, is_causal), zeros
 
 
@@ -181,13 +196,13 @@ class _Packed:
         groups, repeat = draw.integer(1, 2 if is_slow else 4), draw.integer(1, 2)
         self.length = draw.integer(1, 20) if is_slow else draw_length(draw, 70)
         self.batch, dim = draw.integer(1, 3), draw.integer(1, 8)
-        lengths, rates = draw_branches(draw)
-        self.branches = make_branches(lengths, rates, groups, draw.choice(["interleaved", "blocked"]))
         self.is_causal = not draw.flag()
-        self.padding = not self.is_causal and draw.flag(0.3)
+        pattern = draw_pattern(draw, self.is_causal)
+        self.branches = pattern.branches(groups, groups * repeat, draw.integer(0, 3))
+        self.padding = not self.is_causal and pattern[3:] == Pattern((), ())[3:] and draw.flag(0.3)
         self.dtype = draw.choice([torch.float32, torch.float16] if is_slow else DTYPES)
         self.chunks = draw_documents(draw, self.batch, self.length)
-        draw.note("case", (self.batch, self.length, groups * repeat, groups, dim, lengths, rates, self.is_causal))
+        draw.note("case", (self.batch, self.length, groups * repeat, groups, dim, pattern, self.is_causal))
         draw.note("zero padding, dtype, chunks", (self.padding, self.dtype, self.chunks))
         inputs = draw_inputs(draw, self.dtype, self.batch, groups * repeat, groups, self.length, dim)
         *self.inputs, self.grad_out = (x.transpose(1, 2) for x in inputs)
@@ -290,8 +305,11 @@ def sharded(draw: Draw) -> None:
 def make_prefix(x: Tensor, branches: tuple[Branch, ...], start: int, spare: int) -> tuple[Tensor, tuple[int, ...]]:
     """The (B, G, P, D) keys before `start`, by the rule, from (B, L, G, D); what no head keeps is NaN."""
     parts, slots = [], [count + spare for count in prefix_lengths(branches, start)]
-    for (w, r, offsets), count in zip(branches, slots, strict=True):
-        place = torch.arange(count) * r + torch.tensor(offsets)[:, None] + start // w * w  # (G, count)
+    for branch, count in zip(branches, slots, strict=True):
+        w, r, offsets = branch[:3]
+        begin = max(0, start - w + 1) if branch.is_window else start - (start + branch.phase) % w
+        of_heads = [[p for p in range(begin + o, start, r) if p >= 0] for o in offsets]
+        place = torch.tensor([(x + [start] * count)[:count] for x in of_heads], dtype=torch.int64)  # (G, count)
         kept = place < start
         heads = torch.arange(len(offsets))[:, None].expand_as(place)
         keys = x[:, place.clamp(max=x.shape[1] - 1), heads]  # (B, G, count, D)
