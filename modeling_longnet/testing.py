@@ -3,13 +3,14 @@
 from .backend_strided import StridedBackend
 from .backend_torch import TorchBackend, join_tokens
 from .backends import BACKENDS, choose_backend
-from .branches import count_work, make_branches, whole_batch
+from .branches import Pattern, count_work, make_branches, whole_batch
 from .compat import CACHE
 from .sharding_plan import Shard, count_received, halo_slices, shard_borders
 
 __all__ = [
     "BACKENDS",
     "CACHE",
+    "Pattern",
     "Shard",
     "StridedBackend",
     "TorchBackend",
