@@ -63,7 +63,10 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
         raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
     sample = tensors[names[0]]
-    expected = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]), sample.dtype
+    expected = (
+        (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]),
+        sample.dtype,
+    )
     for name in names:
         if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
             raise ValueError(f"saved cache: {name} has shape {given}; expected {expected}.")

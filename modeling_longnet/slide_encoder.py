@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_context import layer_branches, count_zero_keys, make_context
+from .attention_context import count_zero_keys, layer_branches, make_context
 from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape

@@ -7,8 +7,7 @@
 A cell trains one pattern on one task with one seed and leaves one JSON file; what is done is not run again, and the most
 valuable cells come first. All patterns of a task see the same tokens in the same order.
 
-A pattern is written as its window, its branches w/r or w/r:query_rate, and its flags: "w256 2048/8:1 once" is a window
-of 256 tokens, then a branch whose every eighth token all queries see, no key twice.
+A pattern is written in one line, see `patterns.parse_pattern`.
 """
 
 if not __package__:
@@ -31,17 +30,14 @@ from safetensors.torch import load_model, save_model
 from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import describe_run
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.testing import Pattern as Branches
 
 from ..evaluate_perplexity import write_whole
 from ..optimizer import MuonAndAdamW
 from .cells import cut, load_documents
-from .patterns import LONGEST, Pattern, count_keys, make_model
+from .patterns import LONGEST, Pattern, count_keys, file_name, make_model, make_pattern
 from .recall import KEYS, PASSAGE, VOCABULARY, make_texts
 from .run import FULL
 
-FLAGS = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
 DENSE = f"{LONGEST}/1"
 RECALL = {
     "sizes": FULL["recall_sizes"] | {"vocab_size": VOCABULARY}, "length": 2048, "least": 32, "tokens": 1 << 20,
@@ -82,30 +78,9 @@ PLAN = [
 ]  # fmt: skip
 
 
-def parse_pattern(words: str) -> dict:
-    """Return the fields of `LongNetConfig` that a written pattern stands for."""
-    fields = {"segment_lengths": [], "dilation_rates": [], "query_rates": []}
-    for word in words.split():
-        if word in FLAGS:
-            fields[FLAGS[word]] = True
-        elif word.startswith("w"):
-            fields["window_size"] = int(word[1:])
-        else:
-            w, _, rates = word.partition("/")
-            r, _, rate = rates.partition(":")
-            for name, number in zip(fields, (w, r, rate or r), strict=False):
-                fields[name].append(int(number))
-    if fields["query_rates"] == fields["dilation_rates"]:
-        del fields["query_rates"]
-    return fields
-
-
 def count_pattern_keys(words: str, length: int) -> float:
     """Keys that a query sees on average, a head."""
-    if words.startswith("sparse"):
-        return count_keys(_sparse(words), length)
-    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in parse_pattern(words).items()}
-    return Branches(**fields).count_work(length)
+    return count_keys(_sparse(words) if words.startswith("sparse") else make_pattern(words, ((), ()), length), length)
 
 
 def _sparse(words: str) -> Pattern:
@@ -118,8 +93,7 @@ def build(words: str, seed: int, sizes: dict, device: str) -> torch.nn.Module:
     """A new model of this pattern; equal seeds give equal weights whatever the pattern."""
     if words.startswith("sparse"):
         return make_model(_sparse(words), seed, **sizes).to(device)
-    torch.manual_seed(seed)
-    return LongNetForCausalLM(LongNetConfig(**sizes, **parse_pattern(words))).to(device)
+    return make_model(make_pattern(words, ((), ()), 1), seed, **sizes).to(device)
 
 
 class Trainer:
@@ -187,7 +161,12 @@ def train(model, ids: np.ndarray, labels: np.ndarray, task: dict, rate: float, b
         losses.append(trainer.step(ids[rows], labels[rows], step / steps).clone())
     losses = torch.stack(losses).tolist()
     seconds = time.perf_counter() - began
-    return {"steps": steps, "tokens": steps * batch * length, "seconds": seconds, "losses": losses[:: max(1, steps // 64)]}
+    return {
+        "steps": steps,
+        "tokens": steps * batch * length,
+        "seconds": seconds,
+        "losses": losses[:: max(1, steps // 64)],
+    }
 
 
 def run_recall(cell: dict, folder: Path, device: str) -> dict:
@@ -254,7 +233,7 @@ def list_cells(plan: list, changes: dict) -> list[dict]:
     cells = []
     for task, seeds, rates, patterns in plan:
         for seed, rate, pattern in itertools.product(range(seeds), rates, patterns):
-            name = f"{task}-{pattern.replace(' ', '_').replace('/', '-').replace(':', 'q')}-{rate:g}-{seed}"
+            name = f"{task}-{file_name(pattern)}-{rate:g}-{seed}"
             cell = {"name": name, "task": task, "pattern": pattern, "seed": seed, "rate": rate, "changes": changes}
             cells.append(cell | {"keys": count_pattern_keys(pattern, (TASKS[task] | changes)["length"])})
     return cells
@@ -287,7 +266,9 @@ def work(cells: "multiprocessing.Queue", folder: Path, text_file: Path | None, d
 def prepare_text(file: Path, settings: dict) -> None:
     """Tokenize the text of `run.py` into a file of one array per document."""
     text = load_documents(settings)
-    arrays = {f"{part}/{name}": ids.astype(np.uint16) for part, docs in text.documents.items() for name, ids in docs.items()}
+    arrays = {
+        f"{part}/{name}": ids.astype(np.uint16) for part, docs in text.documents.items() for name, ids in docs.items()
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, vocab_size=len(text.tokenizer), digest=text.digest, **arrays)
     print(f"{file}: {sum(x.size for x in arrays.values()):,} tokens, {file.stat().st_size / 2**20:.1f} MiB")
@@ -330,7 +311,14 @@ def summarize(folder: Path) -> str:
             if not is_text:
                 shown += [f"{x:.2f}" for x in np.mean([r["recall"] for r in results], 0)]
             seconds = np.mean([r["seconds"] for r in results])
-            row = [pattern, f"{results[0]['cell']['keys']:.0f}", f"{rate:g}", str(len(results)), f"{seconds:.1f}", *shown]
+            row = [
+                pattern,
+                f"{results[0]['cell']['keys']:.0f}",
+                f"{rate:g}",
+                str(len(results)),
+                f"{seconds:.1f}",
+                *shown,
+            ]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
