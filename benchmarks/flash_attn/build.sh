@@ -2,7 +2,7 @@
 # Build flash-attn 2.8.3.post2 for sm_90, bfloat16 alone, with kernels of 64 and 128 wide heads, into FOLDER:
 #     PYTHON=.venv/bin/python bash benchmarks/flash_attn/build.sh FOLDER
 # Needs no GPU, but nvcc (CUDA_HOME) and, in PYTHON's environment, the torch and Python versions of the machine that
-# will run it, with setuptools, wheel, packaging, psutil and ninja. Eight minutes on one core; the wheel has 3.6 MB.
+# will run it, with setuptools, wheel, packaging, psutil and ninja. Ten minutes on one core; the wheel has 3.6 MB.
 #
 # `bfloat16_sm90.patch` leaves out float16, heads above 128, dropout, ALiBi, softcap, windows and the kernels that
 # split keys over blocks; calls that need them raise. Heads below 64, and from 65 to 127, take the next larger kernel.
