@@ -3,12 +3,11 @@
 Each candidate computes what the kernel in use computes, over all branches of the pattern: it is compared with dense
 attention in float64 at a ragged length, then timed against the kernel in use, in alternation. All candidates are
 compiled first, side by side, for an H100, without touching a GPU. Then each stage runs in a process of its own, so a
-candidate that loses the GPU context costs only its stage: other block sizes and loops first, then tensor descriptors.
-The JSON file is written after each group.
+candidate that loses the GPU context costs only its stage: other block sizes and loops first, then tensor descriptors,
+then rotary positions in one kernel (`tune_rotary.py`). The JSON file is written after each group.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -16,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from modeling_longnet import backend_triton, dilated_attention
 from modeling_longnet.backend_triton import TritonBackend
+from modeling_longnet.positions import apply_rotary
 from modeling_longnet.testing import BACKENDS
 
-from . import tune_kernels
-from .measure import describe_run, spread, time_alternately, write_json
+from . import tune_kernels, tune_rotary
+from .measure import Call, describe_run, spread, time_alternately, write_json
 from .op import PATTERNS, Case, count_flops, parse_pattern
 
 PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # of a kernel, of one pair of blocks
@@ -38,7 +39,7 @@ KERNELS = {
     "dkdv": tune_kernels.dkdv_candidate,
     "dq": tune_kernels.dq_candidate,
 }
-STAGES = ("blocks", "descriptors")
+STAGES = ("blocks", "descriptors", "specialized", "rotary")
 
 
 class Candidate(NamedTuple):
@@ -50,23 +51,27 @@ class Candidate(NamedTuple):
 
     @property
     def stage(self) -> str:
-        return STAGES[dict(self.flags).get("TMA", 0)]
+        flags = dict(self.flags)
+        return STAGES[2 if flags.get("SPECIALIZED") else flags.get("TMA", 0)]
 
     def __str__(self) -> str:
-        flags = [f"{name.lower()}={int(value)}" for name, value in self.flags] or ["as in use"]
+        flags = [f"{name.lower()}={int(value)}" for name, value in self.flags if value] or ["as in use"]
         return " ".join([self.kernel, "{}x{} warps={} stages={}".format(*self.sizes), *flags])
 
 
-def forward(*sizes, tma=True, loops=1, **options) -> Candidate:
-    return Candidate("forward", sizes, (("TMA", tma), ("LOOPS", loops), *options.items()))
+def forward(*sizes, tma=True, loops=1, ws=False, **options) -> Candidate:
+    flags = {"TMA": tma, "LOOPS": loops, "SPECIALIZED": ws} | options
+    return Candidate("forward", sizes, tuple(flags.items()))
 
 
-def dkdv(*sizes, tma=True, keys_are_rows=True, **options) -> Candidate:
-    return Candidate("dkdv", sizes, (("TMA", tma), ("KEYS_ARE_ROWS", keys_are_rows), *options.items()))
+def dkdv(*sizes, tma=True, keys_are_rows=True, ws=False, **options) -> Candidate:
+    flags = {"TMA": tma, "KEYS_ARE_ROWS": keys_are_rows, "SPECIALIZED": ws} | options
+    return Candidate("dkdv", sizes, tuple(flags.items()))
 
 
-def dq(*sizes, tma=True, loops=1, **options) -> Candidate:
-    return Candidate("dq", sizes, (("TMA", tma), ("LOOPS", loops), *options.items()))
+def dq(*sizes, tma=True, loops=1, ws=False, **options) -> Candidate:
+    flags = {"TMA": tma, "LOOPS": loops, "SPECIALIZED": ws} | options
+    return Candidate("dq", sizes, tuple(flags.items()))
 
 
 # For heads of up to so many elements, most promising first.
@@ -79,15 +84,17 @@ CANDIDATES = {
         forward(128, 64, 8, 2, maxnreg=128),
         forward(128, 128, 8, 2),
         forward(128, 64, 8, 3, tma=False),
-        forward(64, 32, 4, 3),
+        forward(128, 128, 4, 2, ws=True),
+        forward(128, 64, 4, 3, ws=True),
         Candidate("forward", (128, 128, 8, 2)),
-        Candidate("forward", (128, 64, 8, 3)),
         dkdv(64, 64, 4, 2, keys_are_rows=False),
         dkdv(64, 128, 8, 2),
         dkdv(64, 64, 4, 2),
         dkdv(64, 128, 8, 2, tma=False),
         dkdv(32, 128, 8, 2),
         dkdv(32, 64, 4, 2),
+        dkdv(64, 128, 4, 2, ws=True),
+        dkdv(32, 128, 4, 2, ws=True),
         dq(128, 64, 8, 3),
         dq(128, 64, 8, 3, loops=2),
         dq(128, 64, 8, 3, tma=False),
@@ -99,10 +106,12 @@ CANDIDATES = {
         forward(64, 64, 4, 3, tma=False),
         forward(128, 64, 4, 3),
         forward(128, 128, 8, 3),
+        forward(128, 128, 4, 2, ws=True),
         dkdv(64, 64, 4, 3, keys_are_rows=False),
         dkdv(64, 64, 4, 3),
         dkdv(64, 128, 8, 3),
         dkdv(64, 128, 8, 3, tma=False),
+        dkdv(64, 128, 4, 2, ws=True),
         dq(64, 64, 4, 3),
         dq(64, 64, 4, 3, tma=False),
         dq(128, 64, 4, 3),
@@ -298,6 +307,16 @@ class Checker:
         return {"error": error, "dense_error": self.dense_errors[candidate.kernel], "same_bits": same}
 
 
+def compare(rows: dict[str, dict], calls: dict[str, Call], seconds: float) -> list[dict]:
+    """Time the calls in alternation; add seconds and speedup over the first row to their rows; fastest first."""
+    for name, samples in time_alternately(calls, seconds=seconds, least=3, most=40).items():
+        rows[name]["seconds"] = samples
+    in_use = next(iter(rows.values())).get("seconds")
+    for name in calls if in_use else ():
+        rows[name]["speedup"] = spread([a / b for a, b in zip(in_use, rows[name]["seconds"], strict=True)])
+    return sorted(rows.values(), key=lambda row: spread(row["seconds"]).median if "seconds" in row else float("inf"))
+
+
 def group(stage: str, kernel: str, case: Case, pattern: str, checker: Checker, calls, seconds: float) -> list[dict]:
     """Check and time the candidates of one kernel, shape and stage; fastest first."""
     rows, contestants = {}, {}
@@ -320,14 +339,40 @@ def group(stage: str, kernel: str, case: Case, pattern: str, checker: Checker, c
 
         contestants[str(candidate)] = call
     flops = count_flops(case._replace(mode="forward"), pattern) / 2 * PRODUCTS[kernel]
-    for name, samples in time_alternately(contestants, seconds=seconds, least=3, most=40).items():
-        rows[name] |= {"seconds": samples, "tflops": flops / spread(samples).median / 1e12}
-    in_use = next(iter(rows.values()))
-    for row in rows.values():
-        if "seconds" in row and "seconds" in in_use:
-            ratios = [a / b for a, b in zip(in_use["seconds"], row["seconds"], strict=True)]
-            row["speedup"] = spread(ratios)
-    return sorted(rows.values(), key=lambda row: row.get("tflops", 0), reverse=True)
+    ranked = compare(rows, contestants, seconds)
+    for row in ranked:
+        if "seconds" in row:
+            row["tflops"] = flops / spread(row["seconds"]).median / 1e12
+    return ranked
+
+
+def rotary(case: Case, seconds: float, backward: bool) -> list[dict]:
+    """Check and time rotary positions of one tensor in one kernel beside PyTorch's several."""
+    x, grad = (case.tensor(1, case.length, case.heads, case.head_dim) for _ in range(2))
+    angles = 6 * torch.rand(1, case.length, 1, case.head_dim // 2, device=case.device, dtype=torch.float64)
+    mode = "forward+backward" if backward else "forward"
+
+    factors = torch.polar(angles / 6 + 0.5, angles)
+    rounded = factors.to(torch.complex64)
+
+    def call(apply, x=x, factors=rounded):
+        if not backward:
+            return [apply(x, factors)]
+        x = x.detach().requires_grad_()
+        out = apply(x, factors)
+        return [out.detach(), *torch.autograd.grad(out, x, grad.to(x.dtype))]
+
+    ways = {f"rotary {mode}, as in use": apply_rotary, f"rotary {mode}, one kernel": tune_rotary.apply_rotary}
+    exact = call(apply_rotary, x.double(), factors)
+    rows, calls = {}, {}
+    for name, way in ways.items():
+        rows[name] = {"stage": "rotary", "kernel": "rotary", "heads": case.heads, "dim": case.head_dim}
+        found = call(way)
+        rows[name] |= {"candidate": name, "error": relative_error(found, exact)}
+        rows[name]["dense_error"] = next(iter(rows.values()))["error"]
+        rows[name]["same_bits"] = all(map(torch.equal, found, call(way)))
+        calls[name] = partial(call, way)
+    return compare(rows, calls, seconds)
 
 
 def measure(stage: str, args: argparse.Namespace, write) -> None:
@@ -335,6 +380,10 @@ def measure(stage: str, args: argparse.Namespace, write) -> None:
     for heads, dim in args.shapes:
         torch.manual_seed(0)
         case = Case(args.length, heads, dim, args.dtype, "forward+backward", 1, args.device)
+        if stage == "rotary":
+            write(rotary(case, args.seconds / 2, False))
+            write(rotary(case, args.seconds / 2, True))
+            continue
         checker = Checker(case._replace(length=args.error_length), args.pattern)
         calls = record(case, args.pattern)[0].calls
         for kernel in PRODUCTS:
@@ -354,7 +403,7 @@ def line(row: dict) -> str:
     milliseconds, speedup = spread(row["seconds"]).median * 1e3, "{:.3f} ({:.3f} to {:.3f})".format(*row["speedup"])
     errors = f"error {row['error']:.1e} ({row['error'] / row['dense_error']:.2f} of dense)"
     bits = "" if row["same_bits"] else ", NOT THE SAME BITS"
-    return f"{milliseconds:8.3f} {row['tflops']:6.0f} {speedup:>22}  {row['candidate']}, {errors}{bits}"
+    return f"{milliseconds:8.3f} {row.get('tflops', 0):6.0f} {speedup:>22}  {row['candidate']}, {errors}{bits}"
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -377,6 +426,7 @@ def run(args: argparse.Namespace) -> dict:
         for heads, dim in args.shapes
         for stage in args.stages
         for kernel in kernels
+        if stage != "rotary"
         for candidate in candidates(kernel, dim, dtype, stage)
     }
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:

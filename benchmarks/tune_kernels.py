@@ -3,6 +3,8 @@
 Arguments, results and symbols are those of the kernels that they would replace. The choices:
     TMA             load rows by tensor descriptors (Hopper's bulk copies, no address arithmetic, 0 past the end)
     LOOPS           2: full blocks first, then masked ones (now); 1: one loop, whose pipeline fills once
+    SPECIALIZED     Triton gives loads to one group of warps and products to two others, which each take half the rows;
+                    it does so for 4 warps, rows by descriptors alone, one loop, no early return, no `if` in the loop
     KEYS_ARE_ROWS   compute the transposed scores, so that p and ds are operands in registers, not in shared memory
 """
 
@@ -24,7 +26,9 @@ from modeling_longnet.triton_kernels import (
 def _rows(ptr, seqlen, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
     """Return a descriptor of `seqlen` rows of D elements if TMA, else the pointer to the first."""
     if TMA:
-        return tl.make_tensor_descriptor(ptr, [seqlen, D], [tl.cast(stride, tl.int64), 1], [BLOCK, BLOCK_D])
+        return tl.make_tensor_descriptor(
+            ptr, [tl.maximum(seqlen, 1), D], [tl.cast(stride, tl.int64), 1], [BLOCK, BLOCK_D]
+        )
     else:  # the two are of different types
         return ptr
 
@@ -41,6 +45,18 @@ def _load(
         return _load_block(rows, start, seqlen, stride, BLOCK, D, BLOCK_D, MASKED)
 
 
+@triton.jit
+def _load_once(
+    ptr, start, seqlen, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPECIALIZED: tl.constexpr
+):  # fmt: skip
+    """Load the rows that a program keeps; 0 from `seqlen` on."""
+    if SPECIALIZED:
+        rows = _rows(ptr, seqlen, stride, BLOCK, D, BLOCK_D, True)
+        return rows.load([tl.cast(start, tl.int32), 0])
+    else:
+        return _load_block(ptr, start, seqlen, stride, BLOCK, D, BLOCK_D, True)
+
+
 @_kernel
 def forward_candidate(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
@@ -50,7 +66,7 @@ def forward_candidate(
     KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, ZERO_PADDING: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
-    TMA: tl.constexpr, LOOPS: tl.constexpr,
+    TMA: tl.constexpr, LOOPS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """`forward_kernel` with other loads and loops (no zero padding)."""
     token_stride = tl.cast(r, tl.int64) if WIDE else r
@@ -66,30 +82,34 @@ def forward_candidate(
         k_ptr, stride_kb, stride_kt, stride_kh, v_ptr, stride_vb, stride_vt, stride_vh,
         batch, kv_head, token, token_stride, seqlen_q, prefix, suffix, KEYS,
     )  # fmt: skip
-    if (block * BLOCK_M >= seqlen_q) | (seqlen_k == 0):
-        if OVERLAPS:
-            gdc_wait()
-        return
+    has_work = (block * BLOCK_M < seqlen_q) & (seqlen_k > 0)
+    if not SPECIALIZED:
+        if not has_work:
+            if OVERLAPS:
+                gdc_wait()
+            return
     keys = _rows(k_ptr, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, TMA)
     values = _rows(v_ptr, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, TMA)
     q_ptr += batch * stride_qb + token * stride_qt + tl.cast(head, tl.int64) * stride_qh
-    q = _load_block(q_ptr, block * BLOCK_M, seqlen_q, stride_qt * token_stride, BLOCK_M, D, BLOCK_D, True)
+    q = _load_once(q_ptr, block * BLOCK_M, seqlen_q, stride_qt * token_stride, BLOCK_M, D, BLOCK_D, SPECIALIZED)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -float("inf"), tl.float32)
     end_n = tl.minimum(seqlen_k, (block + 1) * BLOCK_M) if IS_CAUSAL else seqlen_k
+    if SPECIALIZED:
+        end_n *= has_work.to(tl.int32)
     unmasked_n = (tl.minimum(seqlen_k, block * BLOCK_M) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
+    last_n = tl.minimum(offs_m, seqlen_k - 1) if IS_CAUSAL else tl.zeros([BLOCK_M], tl.int32) + (seqlen_k - 1)
     for LOOP in tl.static_range(LOOPS):
         begin, end = unmasked_n if LOOP else 0, end_n if LOOP == LOOPS - 1 else unmasked_n
-        for start_n in range(begin, end, BLOCK_N):
+        for start_n in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load(keys, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, LOOP == LOOPS - 1, TMA)
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if LOOP == LOOPS - 1:
+            if SPECIALIZED:
+                qk = tl.where(offs_n[None, :] <= last_n[:, None], qk, -float("inf"))
+            elif LOOP == LOOPS - 1:
                 if start_n >= unmasked_n:
-                    mask = (offs_n < seqlen_k)[None, :]
-                    if IS_CAUSAL:
-                        mask = mask & (offs_n[None, :] <= offs_m[:, None])
-                    qk = tl.where(mask, qk, -float("inf"))
+                    qk = tl.where(offs_n[None, :] <= last_n[:, None], qk, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(qk, 1) * scale_log2)
             p = tl.exp2(qk * scale_log2 - m_new[:, None])
             alpha = tl.exp2(m_i - m_new)
@@ -124,7 +144,7 @@ def dkdv_candidate(
     KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, HEADS_PER_KV: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
-    TMA: tl.constexpr, KEYS_ARE_ROWS: tl.constexpr,
+    TMA: tl.constexpr, KEYS_ARE_ROWS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """`backward_dkdv_kernel` with other loads, and either shape of the scores."""
     token_stride = tl.cast(r, tl.int64) if WIDE else r
@@ -138,15 +158,19 @@ def dkdv_candidate(
         k_ptr, stride_kb, stride_kt, stride_kh, v_ptr, stride_vb, stride_vt, stride_vh,
         batch, kv_head, token, token_stride, seqlen_q, prefix, suffix, KEYS,
     )  # fmt: skip
-    if (block * BLOCK_N >= seqlen_k) | (seqlen_q == 0):
-        if OVERLAPS:
-            gdc_wait()
-        return
+    has_work = (block * BLOCK_N < seqlen_k) & (seqlen_q > 0)
+    if not SPECIALIZED:
+        if not has_work:
+            if OVERLAPS:
+                gdc_wait()
+            return
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = _load_block(k_ptr, block * BLOCK_N, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, True)
-    v = _load_block(v_ptr, block * BLOCK_N, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, True)
+    k = _load_once(k_ptr, block * BLOCK_N, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, SPECIALIZED)
+    v = _load_once(v_ptr, block * BLOCK_N, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, SPECIALIZED)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     begin_m = block * BLOCK_N // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    if SPECIALIZED:
+        begin_m = tl.where(has_work, begin_m, seqlen_q)
     stride_qm, stride_om = stride_qt * token_stride, token_stride * heads * D
     for n in range(HEADS_PER_KV):
         head = kv_head * HEADS_PER_KV + n
@@ -154,7 +178,7 @@ def dkdv_candidate(
         base = batch * stride_lb + token * heads + head
         queries = _rows(head_ptr, seqlen_q, stride_qm, BLOCK_M, D, BLOCK_D, TMA)
         grads = _rows(do_ptr + base * D, seqlen_q, stride_om, BLOCK_M, D, BLOCK_D, TMA)
-        for start_m in range(begin_m, seqlen_q, BLOCK_M):
+        for start_m in tl.range(begin_m, seqlen_q, BLOCK_M, warp_specialize=SPECIALIZED):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q = _load(queries, start_m, seqlen_q, stride_qm, BLOCK_M, D, BLOCK_D, True, TMA)
             do = _load(grads, start_m, seqlen_q, stride_om, BLOCK_M, D, BLOCK_D, True, TMA)
@@ -165,7 +189,9 @@ def dkdv_candidate(
             if KEYS_ARE_ROWS:
                 p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
                 if IS_CAUSAL:
-                    if start_m < (block + 1) * BLOCK_N:
+                    if SPECIALIZED:
+                        p = tl.where(offs_n[:, None] <= offs_m[None, :], p, 0.0)
+                    elif start_m < (block + 1) * BLOCK_N:
                         p = tl.where(offs_n[:, None] <= offs_m[None, :], p, 0.0)
                 ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -173,7 +199,9 @@ def dkdv_candidate(
             else:
                 p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
                 if IS_CAUSAL:
-                    if start_m < (block + 1) * BLOCK_N:
+                    if SPECIALIZED:
+                        p = tl.where(offs_n[None, :] <= offs_m[:, None], p, 0.0)
+                    elif start_m < (block + 1) * BLOCK_N:
                         p = tl.where(offs_n[None, :] <= offs_m[:, None], p, 0.0)
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
                 dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
@@ -198,7 +226,7 @@ def dq_candidate(
     KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
-    TMA: tl.constexpr, LOOPS: tl.constexpr,
+    TMA: tl.constexpr, LOOPS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """`backward_dq_kernel` with other loads and loops."""
     token_stride = tl.cast(r, tl.int64) if WIDE else r
@@ -213,35 +241,41 @@ def dq_candidate(
         k_ptr, stride_kb, stride_kt, stride_kh, v_ptr, stride_vb, stride_vt, stride_vh,
         batch, kv_head, token, token_stride, seqlen_q, prefix, suffix, KEYS,
     )  # fmt: skip
-    if (block * BLOCK_M >= seqlen_q) | (seqlen_k == 0):
-        if OVERLAPS:
-            gdc_wait()
-        return
+    has_work = (block * BLOCK_M < seqlen_q) & (seqlen_k > 0)
+    if not SPECIALIZED:
+        if not has_work:
+            if OVERLAPS:
+                gdc_wait()
+            return
     keys = _rows(k_ptr, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, TMA)
     values = _rows(v_ptr, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, TMA)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     base = batch * stride_lb + token * heads + head
     q_ptr += batch * stride_qb + token * stride_qt + tl.cast(head, tl.int64) * stride_qh
-    q = _load_block(q_ptr, block * BLOCK_M, seqlen_q, stride_qt * token_stride, BLOCK_M, D, BLOCK_D, True)
-    do = _load_block(do_ptr + base * D, block * BLOCK_M, seqlen_q, token_stride * heads * D, BLOCK_M, D, BLOCK_D, True)
+    q = _load_once(q_ptr, block * BLOCK_M, seqlen_q, stride_qt * token_stride, BLOCK_M, D, BLOCK_D, SPECIALIZED)
+    do = _load_once(
+        do_ptr + base * D, block * BLOCK_M, seqlen_q, token_stride * heads * D, BLOCK_M, D, BLOCK_D, SPECIALIZED
+    )
     offs_lse = base + offs_m.to(tl.int64) * (token_stride * heads)
     lse = tl.load(lse_ptr + offs_lse, mask=offs_m < seqlen_q, other=float("inf")) * _LOG2_E
     delta = tl.load(delta_ptr + offs_lse, mask=offs_m < seqlen_q, other=0.0)
     end_n = tl.minimum(seqlen_k, (block + 1) * BLOCK_M) if IS_CAUSAL else seqlen_k
+    if SPECIALIZED:
+        end_n *= has_work.to(tl.int32)
     unmasked_n = (tl.minimum(seqlen_k, block * BLOCK_M) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
+    last_n = tl.minimum(offs_m, seqlen_k - 1) if IS_CAUSAL else tl.zeros([BLOCK_M], tl.int32) + (seqlen_k - 1)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for LOOP in tl.static_range(LOOPS):
         begin, end = unmasked_n if LOOP else 0, end_n if LOOP == LOOPS - 1 else unmasked_n
-        for start_n in range(begin, end, BLOCK_N):
+        for start_n in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load(keys, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, LOOP == LOOPS - 1, TMA)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
-            if LOOP == LOOPS - 1:
+            if SPECIALIZED:
+                p = tl.where(offs_n[None, :] <= last_n[:, None], p, 0.0)
+            elif LOOP == LOOPS - 1:
                 if start_n >= unmasked_n:
-                    mask = (offs_n < seqlen_k)[None, :]
-                    if IS_CAUSAL:
-                        mask = mask & (offs_n[None, :] <= offs_m[:, None])
-                    p = tl.where(mask, p, 0.0)
+                    p = tl.where(offs_n[None, :] <= last_n[:, None], p, 0.0)
             v = _load(values, start_n, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, LOOP == LOOPS - 1, TMA)
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
