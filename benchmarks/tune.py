@@ -3,8 +3,10 @@
 Each candidate computes what the kernel in use computes, over all branches of the pattern: it is compared with dense
 attention in float64 at a ragged length, then timed against the kernel in use, in alternation. All candidates are
 compiled first, side by side, for an H100, without touching a GPU. Then each stage runs in a process of its own, so a
-candidate that loses the GPU context costs only its stage: other block sizes and loops first, then tensor descriptors,
-then rotary positions in one kernel (`tune_rotary.py`). The JSON file is written after each group.
+candidate that hangs or loses the GPU context costs only its stage: other block sizes and loops, tensor descriptors,
+rotary positions in one kernel (`tune_rotary.py`), warp specialization. The JSON file is written after each group.
+A row: median milliseconds of all branches, TFLOP/s of the kernel's own products, and how many times as fast as the
+kernel in use (median, least and most of the rounds).
 """
 
 import argparse
@@ -39,7 +41,7 @@ KERNELS = {
     "dkdv": tune_kernels.dkdv_candidate,
     "dq": tune_kernels.dq_candidate,
 }
-STAGES = ("blocks", "descriptors", "specialized", "rotary")
+STAGES = ("blocks", "descriptors", "rotary", "specialized")
 
 
 class Candidate(NamedTuple):
@@ -52,7 +54,7 @@ class Candidate(NamedTuple):
     @property
     def stage(self) -> str:
         flags = dict(self.flags)
-        return STAGES[2 if flags.get("SPECIALIZED") else flags.get("TMA", 0)]
+        return "specialized" if flags.get("SPECIALIZED") else "descriptors" if flags.get("TMA") else "blocks"
 
     def __str__(self) -> str:
         flags = [f"{name.lower()}={int(value)}" for name, value in self.flags if value] or ["as in use"]
@@ -391,7 +393,8 @@ def measure(stage: str, args: argparse.Namespace, write) -> None:
 
 
 def _child(stage: str, args: argparse.Namespace, sender) -> None:
-    triton.set_allocator(Scratch())
+    if args.device == "cuda":
+        triton.set_allocator(Scratch())
     sender.send(describe_run(args.device))
     measure(stage, args, sender.send)
     sender.close()
@@ -416,10 +419,33 @@ def run(args: argparse.Namespace) -> dict:
         write_json(args.output, result)
         print("", *map(line, rows), sep="\n", flush=True)
 
-    if args.device == "cpu":
-        for stage in args.stages:
-            measure(stage, args, write)
-        return result
+    if args.device == "cuda":
+        compile_all(args, context, result)
+        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    for stage in () if args.compile_only else args.stages:
+        end = min(begin + args.limit, time.monotonic() + args.stage_limit)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(stage, args, sender))
+        process.start()
+        sender.close()
+        try:
+            while receiver.poll(max(0, end - time.monotonic())):
+                message = receiver.recv()
+                if isinstance(message, dict):
+                    result |= message
+                else:
+                    write(message)
+            print(f"stage {stage}: out of time")
+        except EOFError:
+            process.join(10)
+            print(f"stage {stage}: ended with {process.exitcode}, {time.monotonic() - begin:.0f} s", flush=True)
+        process.kill()
+        process.join()
+    return result
+
+
+def compile_all(args: argparse.Namespace, context, result: dict) -> None:
+    """Compile the candidates of all stages side by side; print what each needs."""
     dtype, kernels = getattr(torch, args.dtype), PRODUCTS
     work = {
         (candidate, heads, dim): Case(64, heads, dim, args.dtype, "forward+backward", 1, "cpu")
@@ -433,28 +459,9 @@ def run(args: argparse.Namespace) -> dict:
         jobs = [pool.submit(compile_candidate, key[0], case, args.pattern) for key, case in work.items()]
         result["compiled"] = [job.result() for job in jobs]
     write_json(args.output, result)
-    print(f"compiled {len(jobs)} candidates in {time.monotonic() - begin:.0f} s", flush=True)
     for row in result["compiled"]:
         needs = "; ".join(" ".join(f"{k} {v}" for k, v in one.items()) for one in row["usage"])
         print(f"{row['dim']:4} {row['candidate']}: {row.get('error', needs)}")
-    for stage in () if args.compile_only else args.stages:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(stage, args, sender))
-        process.start()
-        sender.close()
-        try:
-            while receiver.poll(max(0, args.limit - (time.monotonic() - begin))):
-                message = receiver.recv()
-                if isinstance(message, dict):
-                    result |= message
-                else:
-                    write(message)
-            print(f"stage {stage}: out of time")
-        except EOFError:
-            process.join(10)
-            print(f"stage {stage}: ended with {process.exitcode}, {time.monotonic() - begin:.0f} s", flush=True)
-        process.kill()
-    return result
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -473,6 +480,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--seconds", type=float, default=2, help="of timing in each group")
     parser.add_argument("--limit", type=float, default=110, help="seconds in all")
+    parser.add_argument("--stage-limit", type=float, default=40, help="seconds of one stage")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="that compile")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("tune.json"))

@@ -57,6 +57,17 @@ def _load_once(
         return _load_block(ptr, start, seqlen, stride, BLOCK, D, BLOCK_D, True)
 
 
+@triton.jit
+def _wait(seqlen, SPECIALIZED: tl.constexpr):
+    """Wait for the previous launch; return `seqlen`. If SPECIALIZED, all warps that use the result wait."""
+    if SPECIALIZED:
+        wait: tl.constexpr = "griddepcontrol.wait; mov.b32 $0, $1;"
+        return tl.inline_asm_elementwise(wait, "=r,r", [seqlen], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        gdc_wait()
+        return seqlen
+
+
 @_kernel
 def forward_candidate(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
@@ -120,11 +131,11 @@ def forward_candidate(
     out = acc / l_i[:, None]
     lse = (m_i + tl.log2(l_i)) / _LOG2_E
     offs_d = tl.arange(0, BLOCK_D)
+    if OVERLAPS:
+        seqlen_q = _wait(seqlen_q, SPECIALIZED)
     offs_lse = batch * stride_lb + token * heads + head + offs_m.to(tl.int64) * (token_stride * heads)
     out_ptrs = out_ptr + offs_lse[:, None] * D + offs_d[None, :]
     mask = (offs_m < seqlen_q)[:, None] & (offs_d < D)[None, :]
-    if OVERLAPS:
-        gdc_wait()
     if not IS_FIRST:
         old_lse = tl.load(lse_ptr + offs_lse, mask=offs_m < seqlen_q, other=0.0)
         old_out = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -212,7 +223,7 @@ def dkdv_candidate(
         batch, kv_head, token, token_stride, seqlen_q, prefix, suffix, KEYS,
     )  # fmt: skip
     if OVERLAPS:
-        gdc_wait()
+        seqlen_k = _wait(seqlen_k, SPECIALIZED)
     _add_block(dk_ptr, dk, offs_n, seqlen_k, stride_dkn, IS_FIRST, D, BLOCK_D)
     _add_block(dv_ptr, dv, offs_n, seqlen_k, stride_dkn, IS_FIRST, D, BLOCK_D)
 
@@ -281,5 +292,5 @@ def dq_candidate(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= scale_log2 / _LOG2_E
     if OVERLAPS:
-        gdc_wait()
+        seqlen_q = _wait(seqlen_q, SPECIALIZED)
     _add_block(dq_ptr + base * D, dq, offs_m, seqlen_q, token_stride * heads * D, IS_FIRST, D, BLOCK_D)

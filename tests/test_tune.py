@@ -19,7 +19,8 @@ tune_rotary = pytest.importorskip("benchmarks.tune_rotary")
 def run(shape: str, path):
     """Run at two segments of more tokens than a block has, the last of them ragged."""
     arguments = ["--length", "40", "--error-length", "155", "--dtype", "float32", "--pattern", "128/1 144/2"]
-    tune.main(["--device", "cpu", "--shapes", shape, *arguments, "--seconds", "0", "--output", str(path)])
+    arguments += ["--device", "cpu", "--shapes", shape, "--seconds", "0", "--limit", "900", "--stage-limit", "900"]
+    tune.main([*arguments, "--output", str(path)])
     return json.loads(path.read_text())["rows"]
 
 
