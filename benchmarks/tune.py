@@ -14,9 +14,10 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +27,14 @@ import torch
 import triton
 from torch import Tensor
 
-from modeling_longnet import backend_triton, dilated_attention
-from modeling_longnet.backend_triton import TritonBackend
-from modeling_longnet.positions import apply_rotary
-from modeling_longnet.testing import BACKENDS
+from modeling_longnet import dilated_attention
+from modeling_longnet.testing import BACKENDS, TritonBackend, apply_rotary
 
 from . import tune_kernels, tune_rotary
 from .measure import Call, describe_run, spread, time_alternately, write_json
 from .op import PATTERNS, Case, count_flops, parse_pattern
 
+backend_triton = sys.modules[TritonBackend.__module__]  # its table of block sizes is patched here
 PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # of a kernel, of one pair of blocks
 KERNELS = {
     "forward": tune_kernels.forward_candidate,
@@ -392,12 +392,27 @@ def measure(stage: str, args: argparse.Namespace, write) -> None:
             write(group(stage, kernel, case, args.pattern, checker, calls, args.seconds))
 
 
-def _child(stage: str, args: argparse.Namespace, sender) -> None:
+def _child(stage: str, args: argparse.Namespace, connection) -> None:
+    """Measure a stage once the connection says so; send its rows."""
+    connection.recv()
     if args.device == "cuda":
         triton.set_allocator(Scratch())
-    sender.send(describe_run(args.device))
-    measure(stage, args, sender.send)
-    sender.close()
+    connection.send(describe_run(args.device))
+    measure(stage, args, connection.send)
+    connection.close()
+
+
+def _start(stage: str, args: argparse.Namespace):
+    """Start a stage's process, which imports and waits, and return it with the connection to it.
+
+    It is spawned on a GPU machine, as this process may have asked for the GPU, which no fork of it could use then.
+    """
+    context = multiprocessing.get_context("spawn" if args.device == "cuda" else "fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(stage, args, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return stage, process, ours
 
 
 def line(row: dict) -> str:
@@ -412,31 +427,28 @@ def line(row: dict) -> str:
 def run(args: argparse.Namespace) -> dict:
     """Compile, then measure each stage; print and write as it goes."""
     begin, result = time.monotonic(), {"name": "tune", "compiled": [], "rows": []}
-    context = multiprocessing.get_context("fork")
 
     def write(rows: list[dict]) -> None:
         result["rows"] += rows
         write_json(args.output, result)
         print("", *map(line, rows), sep="\n", flush=True)
 
+    children = [] if args.compile_only else [_start(stage, args) for stage in args.stages]
     if args.device == "cuda":
-        compile_all(args, context, result)
+        compile_all(args, result)
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    for stage in () if args.compile_only else args.stages:
+    for stage, process, connection in children:
         end = min(begin + args.limit, time.monotonic() + args.stage_limit)
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(stage, args, sender))
-        process.start()
-        sender.close()
         try:
-            while receiver.poll(max(0, end - time.monotonic())):
-                message = receiver.recv()
+            connection.send("begin")
+            while connection.poll(max(0, end - time.monotonic())):
+                message = connection.recv()
                 if isinstance(message, dict):
                     result |= message
                 else:
                     write(message)
-            print(f"stage {stage}: out of time")
-        except EOFError:
+            print(f"stage {stage}: stopped after its time", flush=True)
+        except (EOFError, OSError):  # the process has ended: all is measured, or its error is on the screen
             process.join(10)
             print(f"stage {stage}: ended with {process.exitcode}, {time.monotonic() - begin:.0f} s", flush=True)
         process.kill()
@@ -444,20 +456,25 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
-def compile_all(args: argparse.Namespace, context, result: dict) -> None:
+def compile_all(args: argparse.Namespace, result: dict) -> None:
     """Compile the candidates of all stages side by side; print what each needs."""
-    dtype, kernels = getattr(torch, args.dtype), PRODUCTS
+    dtype = getattr(torch, args.dtype)
     work = {
         (candidate, heads, dim): Case(64, heads, dim, args.dtype, "forward+backward", 1, "cpu")
         for heads, dim in args.shapes
         for stage in args.stages
-        for kernel in kernels
+        for kernel in PRODUCTS
         if stage != "rotary"
         for candidate in candidates(kernel, dim, dtype, stage)
     }
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+    # Forked: these never use the GPU.
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("fork")) as pool:
         jobs = [pool.submit(compile_candidate, key[0], case, args.pattern) for key, case in work.items()]
-        result["compiled"] = [job.result() for job in jobs]
+        for key, job in zip(work, jobs, strict=True):
+            try:
+                result["compiled"].append(job.result())
+            except BrokenExecutor:  # a compiler took its process down: the stages compile what is left
+                result["compiled"].append({"dim": key[2], "candidate": str(key[0]), "error": "its process ended"})
     write_json(args.output, result)
     for row in result["compiled"]:
         needs = "; ".join(" ".join(f"{k} {v}" for k, v in one.items()) for one in row["usage"])

@@ -8,18 +8,18 @@ Arguments, results and symbols are those of the kernels that they would replace.
     KEYS_ARE_ROWS   compute the transposed scores, so that p and ds are operands in registers, not in shared memory
 """
 
+import sys
+
 import triton
 import triton.language as tl
 
-from modeling_longnet.compat import gdc_launch_dependents, gdc_wait
-from modeling_longnet.triton_kernels import (
-    _LOG2_E,
-    _add_block,
-    _kernel,
-    _key_pointers,
-    _load_block,
-    _program_tokens,
-)
+from modeling_longnet.testing import TritonBackend
+
+_backend = sys.modules[TritonBackend.__module__]
+_kernels = sys.modules[_backend.forward_kernel.__module__]
+_LOG2_E, _kernel, gdc_launch_dependents = _kernels._LOG2_E, _kernels._kernel, _kernels.gdc_launch_dependents
+gdc_wait, _program_tokens, _key_pointers = _kernels.gdc_wait, _kernels._program_tokens, _kernels._key_pointers
+_load_block, _add_block = _kernels._load_block, _kernels._add_block
 
 
 @triton.jit
