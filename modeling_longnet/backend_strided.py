@@ -167,8 +167,8 @@ class StridedBackend(Backend):
             is_first = call.is_first and product.is_first
             for views, is_causal in _product_calls(call, product, of_queries, of_keys):
                 is_reversed = product.is_reversed and is_causal
-                q, g, o, s, dq, k, v, dk, dv = (x.flip(2) if is_reversed else x for x in views)
-                parts = self.backward(g, q, k, v, o, s, is_causal, call.scale)
+                q, g, o, s, *_ = inputs = [x.flip(2) if is_reversed else x for x in views]
+                parts = self.backward(g, q, *inputs[5:7], o, s, is_causal, call.scale)
                 for total, part in zip((views[4], *views[7:]), parts, strict=True):
                     part = part.flip(2) if is_reversed else part
                     total.copy_(part) if is_first else total.add_(part)
