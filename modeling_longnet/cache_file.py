@@ -78,7 +78,7 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
 
 
 def _branch_table(cache) -> list[list[int]]:
-    """Return w, r and offsets of each branch if these are all there is, else `flatten_branch` of those of each layer."""
+    """Return w, r and offsets of each branch; if there is more to them, `flatten_branch` of those of each layer."""
     layers = [layer.branches for layer in cache.layers]
     plain = [Branch(b.w, b.r, b.offsets) for b in layers[0]]
     if all(list(branches) == plain for branches in layers):
