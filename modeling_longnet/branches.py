@@ -7,6 +7,7 @@ nothing is gathered and no index tensor is built.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -168,6 +169,32 @@ class Pattern(NamedTuple):
     keys_once: bool = False
 
     @classmethod
+    def parse(cls, words: str) -> "Pattern":
+        """Return the pattern that one line writes: "w256 2048/8:1 512/1 rotate stagger once".
+
+        These are a window (w and its size), branches (w/r, or w/r:query_rate), and what is switched on.
+
+        Raises:
+            ValueError: names the word that is none of these.
+        """
+        flags = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
+        branches, fields = [], {}
+        for word in words.split():
+            if word in flags:
+                fields[flags[word]] = True
+            elif match := re.fullmatch(r"w(\d+)", word):
+                fields["window_size"] = int(match[1])
+            elif match := re.fullmatch(r"(\d+)/(\d+)(?::(\d+))?", word):
+                branches.append([int(x or match[2]) for x in match.groups()])
+            else:
+                raise ValueError(
+                    f"pattern {words!r}: {word!r} is no window such as w256, no branch such as 2048/4 or 2048/8:1, and "
+                    f"none of {', '.join(flags)}."
+                )
+        w, r, rates = (tuple(x) for x in zip(*branches, strict=True)) if branches else ((), (), ())
+        return cls(w, r, query_rates=None if rates == r else rates, **fields)
+
+    @classmethod
     def of(cls, config) -> "Pattern":
         """Return the pattern that a config, or anything with these attributes, describes."""
         values = (getattr(config, name, default) for name, default in cls._defaults().items())
@@ -234,6 +261,15 @@ class Pattern(NamedTuple):
             after = (window, inner, inner_phase) if self.keys_once else (0, 0, 0)
             result.append(Branch(w, r, offsets, *queries, phase, False, *after))
         return tuple(sorted(result, key=lambda branch: (not branch.covers_all, branch.r, branch.w)))
+
+    def describe(self) -> str:
+        """Return a sentence or two that say which keys a query sees."""
+        branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+        if self.window_size is None:
+            reach = f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"
+            return f"Branches {branches}: {reach}."
+        shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
+        return f"A query sees the last {self.window_size} tokens{shown}."
 
     @staticmethod
     def _phase(w: int, inner: int, inner_phase: int) -> int:

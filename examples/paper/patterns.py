@@ -37,29 +37,10 @@ class Pattern(NamedTuple):
     summary: int = 0
 
 
-FLAGS = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
-
-
 def parse_pattern(words: str) -> dict:
-    """Return the fields of `LongNetConfig` that a written pattern stands for.
-
-    It names the window, the branches as w/r or w/r:query_rate, and flags: "w256 2048/8:1 once" is a window of 256
-    tokens, then a branch whose every eighth token all queries see, no key twice.
-    """
-    fields = {"segment_lengths": [], "dilation_rates": [], "query_rates": []}
-    for word in words.split():
-        if word in FLAGS:
-            fields[FLAGS[word]] = True
-        elif word.startswith("w"):
-            fields["window_size"] = int(word[1:])
-        else:
-            w, _, rates = word.partition("/")
-            r, _, rate = rates.partition(":")
-            for name, number in zip(fields, (w, r, rate or r), strict=False):
-                fields[name].append(int(number))
-    if fields["query_rates"] == fields["dilation_rates"]:
-        del fields["query_rates"]
-    return fields
+    """The fields of `LongNetConfig` of a written pattern (`Pattern.parse`): "w256 2048/8:1 once" is a window of 256
+    tokens, then a branch whose every eighth token all queries see, no key twice."""
+    return {name: x for name, x in Branches.parse(words)._asdict().items() if name != "head_offsets"}
 
 
 def file_name(words: str) -> str:
@@ -83,7 +64,7 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
         return Pattern(name, (LONGEST,), (1,), size, summary=max(1, round(work / max(1, length / size - 1))))
     if any(word[:1] == "w" or word[:1].isdigit() for word in name.split()):
         fields = parse_pattern(name)
-        return Pattern(name, tuple(fields["segment_lengths"]), tuple(fields["dilation_rates"]))
+        return Pattern(name, fields["segment_lengths"], fields["dilation_rates"])
     raise ValueError(
         f"pattern {name!r}: allowed are {', '.join(map(repr, RIVALS))}, and written ones such as 'w256 2048/8:1 once'."
     )
@@ -96,8 +77,7 @@ def count_keys(pattern: Pattern, length: int) -> float:
     if pattern.name == "sparse":
         return min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
     if pattern.name not in RIVALS:
-        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in parse_pattern(pattern.name).items()}
-        return Branches(**fields).count_work(length)
+        return Branches.parse(pattern.name).count_work(length)
     return count_work(pattern.segment_lengths, pattern.dilation_rates, length)
 
 
