@@ -266,7 +266,9 @@ class Pattern(NamedTuple):
         """Return a sentence or two that say which keys a query sees."""
         branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
         if self.window_size is None:
-            reach = f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"
+            reach = (
+                f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"
+            )
             return f"Branches {branches}: {reach}."
         shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
         return f"A query sees the last {self.window_size} tokens{shown}."

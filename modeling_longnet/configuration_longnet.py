@@ -65,9 +65,7 @@ def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
         # Borders evenly spaced between the window and the length; each branch shows window / count keys.
         segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
         rates = tuple(min(w, 1 << (w * count // (2 * window) - 1).bit_length()) for w in segments)
-        patterns.append(
-            Pattern(segments, rates, window_size=window, query_rates=(1,) * count, keys_once=is_causal)
-        )
+        patterns.append(Pattern(segments, rates, window_size=window, query_rates=(1,) * count, keys_once=is_causal))
     return patterns
 
 
