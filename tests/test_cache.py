@@ -245,7 +245,7 @@ def test_a_refused_crop_leaves_the_record():
     assert cache.layers[0]._record.before["_record"] is None  # a record does not keep the one before
     with refused("crop(-99)", "18"):
         cache.crop(-99)
-    with refused("crop(-4)", "ended"):
+    with refused("crop(-4)", "discarded"):
         cache.crop(-4)
     cache.crop(-3)
     assert_goes_on_like(model, cache, ids[:, :15])
@@ -449,7 +449,7 @@ def test_an_interrupted_forward_is_noticed(monkeypatch):
         model(torch.randint(0, 29, (2, 3)), **{CACHE: cache})
 
 
-@pytest.mark.parametrize(("name", "call"), [("_store", 0), ("slice_view", 4)], ids=["all written", "half written"])
+@pytest.mark.parametrize(("name", "call"), [("_store", 0), ("strided_view", 4)], ids=["all written", "half written"])
 def test_an_interrupted_write_is_noticed(monkeypatch, name, call):
     """In the first and only layer too, where no other layer tells."""
     model = make_model(LongNetModel, num_hidden_layers=1)
