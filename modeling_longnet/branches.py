@@ -292,7 +292,7 @@ def make_branches(
 
 
 def count_work(segment_lengths, dilation_rates, length: int) -> float:
-    """Return the mean number of keys that a causal query sees per head in the paper's pattern (`Pattern.count_work`)."""
+    """Return `Pattern.count_work` of the paper's pattern."""
     return Pattern(segment_lengths, dilation_rates).count_work(length)
 
 
