@@ -234,8 +234,10 @@ def rows_of(view: View, begin: int, positions: list[int] | None = None):
 
 
 def staircase(product: Product) -> Counter:
-    """(row, key) that `steps` covers, rows and keys counted as the product stores them."""
+    """(row, key) that `steps` covers, or the band; rows and keys counted as the product stores them."""
     found, (rows, keys) = Counter(), (product.queries.seqlen, product.keys.seqlen)
+    if product.band:
+        return Counter((row, key) for row in range(rows) for key in range(row, row + product.band))
     for of_rows, of_keys, is_causal in product.steps():
         for a, row in enumerate(range(rows)[of_rows]):
             for b, key in enumerate(range(keys)[of_keys]):
@@ -259,12 +261,12 @@ def halo_positions(branch, chunk: Chunk, kind: str) -> list[list[int]]:
     return found
 
 
-def pairs_of(branch, chunk: Chunk, heads: int, is_causal: bool) -> Counter:
+def pairs_of(branch, chunk: Chunk, heads: int, is_causal: bool, bands: bool) -> Counter:
     """(head, query, key) of all products of a branch, by position."""
     found, repeat = Counter(), heads // len(branch.offsets)
     for kind in ("chunk", "prefix") if is_causal else ("chunk", "prefix", "suffix"):
         positions = None if kind == "chunk" else halo_positions(branch, chunk, kind)
-        for product in branch_products(chunk, branch, heads, is_causal, kind):
+        for product in branch_products(chunk, branch, heads, is_causal, kind, bands):
             steps = staircase(product)
             keys = {(n, head): x for n, head, x in rows_of(product.keys, chunk.start, positions)}
             for segment, head, queries in rows_of(product.queries, chunk.start):
@@ -274,30 +276,41 @@ def pairs_of(branch, chunk: Chunk, heads: int, is_causal: bool) -> Counter:
     return found
 
 
-@given(patterns(), st.integers(0, 60), st.integers(1, 45), st.integers(0, 40))
-def test_products_show_each_pair_once(case, start, length, after):
-    """Of a chunk with its prefix: each (query, key) of the predicate, and nothing else."""
+def check_products(case: tuple, start: int, length: int, after: int, is_causal: bool, bands: bool = False) -> None:
     pattern, heads, groups, layer = case
-    chunk = Chunk(0, 1, 3, 3 + length, start, start + length + after)
-    check_products(pattern, heads, groups, layer, chunk, True)
+    chunk, shown = Chunk(0, 1, 3, 3 + length, start, start + length + after), Counter()
+    for branch in pattern.branches(groups, heads, layer):
+        shown += pairs_of(branch, chunk, heads, is_causal, bands)
+    queries, keys = torch.arange(start, start + length)[None], torch.arange(chunk.total)[None]
+    counts = count_branches(pattern.branches(groups, heads, layer), queries, keys, is_causal=is_causal)[0]
+    counts = counts.repeat_interleave(heads // len(counts), 0)
+    assert shown == {(h, start + i, j): counts[h, i, j].item() for h, i, j in counts.nonzero().tolist()}
+
+
+@given(patterns(), st.integers(0, 60), st.integers(1, 45), st.integers(0, 40), st.booleans())
+def test_products_show_each_pair_once(case, start, length, after, bands):
+    """Of a chunk with its prefix: each (query, key) of the predicate, and nothing else."""
+    check_products(case, start, length, after, True, bands)
 
 
 @given(patterns(is_causal=False), st.integers(0, 60), st.integers(1, 45), st.integers(0, 40))
 def test_bidirectional_products_show_each_pair_once(case, start, length, after):
-    pattern, heads, groups, layer = case
-    chunk = Chunk(0, 1, 3, 3 + length, start, start + length + after)
-    check_products(pattern, heads, groups, layer, chunk, False)
+    check_products(case, start, length, after, False)
 
 
-def check_products(pattern: Pattern, heads: int, groups: int, layer: int, chunk: Chunk, is_causal: bool) -> None:
-    shown = Counter()
-    for branch in pattern.branches(groups, heads, layer):
-        shown += pairs_of(branch, chunk, heads, is_causal)
-    queries, keys = torch.arange(chunk.start, chunk.start + chunk.length)[None], torch.arange(chunk.total)[None]
-    counts = count_branches(pattern.branches(groups, heads, layer), queries, keys, is_causal=is_causal)[0]
-    counts = counts.repeat_interleave(heads // len(counts), 0)
-    expected = {(h, chunk.start + i, j): counts[h, i, j].item() for h, i, j in counts.nonzero().tolist()}
-    assert shown == expected
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("window", "length"), [(70, 71), (70, 200), (64, 257), (130, 259)])
+def test_windows_longer_than_a_block(window, length, is_causal):
+    """The products of the op and out and gradients; a band's block has 64 queries."""
+    pattern = Pattern((), (), window_size=window)
+    check_products((pattern, 2, 1, 0), 0, length, 0, is_causal, bands=True)
+    inputs = [torch.randn(2, n, length, 3, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1)]
+    results = []
+    for backend in ("torch", "eager"):
+        out = dilated_attention(*inputs, [], [], window_size=window, is_causal=is_causal, backend=backend)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    for name, actual, expected in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_close(name, actual, expected)
 
 
 @given(st.integers(1, 9), st.integers(0, 9), st.one_of(st.none(), st.integers(-9, 12)))
