@@ -282,15 +282,17 @@ class Pattern(NamedTuple):
         """Return the mean number of keys that a causal query sees per head in a sequence of `length` tokens.
 
         A branch shows half of its region, one key in r, to one query in query_rate: sum_i min(w_i, length) /
-        (2 r_i query_rate_i); with keys_once, less the region before it.
+        (2 r_i query_rate_i); with keys_once, less the region before it. Exact up to each query's own key (half a key
+        per branch) if whole segments fill the sequence; a ragged end or staggered segments show less.
         """
         window = self.window_size or 0
-        seen = window * (1 - window / (2 * length)) if window < length else length / 2
-        work, before = seen, seen if self.keys_once else 0.0
+        work = window * (1 - window / (2 * length)) if window < length else length / 2
+        left_out, before = window if self.keys_once else 0, 0.0
         rates = self.query_rates or self.dilation_rates
         for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
-            region = min(w, length) / 2
-            work += max(0.0, region - before) / (r * rate)
+            tokens = min(w, length)
+            region = max(0, tokens - left_out) ** 2 / (2 * tokens)  # of the segment, before the window
+            work += (region - before) / (r * rate)
             before = region if self.keys_once else 0.0
         return work
 
