@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .branches import Branch, Pattern, flatten_branch
+from .branches import Branch, flatten_branch
 from .dilated_attention import autocast_dtype
+from .pattern import Pattern
 from .saving import replacing, stamp
 
 # Attributes that are equal in all layers of a cache.

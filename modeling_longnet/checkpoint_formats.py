@@ -9,10 +9,10 @@ import re
 import torch
 from torch import Tensor
 
-from .branches import Pattern, make_branches
 from .configuration_longnet import LongNetConfig
 from .image_encoder import LongNetImageConfig, LongNetImageEncoder
 from .modeling_longnet import LongNetModel, LongNetPreTrainedModel
+from .pattern import Pattern, make_branches
 from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 
 

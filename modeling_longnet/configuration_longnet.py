@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backends import backend_names
-from .branches import LONGEST_SEGMENT, Pattern, count_work
 from .compat import refusing_damage
+from .pattern import LONGEST_SEGMENT, Pattern
 from .saving import merging
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .attention_autograd import AttentionPlan, attend_chunks
 from .backends import choose_backend
-from .branches import Pattern, whole_batch
+from .branches import whole_batch
+from .pattern import Pattern
 from .reference import count_branches, dense_attention
 
 # Computed once: a graph of torch.compile cannot call it.

@@ -24,7 +24,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
-from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.branches import Chunk
+from modeling_longnet.pattern import make_branches
 from modeling_longnet.sharding import GroupExchange, attend_sharded
 from modeling_longnet.sharding_plan import Shard, plan_exchange
 

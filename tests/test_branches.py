@@ -9,16 +9,8 @@ from checks import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_longnet.branches import (
-    Branch,
-    Chunk,
-    chunk_slices,
-    count_kept,
-    count_work,
-    make_branches,
-    prefix_lengths,
-    whole_batch,
-)
+from modeling_longnet.branches import Branch, Chunk, chunk_slices, count_kept, prefix_lengths, whole_batch
+from modeling_longnet.pattern import count_work, make_branches
 from modeling_longnet.products import branch_products
 from modeling_longnet.reference import count_branches, count_zero_padding
 

@@ -9,7 +9,7 @@ from checks import make_config, make_model, refused
 from transformers import AutoConfig
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.branches import count_work
+from modeling_longnet.pattern import count_work
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-*.json"))
 

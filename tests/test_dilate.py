@@ -37,8 +37,8 @@ from transformers import (
 from examples.evaluate_perplexity import EvaluationArguments, load_model
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.attention_context import layer_branches
-from modeling_longnet.branches import Pattern
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
+from modeling_longnet.pattern import Pattern
 from modeling_longnet.testing import CACHE
 
 SIZES = {

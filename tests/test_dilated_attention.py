@@ -30,7 +30,8 @@ from modeling_longnet.attention_autograd import (
     forward_halo,
 )
 from modeling_longnet.backends import BACKENDS
-from modeling_longnet.branches import Chunk, make_branches, whole_batch
+from modeling_longnet.branches import Chunk, whole_batch
+from modeling_longnet.pattern import make_branches
 from modeling_longnet.reference import count_branches, count_zero_padding, dense_attention
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("attention_*.safetensors"))

@@ -10,7 +10,8 @@ from checks import assert_close, attend, make_config, make_halo, make_model, ref
 from fuzz.attention import compare, grads_of, rounding_terms
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel, dilated_attention, stream
-from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.branches import Chunk
+from modeling_longnet.pattern import make_branches
 from modeling_longnet.positions import make_rotary
 from modeling_longnet.reference import count_branches
 from modeling_longnet.testing import CACHE

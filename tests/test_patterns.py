@@ -30,9 +30,10 @@ from modeling_longnet import (
     stream,
 )
 from modeling_longnet.attention_context import layer_branches
-from modeling_longnet.branches import LONGEST_SEGMENT, Chunk, Pattern, flatten_branch, unflatten_branches
+from modeling_longnet.branches import Chunk, flatten_branch, unflatten_branches
 from modeling_longnet.conversion import convert, export_checkpoint, to_torchscale
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
+from modeling_longnet.pattern import LONGEST_SEGMENT, Pattern
 from modeling_longnet.products import Product, View, branch_products
 from modeling_longnet.reference import count_branches
 from modeling_longnet.testing import CACHE

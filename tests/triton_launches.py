@@ -79,7 +79,8 @@ if __name__ == "__main__":
     driver.set_active(gpu)
     from modeling_longnet import backend_triton
     from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
-    from modeling_longnet.branches import make_branches, whole_batch
+    from modeling_longnet.branches import whole_batch
+    from modeling_longnet.pattern import make_branches
 
     backend_triton._can_overlap = lambda device: True
     inputs = {
