@@ -65,7 +65,9 @@ def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
         # Borders evenly spaced between the window and the length; each branch shows window / count keys.
         segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
         rates = tuple(min(w, 1 << (w * count // (2 * window) - 1).bit_length()) for w in segments)
-        patterns.append(Pattern(segments, rates, window_size=window, query_rates=(1,) * count, keys_once=is_causal))
+        # The tokens between two keys of a branch must have been read by what lies before the branch.
+        if all(r <= before for r, before in zip(rates, (window, *segments), strict=False)):
+            patterns.append(Pattern(segments, rates, "interleaved", window, (1,) * count, keys_once=is_causal))
     return patterns
 
 
@@ -240,7 +242,10 @@ class LongNetConfig(PreTrainedConfig):
                 f"effort={effort} is too small for length={length} with {heads} key/value heads: the least is "
                 f"{math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
             )
-        keys, pattern = max(((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort), key=lambda x: x[0])
+        keys, pattern = max(
+            ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort),
+            key=lambda x: (not x[1].window_size, x[0]),
+        )
         print(f"{pattern.describe()} On average {keys:.0f} keys per head (effort {effort}; dense {length / 2:.0f}).")
         return cls(**{name: x for name, x in pattern._asdict().items() if x is not None}, **fields)
 

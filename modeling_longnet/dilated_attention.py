@@ -50,16 +50,15 @@ def dilated_attention(
     *,
     is_causal: bool = True,
     scale: float | None = None,
-    head_offsets: str = "interleaved",
     layer: int = 0,
     backend: str = "auto",
-    **beyond,
+    **pattern,
 ) -> Tensor:
     """Dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3).
 
     Branch (w, r) cuts the sequence into segments of w tokens, in which a head keeps the tokens at its offset modulo r.
     Branches are merged by their softmax denominators (Eq. 9-10): one softmax over the keys of all, in which a key of
-    two branches counts twice. Any length, w and r are exact, without padding; the gradient is that of the softmax.
+    two branches counts twice. Any length, w and r are exact, without padding.
 
     Args:
         query: (B, H, L, D), floating point. (B, L, H, D) in memory, transposed, is fastest.
@@ -67,11 +66,11 @@ def dilated_attention(
         segment_lengths, dilation_rates: w and r of each branch, in tokens; 1 <= r <= w, w ascending.
         is_causal: a query sees no later key.
         scale: factor of the scores, above 0; 1 / sqrt(D) if None.
-        head_offsets: "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale).
         layer: number of the layer, which rotated offsets and staggered segments depend on.
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's kernels), "flash_attn" (that
             package), "triton" (CUDA, D up to 256, no float64), or "auto": "triton" on a GPU, else "torch".
-        beyond: window_size, query_rates, rotate_offsets, stagger_segments and keys_once, see `LongNetConfig`.
+        pattern: head_offsets, "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale); beyond the
+            paper window_size, query_rates, rotate_offsets, stagger_segments and keys_once, see `LongNetConfig`.
 
     Returns:
         (B, H, L, D) in the query's dtype (autocast's under autocast), 0 for a query that no branch covers. Sums over
@@ -92,14 +91,12 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
         raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
-    pattern = Pattern(segment_lengths, dilation_rates, head_offsets, **beyond)
+    pattern = Pattern(segment_lengths, dilation_rates, **pattern)
     pattern.check(is_causal)
-    branches = pattern.branches(key.shape[1], query.shape[1], layer)
-    backend = choose_backend(backend, query)
+    branches, backend = pattern.branches(key.shape[1], query.shape[1], layer), choose_backend(backend, query)
     if backend == "eager":
-        positions = torch.arange(query.shape[2], device=query.device)[None]
-        counts = count_branches(branches, positions, positions, is_causal=is_causal)
+        p = torch.arange(query.shape[2], device=query.device)[None]
+        counts = count_branches(branches, p, p, is_causal=is_causal)
         return dense_attention(query, key, value, counts, scale)[0]
-    chunks = whole_batch(query.shape[0], query.shape[2])
-    plan = AttentionPlan(chunks, branches, is_causal, scale, backend)
+    plan = AttentionPlan(whole_batch(query.shape[0], query.shape[2]), branches, is_causal, scale, backend)
     return attend_chunks(*(x.transpose(1, 2) for x in (query, key, value)), plan).transpose(1, 2)
