@@ -69,8 +69,8 @@ def dilated_attention(
         layer: number of the layer, which rotated offsets and staggered segments depend on.
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's kernels), "flash_attn" (that
             package), "triton" (CUDA, D up to 256, no float64), or "auto": "triton" on a GPU, else "torch".
-        pattern: head_offsets, "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale); beyond the
-            paper window_size, query_rates, rotate_offsets, stagger_segments and keys_once, see `LongNetConfig`.
+        pattern: head_offsets, "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale); beyond
+            the paper window_size, query_rates, rotate_offsets, stagger_segments, keys_once, see `LongNetConfig`.
 
     Returns:
         (B, H, L, D) in the query's dtype (autocast's under autocast), 0 for a query that no branch covers. Sums over
