@@ -2,8 +2,8 @@
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
 puts the newest headline of each NAME and command between NAME's two markers in the README or in `benchmarks/README.md`.
-What the examples wrote, kept in `docs/`, becomes tables in the same way. It also draws the README's picture of the
-branches.
+What the examples wrote, kept in `docs/`, becomes tables in the same way. It also draws the pictures of
+branches and patterns.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import torch
 from matplotlib.figure import Figure
 
 from modeling_longnet import dilated_attention
+from modeling_longnet.testing import Pattern
 
 from .measure import ROOT
+from .op import pattern_fields
 from .run import BENCHMARKS, RESULTS, describe
 
 # What examples/ wrote: files of `--docs` by the name of their markers.
@@ -95,14 +97,14 @@ def fill_markers(text: str, name: str, content: str) -> str:
     return filled
 
 
-def map_attention(segment_lengths: list[int], dilation_rates: list[int], heads: int, tokens: int) -> torch.Tensor:
+def map_attention(segment_lengths, dilation_rates, heads: int, tokens: int, **pattern) -> torch.Tensor:
     """Return the attention weights of the op when all scores are equal: (heads, tokens, tokens).
 
     With the identity as values, the output is the map of the weights.
     """
     scores = torch.zeros(1, 1, tokens, tokens).expand(1, heads, -1, -1)
     values = torch.eye(tokens).expand(1, heads, -1, -1)
-    return dilated_attention(scores, scores, values, segment_lengths, dilation_rates, backend="eager")[0]
+    return dilated_attention(scores, scores, values, segment_lengths, dilation_rates, backend="eager", **pattern)[0]
 
 
 def draw_branches(path: Path) -> None:
@@ -126,6 +128,31 @@ def draw_branches(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_patterns(path: Path) -> None:
+    """Draw in how many heads and layers a query sees a key, for the paper's pattern and those beyond it."""
+    tokens, heads, layers = 64, 8, 4
+    panels = {
+        "the paper: pairs that never meet": "16/1 64/4",
+        "rotated offsets": "16/1 64/4 rotate",
+        "staggered segments": "16/1 64/4 stagger",
+        "window first, keys once": "w8 64/4 rotate once",
+        "window, summaries, keys once": "w8 64/8:1 once",
+    }
+    figure = Figure(figsize=(3 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, words) in zip(axes, panels.items(), strict=True):
+        fields = pattern_fields(words)
+        seen = [map_attention(heads=heads, tokens=tokens, layer=i, **fields) > 0 for i in range(layers)]
+        share = torch.stack(seen).double().mean((0, 1))
+        keys = Pattern.parse(words).count_work(tokens)
+        # The root lets pairs that meet in one head be seen beside those that meet in all.
+        axis.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(f"{title}\n{words}: {keys:.0f} keys", fontsize="medium")
+        axis.set_xlabel("key")
+    axes[0].set_ylabel("query")
+    figure.savefig(path, dpi=110)
+
+
 def find_page(texts: dict[Path, str], name: str) -> Path:
     """The one page that holds the name's markers."""
     pages = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
@@ -137,11 +164,12 @@ def find_page(texts: dict[Path, str], name: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "patterns.md"]
     parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="files that hold the markers")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of branches.png")
     args = parser.parse_args(arguments)
     draw_branches(args.docs / "branches.png")
+    draw_patterns(args.docs / "patterns.png")
     newest: dict[str, dict[str, tuple[dict, Path]]] = {}  # by name and command
     for path in sorted(args.results.glob("*.json")):
         result = rebuild(path)

@@ -391,6 +391,16 @@ def headline(results: dict[str, dict]) -> str:
     ])  # fmt: skip
 
 
+def beyond_headline(results: dict[str, dict]) -> str:
+    """What the page of patterns shows."""
+    return "\n\n".join([
+        provenance({name: r for name, r in results.items() if r["cell"].get("pattern", "") not in RIVALS}),
+        stages(results), "Ratio of perplexities at the trained length, equal training tokens:", windows_table(results),
+        "Share recalled by distance in tokens, many passages:", recall_table(results, "recall", "recall"),
+        "One passage:", recall_table(results, "recall", "passkey"),
+    ])  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FULL, help="of another folder the README shows nothing")
@@ -406,6 +416,8 @@ def main() -> None:
     if any(name.startswith("recall-") for name in results):
         plot_recall(results, folder / "recall.png")
     if folder == FULL:
+        page = ROOT / "docs" / "patterns.md"
+        page.write_text(fill_markers(page.read_text(), "beyond", beyond_headline(results)))
         readme = ROOT / "README.md"
         readme.write_text(fill_markers(readme.read_text(), "paper", headline(results)))
     print(summarize(results))
