@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from modeling_longnet import dilated_attention
+from modeling_longnet import dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
 from .measure import ROOT
-from .op import pattern_fields
 from .run import BENCHMARKS, RESULTS, describe
 
 # What examples/ wrote: files of `--docs` by the name of their markers.
@@ -141,7 +140,7 @@ def draw_patterns(path: Path) -> None:
     figure = Figure(figsize=(3 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, words) in zip(axes, panels.items(), strict=True):
-        fields = pattern_fields(words)
+        fields = parse_pattern(words)
         seen = [map_attention(heads=heads, tokens=tokens, layer=i, **fields) > 0 for i in range(layers)]
         share = torch.stack(seen).double().mean((0, 1))
         keys = Pattern.parse(words).count_work(tokens)

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention
+from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
 from . import length as lengths_benchmark
@@ -51,7 +51,7 @@ def prepare(pattern: str, case: op.Case) -> Call | None:
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     inputs = [case.tensor(1, case.length, case.heads, case.head_dim).transpose(1, 2) for _ in range(3)]
-    fields = op.pattern_fields(pattern)
+    fields = parse_pattern(pattern)
     calls = [
         op.differentiated(case, lambda *x, i=i: dilated_attention(*x, **fields, layer=i), inputs) for i in range(2)
     ]
@@ -62,7 +62,7 @@ def make_model(pattern: str) -> LongNetForCausalLM:
     """The small model of the other benchmarks with this pattern."""
     torch.manual_seed(0)
     sizes = SIZES | {"intermediate_size": 4 * SIZES["hidden_size"], "position_embedding": "rope"}
-    return LongNetForCausalLM(LongNetConfig(**sizes, **op.pattern_fields(pattern)))
+    return LongNetForCausalLM(LongNetConfig(**sizes, **parse_pattern(pattern)))
 
 
 def _decoding_step(model: LongNetForCausalLM, context: int) -> Call:

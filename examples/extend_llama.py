@@ -3,7 +3,7 @@
     python -m examples.extend_llama [--text stdlib] [--output extended]
 
 A Llama is trained on short sequences of real text. Then the same weights attend dilated; then they are fine-tuned
-so on longer sequences. Beside it the dense model gets the same fine-tuning, so that the table also says what dense
+so on longer sequences, with each of several patterns. Beside it the dense model gets the same fine-tuning, so that the table also says what dense
 attention would have reached. All are scored on the same held-out tokens under growing contexts.
 """
 
@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_longnet import use_dilated_attention
+from modeling_longnet import parse_pattern, use_dilated_attention
 
 from .corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
 from .evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison
@@ -35,6 +35,8 @@ from .optimizer import MuonAndAdamW
 
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 SIZES |= {"num_key_value_heads": 3, "tie_word_embeddings": True}
+# The paper's kind; and a window with summaries, which leaves texts of up to 256 tokens as they were.
+PATTERNS = ["256/1 1024/2 4096/4", "w256 4096/16:1 once"]
 
 
 def parse() -> argparse.Namespace:
@@ -45,8 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of the first training, 8 sequences each")
     parser.add_argument("--long-length", type=int, default=4096, help="tokens of a sequence in the fine-tuning")
     parser.add_argument("--long-steps", type=int, default=100, help="of the fine-tuning, one sequence each")
-    parser.add_argument("--segment-lengths", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="to switch to, as `parse_pattern` reads them")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--targets", type=int, default=1024, help="scored tokens of a block")
     parser.add_argument("--blocks", type=int, default=8, help="scored stretches of text")
@@ -73,7 +74,7 @@ def train(model: PreTrainedModel, documents: dict[str, np.ndarray], length: int,
 def make_stages(
     tokenizer: PreTrainedTokenizerBase, documents: dict[str, np.ndarray], arguments: argparse.Namespace
 ) -> dict[str, PreTrainedModel]:
-    """The four models to compare, by name."""
+    """The models to compare, by name: dense and switched to each pattern, before and after fine-tuning."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=max(arguments.contexts), **SIZES,
@@ -83,17 +84,17 @@ def make_stages(
     print(f"{model.num_parameters():,} parameters; training on sequences of {arguments.length:,} tokens")
     train(model, documents, arguments.length, arguments.steps, batch=8, rate=2e-3)
     stages = {"dense": model, "dense, fine-tuned": copy.deepcopy(model)}
-    for name in ("dilated", "dilated, fine-tuned"):
-        switched = copy.deepcopy(model)
-        stages[name] = use_dilated_attention(switched, arguments.segment_lengths, arguments.dilation_rates)
-    for name in ("dense, fine-tuned", "dilated, fine-tuned"):
+    for pattern in arguments.patterns:
+        for name in (pattern, f"{pattern}, fine-tuned"):
+            stages[name] = use_dilated_attention(copy.deepcopy(model), **parse_pattern(pattern))
+    for name in filter(lambda name: name.endswith("fine-tuned"), stages):
         print(f"{name}: {arguments.long_steps} steps on sequences of {arguments.long_length:,} tokens")
         train(stages[name], documents, arguments.long_length, arguments.long_steps, batch=1, rate=5e-4)
     return stages
 
 
 def main() -> None:
-    """Train, switch, fine-tune, score, and keep the fine-tuned dilated model."""
+    """Train, switch, fine-tune, score, and keep the model of the last pattern."""
     arguments = parse()
     set_seed(0)
     text = load_text(TextArguments(text=arguments.text))
@@ -107,14 +108,11 @@ def main() -> None:
             contexts=arguments.contexts, targets=arguments.targets, blocks=arguments.blocks,
         )  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stages["dilated, fine-tuned"].save_pretrained(arguments.output / "model")
+    stages[f"{arguments.patterns[-1]}, fine-tuned"].save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
     write_comparison(results, arguments.output, settings, trained=arguments.length)
-    branches = ", ".join(
-        f"({w}, {r})" for w, r in zip(arguments.segment_lengths, arguments.dilation_rates, strict=True)
-    )
-    print(f"Branches {branches}; perplexity +- standard error of {results['dense']['tokens']:,} held-out tokens")
+    print(f"Perplexity +- standard error of {results['dense']['tokens']:,} held-out tokens")
     print(format_comparison(results))
     print(f"Written: {arguments.output}")
 

@@ -10,6 +10,7 @@ from .dilate import DilatedCache, use_dilated_attention
 from .dilated_attention import dilated_attention
 from .image_encoder import LongNetImageConfig, LongNetImageEncoder
 from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
+from .pattern import parse_pattern
 from .sharding_accelerate import SequenceSharding
 from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 from .streaming import Scored, stream
@@ -44,6 +45,7 @@ __all__ = [
     "convert_checkpoint",
     "dilated_attention",
     "export_checkpoint",
+    "parse_pattern",
     "stream",
     "to_torchscale",
     "use_dilated_attention",

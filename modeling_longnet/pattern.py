@@ -168,6 +168,19 @@ class Pattern(NamedTuple):
         return work
 
 
+def parse_pattern(words: str) -> dict[str, object]:
+    """Return the arguments of `dilated_attention`, `LongNetConfig` or `use_dilated_attention` for a written pattern.
+
+    Raises:
+        ValueError: names the word that is no part of a pattern.
+
+    Example:
+        >>> parse_pattern("w256 2048/8:1 once")["window_size"]
+        256
+    """
+    return {name: x for name, x in Pattern.parse(words)._asdict().items() if name != "head_offsets"}
+
+
 def _is_count(x) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= LONGEST_SEGMENT
 

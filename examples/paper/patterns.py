@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern
 from modeling_longnet.testing import Pattern as Branches
 from modeling_longnet.testing import count_work
 
@@ -35,12 +35,6 @@ class Pattern(NamedTuple):
     dilation_rates: tuple[int, ...]
     size: int = 0
     summary: int = 0
-
-
-def parse_pattern(words: str) -> dict:
-    """The fields of `LongNetConfig` of a written pattern (`Pattern.parse`): "w256 2048/8:1 once" is a window of 256
-    tokens, then a branch whose every eighth token all queries see, no key twice."""
-    return {name: x for name, x in Branches.parse(words)._asdict().items() if name != "head_offsets"}
 
 
 def file_name(words: str) -> str:
