@@ -2,9 +2,9 @@
 
     python -m examples.extend_llama [--text stdlib] [--output extended]
 
-A Llama is trained on short sequences of real text. Then the same weights attend dilated; then they are fine-tuned
-so on longer sequences, with each of several patterns. Beside it the dense model gets the same fine-tuning, so that the table also says what dense
-attention would have reached. All are scored on the same held-out tokens under growing contexts.
+A Llama is trained on short sequences of real text. Then the same weights attend with each of several patterns; then
+they are fine-tuned so on longer sequences. Beside it the dense model gets the same fine-tuning, so that the table also
+says what dense attention would have reached. All are scored on the same held-out tokens under growing contexts.
 """
 
 if not __package__:

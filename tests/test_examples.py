@@ -332,6 +332,22 @@ def test_run_by_path_names_the_command(name):
     assert done.stderr == f"Run this as a module from the repository's root: python -m examples.{name}\n"
 
 
+def test_extend_llama(packages, tmp_path):
+    """Every model of the comparison, at toy size; the last pattern's is kept and loads."""
+    sizes = "--steps 2 --long-steps 1 --length 64 --long-length 128 --contexts 32 128 --targets 32 --blocks 2".split()
+    command = [sys.executable, "-m", "examples.extend_llama", "--text", packages, "--output", tmp_path / "out", *sizes]
+    patterns = ["32/1 128/2", "w32 128/4:1 once"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--patterns", *patterns], env=environment, cwd=ROOT, check=True)
+    (file,) = (tmp_path / "out").glob("*.json")
+    results = json.loads(file.read_text())["results"]
+    assert list(results) == [f"{name}{tuned}" for name in ("dense", *patterns) for tuned in ("", ", fine-tuned")]
+    # Within the window's reach, a switched model is the dense one.
+    assert results[patterns[1]]["perplexity"][0] == pytest.approx(results["dense"]["perplexity"][0], rel=1e-5)
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["dilated_attention"]["window_size"] == 32
+
+
 def test_demo_then_long_documents(packages, tmp_path):
     """The folder that the demo writes is loaded by itself in a process without the package, and fine-tuned further."""
     for number in range(6):
