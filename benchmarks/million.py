@@ -1,8 +1,8 @@
-"""A model trained on texts of a million tokens by the stock Trainer: loss, tokens a second and peak memory, step by step.
+"""A model trained on texts of a million tokens by the stock Trainer: loss, speed and peak memory, step by step.
 
     python -m examples.paper.search --text FILE --prepare          # tokens of the installed packages, once
     python -m benchmarks.million --text FILE --device cuda --output million.json
-    python -m benchmarks.million --text FILE --length 4096 --steps 2 --config configuration/longnet-demo.json   # on a CPU
+    python -m benchmarks.million --text FILE --length 4096 --steps 2 --config configuration/longnet-demo.json   # CPU
 
 The documents of the text, one after another in the order of their names, are cut into sequences of `--length`. Weights
 and activations are in `--dtype`, with gradient checkpointing.

@@ -37,5 +37,7 @@ class FlashAttentionBackend(StridedBackend):
         grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
         inputs = (grad_out, query, key, value, out, lse.contiguous(), *grads, 0.0, scale)
-        flash_attn_backward(*inputs, causal=is_causal, deterministic=False, **_NO_WINDOW)
+        # Without it dq is summed by atomics, in no fixed order.
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        flash_attn_backward(*inputs, causal=is_causal, deterministic=deterministic, **_NO_WINDOW)
         return tuple(x.transpose(1, 2) for x in grads)
