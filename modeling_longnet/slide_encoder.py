@@ -13,7 +13,6 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import config_branches, count_zero_keys, make_context
-from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock
 from .packing import pack
@@ -88,8 +87,8 @@ class SlideEncoderOutput(ModelOutput):
             but without the encoder's final norm (Prov-GigaPath's `all_layer_embed`).
         attention_maps: (N, B, H, Q, L), where asked for.
         hidden_states: where asked for, N + 1 times (B, L, E): the input, then every layer's output, the last one
-            after the final norm; 0 for tiles left out.
-        attentions: where asked for, N times (B, H, L, L), each layer's attention weights; 0 for tiles left out.
+            after the final norm; 0 for tiles left out. Where some were asked for by index, the others are None.
+        attentions: where asked for, N times (B, H, L, L), the maps of every token.
     """
 
     pooler_output: Tensor | None = None
@@ -145,9 +144,11 @@ def _put_back(x: Tensor, layout: _Layout | None) -> Tensor:
     return whole.scatter(1, layout.tokens.view(shape).expand_as(x), x.masked_fill(~real.view(shape), 0))
 
 
-def _put_back_keys(weights: Tensor, layout: _Layout | None) -> Tensor:
-    """(B, H, Q, 1 + T') -> (B, H, Q, L), 0 for tiles that were left out."""
-    return _put_back(weights.movedim(-1, 1), layout).movedim(1, -1)
+def _selected(wanted: bool | int | list[int] | None, count: int) -> set[int]:
+    """Return which of `count` hidden states are wanted: all, or some by index, as in Transformers 5.24."""
+    if not wanted or wanted is True:
+        return set(range(count)) if wanted else set()
+    return {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
 
 
 def place_features(size: int, dim: int) -> Tensor:
@@ -173,6 +174,7 @@ class LongNetSlideEncoder(LongNetBackbone):
     config: LongNetSlideConfig
     config_class = LongNetSlideConfig
     main_input_name = "tiles"
+    _can_record_outputs = {}  # forward gives hidden states and attention weights itself, for left out tiles too
 
     def __init__(self, config: LongNetSlideConfig):
         super().__init__(config)
@@ -209,7 +211,7 @@ class LongNetSlideEncoder(LongNetBackbone):
                 each of them gives to every token, over all branches; a row sums to 1 (less with
                 `attend_zero_padding`), and is 0 for a tile that was left out. Memory grows with H * Q * L.
             output_hidden_states, output_attentions, return_dict: as in Transformers, from the config where left out;
-                all attention weights need attn_implementation="eager".
+                attention weights are computed beside the layers, whatever computes those.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
@@ -217,42 +219,42 @@ class LongNetSlideEncoder(LongNetBackbone):
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share a slide; give each one its own slides.")
         self._check_slides(tiles, coordinates, attention_mask)
-        layout = _lay_out(attention_mask)
+        layout, every = _lay_out(attention_mask), range(1 + tiles.shape[1])
         if layout is not None:
             # Zeros, as what stands in tiles left out may be NaN.
             tiles = _take(tiles, layout.tiles).masked_fill(~layout.real[..., None], 0.0)
             coordinates = _take(coordinates, layout.tiles).masked_fill(~layout.real[..., None], 0)
         hidden_states = self.dropout(self._embed_tiles(tiles, coordinates))
         record = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        record = {name: getattr(self.config, name) if value is None else value for name, value in record.items()}
-        out = self._encode_tiles(hidden_states, layout, attention_queries, return_dict=True, **record)
-        if layout is not None:
-            out.last_hidden_state = _put_back(out.last_hidden_state, layout)
-            if out.hidden_states is not None:
-                out.hidden_states = tuple(x if x is None else _put_back(x, layout) for x in out.hidden_states)
-            if out.attentions is not None:
-                rows = (_put_back(x.movedim(2, 1), layout).movedim(1, 2) for x in out.attentions)
-                out.attentions = tuple(_put_back_keys(x, layout) for x in rows)
-        return out
+        states, weights = (getattr(self.config, name) if value is None else value for name, value in record.items())
+        tokens = attention_queries, every if weights else None
+        queries = [self._prepare_queries(x, hidden_states, layout) for x in tokens]
+        return self._run_layers(hidden_states, layout, *queries, _selected(states, 1 + len(self.layers)))
 
-    @capture_outputs
-    def _encode_tiles(self, hidden_states: Tensor, layout, attention_queries, output_attentions=None, **kwargs):
-        """Run the layers on (B, 1 + T', E); `capture_outputs` adds the states and weights that are asked for."""
+    def _run_layers(self, hidden_states: Tensor, layout, queries, every, kept: set[int]) -> SlideEncoderOutput:
+        """Encode (B, 1 + T', E), with the maps of `queries`, the weights of `every` and the states `kept`."""
         mask = None if layout is None else nn.functional.pad(layout.real, (1, 0), value=True)
-        context = make_context(self.config, hidden_states, self.backend(hidden_states, output_attentions), mask)
-        queries = None if attention_queries is None else self._prepare_queries(attention_queries, hidden_states, layout)
-        pooled, maps = [self._pool(hidden_states, layout)], []
+        context = make_context(self.config, hidden_states, self.backend(hidden_states), mask)
+        pooled, maps, weights = [self._pool(hidden_states, layout)], [], []
+        states = [_put_back(hidden_states, layout) if 0 in kept else None]
         for layer in self.layers:
             if queries is not None:
-                maps.append(_put_back_keys(self._map(layer, hidden_states, queries), layout))
+                maps.append(self._map(layer, hidden_states, queries, layout))
+            if every is not None:
+                weights.append(self._map(layer, hidden_states, every, layout))
             hidden_states = layer(hidden_states, context)
             pooled.append(self._pool(hidden_states, layout))
+            states.append(_put_back(hidden_states, layout) if len(states) in kept else None)
         hidden_states = self.layer_norm(hidden_states)
+        whole = _put_back(hidden_states, layout)
+        states[-1] = None if states[-1] is None else whole
         return SlideEncoderOutput(
             pooler_output=self._pool(hidden_states, layout),
-            last_hidden_state=hidden_states,
+            last_hidden_state=whole,
             layer_embeddings=torch.stack(pooled),
             attention_maps=torch.stack(maps) if maps else None,
+            hidden_states=tuple(states) if kept else None,
+            attentions=tuple(weights) if weights else None,
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:
@@ -302,8 +304,10 @@ class LongNetSlideEncoder(LongNetBackbone):
         weights = layout.real / layout.real.sum(1, keepdim=True)  # (B, T)
         return self.norm((weights.to(hidden_states.dtype)[:, None] @ hidden_states[:, 1:])[:, 0])
 
-    def _prepare_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> _Queries:
-        """Find the chosen tokens in the columns, and how often each sees every column's token."""
+    def _prepare_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> _Queries | None:
+        """Find the chosen tokens in the columns, and how often each sees every column's token; None for no tokens."""
+        if tokens is None:
+            return None
         batch, length, _ = hidden_states.shape
         tokens = torch.as_tensor(tokens, device=hidden_states.device)
         total = length if layout is None else 1 + layout.count
@@ -335,13 +339,14 @@ class LongNetSlideEncoder(LongNetBackbone):
             padding = padding.gather(2, columns[:, None].expand(-1, padding.shape[1], -1))
         return _Queries(columns, counts, padding)
 
-    def _map(self, layer: LongNetBlock, hidden_states: Tensor, queries: _Queries) -> Tensor:
+    def _map(self, layer: LongNetBlock, hidden_states: Tensor, queries: _Queries, layout: _Layout | None) -> Tensor:
         """What a layer's dense attention gives the chosen queries: (B, H, Q, L), without the others' rows."""
         attention, scale = layer.self_attn, self.config.head_dim**-0.5
         hidden_states = layer.self_attn_layer_norm(hidden_states)
         query = attention.project(_take(hidden_states, queries.columns), attention.q_proj).transpose(1, 2)
         key = attention.project(hidden_states, attention.k_proj).transpose(1, 2)
-        return dense_attention(query, key, key[..., :0], queries.counts, scale, queries.padding)[1]
+        weights = dense_attention(query, key, key[..., :0], queries.counts, scale, queries.padding)[1]
+        return _put_back(weights.movedim(-1, 1), layout).movedim(1, -1)
 
 
 LongNetSlideConfig.register_for_auto_class()

@@ -10,8 +10,8 @@ IS_OLDEST = transformers.__version__.startswith("5.17.")
 
 # Tests that fail: "Class::test", the error, why.
 FAILS = {
-    "TestSlideEncoder::test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": (
-        ValueError, "requests attention weights of the fast path, which has none"
+    "TestSlideEncoder::test_retain_grad_hidden_states_attentions": (
+        AssertionError, "attention weights are computed beside the layers: no output depends on them"
     ),
     # Until get_input_embeddings() of these two returns None.
     "TestSlideEncoder::test_model_get_set_embeddings": (NotImplementedError, "no token embeddings"),
@@ -38,6 +38,8 @@ SKIPS = {
     "<class .*LongNet.*> has no axial RoPE layer defined.": "positions are of one axis",
     "This model does not support RoPE scaling": "positions repeat after the longest segment: nothing to scale",
     "This model doesn't use `inputs_embeds`": "slides and images",
+    "No usage of the `capture_outputs` decorator.": "the slide encoder gives hidden states and weights itself",
+    "Cannot capture hidden states, or cannot correctly set layer indices .*": "the same",
     "LongNet\\w+ (class )?has no _keep_in_fp32_modules n?or _keep_in_fp32_modules_strict attribute defined": (
         "positions are float32 or better by themselves"
     ),
