@@ -53,9 +53,10 @@ def use_dilated_attention(
     at 0), training and `generate` work as before; the segments of each sequence begin at its first token. The model's
     own cache still grows with the sequence, see `DilatedCache`. `model.set_attn_implementation("sdpa")` reverts it.
 
-    A saved model loads dense again, as Transformers does not save the implementation: call this function after loading
-    or, with this package imported, `from_pretrained(folder, attn_implementation="dilated")`. A saved LoRA adapter does
-    not store the branches: pass them again.
+    A saved model loads dense again (servers such as vLLM run it dense), as Transformers does not save the
+    implementation: call this function after loading or, with this package imported,
+    `from_pretrained(folder, attn_implementation="dilated")`. A saved LoRA adapter does not store the branches: pass
+    them again. Each process needs whole sequences: Accelerate's `cp_size` and `sp_size` are refused.
 
     Args:
         model: changed in place. Its config stores the branches as `dilated_attention`.
