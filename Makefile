@@ -39,8 +39,8 @@ test-faults: $(READY) ## kill training, saves, conversions, streams and sharded 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -m faults tests/test_faults.py $(ARGS)
 
 MINUTES ?= 5
-fuzz: $(READY) ## random inputs against the dense reference, and damaged files (MINUTES=30, ARGS='--replay ...')
-	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(RUN) fuzz --minutes $(MINUTES) $(ARGS)
+fuzz: $(READY) ## random inputs against the dense reference, and damaged files (MINUTES=30 or CASES=20000, ARGS='--replay ...')
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(RUN) fuzz $(if $(CASES),--cases $(CASES),--minutes $(MINUTES)) $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .

@@ -24,12 +24,13 @@ DTYPES = (torch.float64,) * 5 + (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def draw_branches(draw: Draw, largest: int = 45) -> tuple[list[int], list[int]]:
-    """Segment lengths and rates: nested with equal growth, as in the paper, or any."""
+def draw_branches(draw: Draw, length: int = 0) -> tuple[list[int], list[int]]:
+    """Segment lengths and rates: nested with equal growth, as in the paper, or any; longer in a long text."""
     if draw.flag():
-        base, count = draw.integer(1, 8), draw.integer(1, 4)
+        base, count = draw.integer(1, 8 if length < 100 else 256), draw.integer(1, 4)
         return [base << i for i in range(count)], [min(1 << i, base << i) for i in range(count)]
-    lengths = sorted({draw.integer(1, largest) for _ in range(draw.integer(1, 4))})
+    count = draw.integer(1, 4) if not draw.flag(0.05) else draw.integer(5, 30)
+    lengths = sorted({draw.integer(1, max(45, length + 10)) for _ in range(count)})
     return lengths, [draw.integer(1, min(w, draw.choice([3, w]))) for w in lengths]
 
 
@@ -125,7 +126,7 @@ def op(draw: Draw) -> None:
     groups, repeat = draw.integer(1, 5), draw.integer(1, 3)
     batch, length = draw.integer(1, 4), draw_length(draw)
     dim = draw.integer(1, 9) if draw.flag(0.8) else draw.choice([16, 24, 33, 64, 128])
-    lengths, rates = draw_branches(draw)
+    lengths, rates = draw_branches(draw, length)
     options = {
         "is_causal": draw.flag(), "head_offsets": draw.choice(["interleaved", "blocked"]),
         "scale": draw.choice([None, None, 0.3, 1.7]),
@@ -181,7 +182,7 @@ class _Packed:
         groups, repeat = draw.integer(1, 2 if is_slow else 4), draw.integer(1, 2)
         self.length = draw.integer(1, 20) if is_slow else draw_length(draw, 70)
         self.batch, dim = draw.integer(1, 3), draw.integer(1, 8)
-        lengths, rates = draw_branches(draw)
+        lengths, rates = draw_branches(draw, self.length)
         self.branches = make_branches(lengths, rates, groups, draw.choice(["interleaved", "blocked"]))
         self.is_causal = not draw.flag()
         self.padding = not self.is_causal and draw.flag(0.3)

@@ -77,10 +77,12 @@ def make_model(draw: Draw, model_class=LongNetModel, config_class=LongNetConfig,
 
 @contextmanager
 def reference(model):
-    """The block computes with the dense reference."""
-    before = model.config._attn_implementation
+    """The block computes with the dense reference, and positions that do not repeat within any text here."""
+    before, period = model.config._attn_implementation, LongNetConfig.position_period
     model.set_attn_implementation("eager")
+    LongNetConfig.position_period = property(lambda config: 512)
     yield
+    LongNetConfig.position_period = period
     model.set_attn_implementation(before)
 
 
