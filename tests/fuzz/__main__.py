@@ -112,8 +112,9 @@ class Run:
             "command": f"PYTHONPATH=tests python -m fuzz {shlex.join(sys.argv[1:])}",
             "date": self.date.isoformat(timespec="minutes"),
             "commit": self.commit,
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}",
-            "versions": {x.__name__: x.__version__ for x in (torch, transformers, safetensors, tokenizers)},
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+            "versions": {"python": platform.python_version()}
+            | {x.__name__: x.__version__ for x in (torch, transformers, safetensors, tokenizers)},
             "seed": self.seed,
             "seconds": round(time.monotonic() - self.began),
             "cases": self.total,
