@@ -103,6 +103,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         training_arguments.parallelism_config = SequenceSharding()  # sizes from the launch configuration
     model, tokenizer = load_model(arguments, text)
+    model.logits_with_labels = False  # the evaluation reads the loss alone
     optimizer = None
     if arguments.muon_learning_rate is not None:
         optimizer = MuonAndAdamW(

@@ -18,8 +18,15 @@ from transformers.utils import can_return_tuple
 from .attention_context import AttentionContext, make_context, make_sharded_context
 from .backends import choose_backend
 from .cache_longnet import LongNetCache
-from .chunked_loss import chunked_cross_entropy
-from .compat import CACHE, attn_implementation, capture_outputs, merge_with_config_defaults, refusing_damage
+from .chunked_loss import chunked_cross_entropy, cross_entropy_of_logits
+from .compat import (
+    CACHE,
+    attn_implementation,
+    capture_outputs,
+    merge_with_config_defaults,
+    refusing_damage,
+    transforms_are_active,
+)
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import autocast_dtype
 from .model_card import ModelCardMixin
@@ -287,9 +294,10 @@ class LongNetModel(LongNetBackbone):
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         check_shape("input_ids", input_ids, "batch", "length")
-        if input_ids.is_meta and not self.get_input_embeddings().weight.is_meta:
+        if input_ids.is_meta and self.device.type != "meta":
             raise ValueError("input_ids is on the device meta and the model is not: there are no ids to look up.")
-        _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
+        # PEFT's wrappers of the embeddings have no num_embeddings.
+        _check_ids("input_ids", input_ids, getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
         embeds = self.embed_tokens((input_ids if shard is None else shard.cut(input_ids)).long())
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
@@ -322,7 +330,7 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
     """Raise on values that are no token ids, which on a GPU would trigger a device-side assert."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
-    if torch.compiler.is_compiling() or ids.device.type == "meta":
+    if torch.compiler.is_compiling() or transforms_are_active() or ids.device.type == "meta":
         return
     ids = ids.long()  # unsigned types have no comparisons
     wrong = (ids < 0) | (ids >= vocab_size)
@@ -336,8 +344,14 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
-    """A LongNet decoder with a bias-free output projection, untied by default."""
+    """A LongNet decoder with a bias-free output projection, untied by default.
 
+    Attributes:
+        logits_with_labels: whether `forward` with labels also returns the logits: always (True), never (False), or in
+            eval mode (None), where metrics read them. With False, evaluation is as flat in memory as training.
+    """
+
+    logits_with_labels: bool | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -367,7 +381,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, L) token ids, shifted here: the loss at token i is that of labels[i + 1]; -100 is ignored.
             logits_to_keep: 0 for the logits of every token, n for the last n, an index tensor for those tokens. The
-                default is 0 without labels; with labels `logits` is None, and at most a chunk of them is in memory.
+                default is 0, but with labels in training (see `logits_with_labels`) or on a shard of a sequence
+                `logits` is None, and at most a chunk of them is in memory.
             shift_labels: (B, L) labels that are shifted already.
             num_items_in_batch: the loss is the sum divided by it, instead of the mean over the targets.
             Others: as in `LongNetModel.forward`.
@@ -384,22 +399,24 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             cache, shard = LongNetCache(self.config), None
         targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs)
+        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs, return_dict=True)
         hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if targets is not None:
-            loss = self._loss(hidden_states, targets, kwargs.get("num_items_in_batch"), shard)
-        elif shard is not None and logits_to_keep is None:
+        if logits_to_keep is None and targets is None and shard is not None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
             raise ValueError(
                 "a shared sequence needs labels here: label smoothing and compute_loss_func would compare local logits "
                 "with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get the logits of "
                 "this rank's shard (gather_sequence concatenates them)."
             )
-        if logits_to_keep is not None or loss is None:
-            kept = 0 if logits_to_keep is None else logits_to_keep
-            kept = slice(-kept, None) if isinstance(kept, int) else kept  # slice(0, None): every token
-            logits = self.lm_head(hidden_states[:, kept])
+        if logits_to_keep is None and (targets is None or (shard is None and self._returns_logits())):
+            logits_to_keep = 0
+        loss = logits = None
+        if logits_to_keep is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])  # slice(0, None): of every token
+        if targets is not None:
+            every = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
+            loss = self._loss(hidden_states, targets, kwargs.get("num_items_in_batch"), shard, every)
         recorded = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
@@ -415,16 +432,22 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 "masked tokens as shift_labels."
             )
         _check_ids(name, given, self.config.vocab_size, ignored=-100)
-        return given[:, 1:] if name == "labels" else given
+        return (given[:, 1:] if name == "labels" else given).long()
 
-    def _loss(self, hidden_states: Tensor, targets: Tensor, num_items, shard: Shard | None) -> Tensor:
-        if shard is None:
-            hidden_states = hidden_states[:, : targets.shape[1]]
+    def _returns_logits(self) -> bool:
+        return not self.training if self.logits_with_labels is None else self.logits_with_labels
+
+    def _loss(self, hidden_states: Tensor, targets: Tensor, num_items, shard, logits: Tensor | None = None) -> Tensor:
+        """Return the loss from the logits of all tokens or, if they are None, from chunks of them."""
+        # Shifted before the cut: a shard's last target is the next shard's first token.
+        length = hidden_states.shape[1] if shard is None else shard.total
+        targets = nn.functional.pad(targets, (0, length - targets.shape[1]), value=-100)
+        targets = targets if shard is None else shard.cut(targets)
+        targets = targets.reshape(-1).to(hidden_states.device)
+        if logits is None:
+            total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
         else:
-            # Shifted before the cut: a shard's last target is the next shard's first token.
-            targets = shard.cut(nn.functional.pad(targets, (0, shard.total - targets.shape[1]), value=-100))
-        targets = targets.reshape(-1).to(hidden_states.device, torch.int64)
-        total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
+            total = cross_entropy_of_logits(logits.flatten(0, 1), targets)
         count = (targets != -100).sum()
         if shard is not None:
             return group_loss(total, count, num_items, shard.group)

@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.generation.utils import DeferredStopCheck
@@ -410,6 +411,54 @@ def test_training_does_not_depend_on_how_a_batch_is_cut(tmp_path, how):
         assert_close(name, weights[name], p, 1e-9)
     assert other_losses == pytest.approx(losses, rel=1e-3)  # Trainer rounds them
     assert losses[1] < losses[0]
+
+
+def make_trainer(folder, model, **kwargs):
+    arguments = TrainingArguments(
+        folder, report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=3,
+        include_for_metrics=["inputs", "loss"],
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 29, (8, 17)).tolist()]
+    return Trainer(model, arguments, eval_dataset=rows, data_collator=default_data_collator, **kwargs)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_metrics_get_the_logits(tmp_path, return_dict):
+    """`compute_metrics` and `predict`: values, not only shapes."""
+    model, seen = make_model(LongNetForCausalLM, torch.float32, return_dict=return_dict), []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"accuracy": (prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean().item()}
+
+    trainer = make_trainer(tmp_path, model, compute_metrics=compute_metrics)
+    if not return_dict:  # a cache cannot be gathered
+        model.config.use_cache = False
+    ids = torch.tensor([row["input_ids"] for row in trainer.eval_dataset])
+    with torch.no_grad():
+        logits = model(ids).logits if return_dict else model(ids)[0]
+    accuracy = (logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean().item()
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(accuracy)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.metrics["test_accuracy"] == pytest.approx(accuracy)
+    assert_close("logits", torch.from_numpy(predicted.predictions), logits, 1e-5)
+    assert seen[0].inputs.shape == ids.shape
+    assert len(seen[0].losses) == 8
+
+
+def test_a_loss_of_ones_own_reads_the_logits_in_training(tmp_path):
+    class Squared(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = outputs.loss + outputs.logits.square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    model = make_model(LongNetForCausalLM, torch.float32)
+    model.logits_with_labels = True
+    arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    before = model.lm_head.weight.detach().clone()
+    Squared(model, arguments, train_dataset=Texts(4), data_collator=pad_right).train()
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_trainer_evaluates_and_resumes(tmp_path):
