@@ -12,7 +12,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
 from .attention_context import AttentionContext, make_context, make_sharded_context
@@ -343,8 +349,8 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
         )
 
 
-class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
-    """A LongNet decoder with a bias-free output projection, untied by default.
+class LongNetLanguageModel(LongNetPreTrainedModel):
+    """A LongNet with a bias-free output projection, untied by default: what causal and masked models share.
 
     Attributes:
         logits_with_labels: whether `forward` with labels also returns the logits: always (True), never (False), or in
@@ -358,7 +364,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
         if config.vocab_size is None:
-            raise ValueError("LongNetForCausalLM needs a vocabulary; this config has vocab_size=None.")
+            raise ValueError(f"{type(self).__name__} needs a vocabulary; this config has vocab_size=None.")
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -454,6 +460,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         count = count if num_items is None else num_items
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
+
+class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
+    """A decoder that predicts the next token and generates."""
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """Give `generate` a bounded cache; refuse other kinds."""
         name, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
@@ -475,8 +485,134 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 model_kwargs[CACHE].activate_past_recording()
 
 
+class LongNetForMaskedLM(LongNetLanguageModel):
+    """An encoder that predicts masked tokens: `labels` are those of the tokens themselves, not shifted."""
+
+    def __init__(self, config: LongNetConfig):
+        if config.is_causal:
+            raise ValueError(
+                "LongNetForMaskedLM needs is_causal=False: no token before a masked one sees what follows."
+            )
+        super().__init__(config)
+
+    def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+        return super()._targets(None, labels if shift_labels is None else shift_labels, inputs)
+
+
+class LongNetClassifier(LongNetPreTrainedModel):
+    """A LongNet whose final hidden states a linear layer classifies; the loss is Transformers' of the same name."""
+
+    accepts_loss_kwargs = False  # a mean over the batch: Trainer divides it by the accumulation steps
+
+    def __init__(self, config: LongNetConfig, head: str = "score", outputs: int | None = None):
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.add_module(head, nn.Linear(config.hidden_size, outputs or config.num_labels))
+        self.post_init()
+
+    def _encode(self, input_ids: Tensor | None, **inputs) -> BaseModelOutputWithPast:
+        if self.sequence_group() is not None:
+            raise ValueError("processes that share sequences cannot classify them; give each process its own ones.")
+        return self.model(input_ids, **{"use_cache": False} | inputs, return_dict=True)
+
+
+class LongNetForSequenceClassification(LongNetClassifier):
+    """Classify sequences, or score them with `num_labels=1` (reward models).
+
+    The head reads the last real token of a decoder, and the mean over the real tokens of an encoder.
+    `config.problem_type` selects the loss, as in Transformers.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Return the loss, if there are labels, and the logits (B, num_labels).
+
+        Args:
+            labels: (B,) classes or values, or (B, num_labels). Others: as in `LongNetModel.forward`. Without a mask,
+                the last token of a decoder is the last one that is not `pad_token_id`.
+        """
+        outputs = self._encode(input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.score(self.dropout(self._pool(outputs.last_hidden_state, attention_mask, input_ids)))
+        loss = labels if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+    def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        """(B, L, E) -> (B, E)."""
+        batch, length, _ = hidden_states.shape
+        columns = torch.arange(length, device=hidden_states.device)
+        real = torch.ones_like(columns, dtype=torch.bool).expand(batch, -1)
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].to(real.device) != 0
+        elif self.config.is_causal and self.config.pad_token_id is not None and input_ids is not None:
+            real = input_ids.to(real.device) != self.config.pad_token_id
+        if self.config.is_causal:
+            return hidden_states[torch.arange(batch, device=real.device), (real * columns).argmax(1)]
+        hidden_states = hidden_states.masked_fill(~real[..., None], 0)  # padding may hold anything
+        return hidden_states.sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(hidden_states.dtype)
+
+
+class LongNetForTokenClassification(LongNetClassifier):
+    """Classify every token."""
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs) -> TokenClassifierOutput:
+        """Return the loss, if there are labels (B, L; -100 is ignored), and the logits (B, L, num_labels).
+
+        Others: as in `LongNetModel.forward`. With a decoder a token's logits see no later token.
+        """
+        outputs = self._encode(input_ids, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class LongNetForQuestionAnswering(LongNetClassifier):
+    """Find the answer to a question in a text: logits of its first and last token."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config, "qa_outputs", 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """Return the loss, if there are positions (B,), and start_logits and end_logits (B, L).
+
+        Others: as in `LongNetModel.forward`.
+        """
+        outputs = self._encode(input_ids, **kwargs)
+        start, end = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
+
+
 LongNetConfig.register_for_auto_class()
 LongNetModel.register_for_auto_class("AutoModel")
 LongNetForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LongNetForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LongNetForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LongNetForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+LongNetForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 
-__all__ = ["LongNetForCausalLM", "LongNetModel", "LongNetPreTrainedModel"]
+__all__ = [
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForQuestionAnswering",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+    "LongNetPreTrainedModel",
+]

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForTokenClassification,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+    pipeline,
+)
 
-from examples import corpus, evaluate_perplexity, finetune
+from examples import corpus, evaluate_perplexity, finetune, masked_lm
 from examples.optimizer import MuonAndAdamW
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
@@ -325,7 +332,23 @@ class TestTraining:
             finetune.load_model(finetune.ModelArguments(), {})
 
 
-@pytest.mark.parametrize("name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents"])
+def test_a_masked_model_learns_and_loads(packages, tmp_path, capsys):
+    arguments = masked_lm.ModelArguments(vocab_size=300, sequence_length=64, hidden_size=64, num_hidden_layers=1)
+    training = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=12, report_to="none", disable_tqdm=True, learning_rate=5e-3
+    )
+    text = corpus.load_text(corpus.TextArguments(text=str(packages), held_out=0.3))
+    before, after = masked_lm.run(masked_lm.make_trainer(arguments, training, text), arguments.sample)
+    assert after < before
+    assert "(len(values)):" in capsys.readouterr().out
+    fill = pipeline("fill-mask", str(tmp_path))
+    assert len(fill("for i in<|mask|>range")) == 5
+    AutoModelForTokenClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents", "masked_lm"]
+)
 def test_run_by_path_names_the_command(name):
     done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
     assert done.returncode == 1
