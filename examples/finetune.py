@@ -90,6 +90,7 @@ def load_model(arguments: ModelArguments, text: DatasetDict) -> tuple[PreTrained
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    tokenizer.model_max_length = config.max_position_embeddings  # where other tools cut a text
     return LongNetForCausalLM(config), tokenizer
 
 

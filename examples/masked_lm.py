@@ -59,6 +59,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
+    tokenizer.model_max_length = config.max_position_embeddings  # where other tools cut a text
     model = LongNetForMaskedLM(config)
     model.logits_with_labels = False  # the evaluation reads the loss alone
     sequences = {

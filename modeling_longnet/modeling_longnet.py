@@ -461,11 +461,37 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
+def _padded_behind(mask: Tensor) -> int | None:
+    """Return the first row of a (B, columns) mask with a 0 behind another number, None if there is none."""
+    wrong = ((mask[:, 1:] == 0) & (mask[:, :-1] != 0)).any(1)
+    return int(wrong.nonzero()[0]) if wrong.any() else None
+
+
 class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
     """A decoder that predicts the next token and generates."""
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, *args) -> Tensor:
+        """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those behind other tokens."""
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, *args)
+        row = _padded_behind(mask)
+        if row is not None:
+            raise ValueError(
+                f"row {row} of the prompts holds the pad token behind other tokens, and without an attention_mask "
+                'generate() takes it for padding. Pad on the left (tokenizer.padding_side = "left"), or pass '
+                "attention_mask=torch.ones_like(input_ids) if the token belongs to the prompt."
+            )
+        return mask
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """Give `generate` a bounded cache; refuse other kinds."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            row = _padded_behind(mask)
+            if row is not None:
+                raise ValueError(
+                    f"attention_mask row {row} has padding behind real tokens, where generate() would continue: pad "
+                    'prompts on the left (tokenizer.padding_side = "left").'
+                )
         name, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
         if name not in (None, "offloaded") or (name and given is not None):
             raise ValueError(

@@ -13,7 +13,9 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForTokenClassification,
+    AutoTokenizer,
     ByT5Tokenizer,
+    DataCollatorForLanguageModeling,
     LlamaConfig,
     LlamaForCausalLM,
     TrainingArguments,
@@ -322,6 +324,18 @@ class TestTraining:
         model, tokenizer = finetune.load_model(arguments, text)
         assert model.config.use_cache
         assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+
+    def test_the_saved_tokenizer_suits_fine_tuning_and_other_tools(self, packages, tmp_path):
+        """The stock collator pads so that no target follows padding; lm-eval and pipelines know the reach."""
+        model = self.train(packages, tmp_path / "out").eval().double()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert tokenizer.model_max_length == max(TINY["segment_lengths"])
+        rows = [tokenizer(text)["input_ids"] for text in ("import os", "def f(x):\n    return x + 1", "pass")]
+        batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": row} for row in rows])
+        counts = [len(row) - 1 for row in rows]
+        losses = [model(torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in rows]
+        expected = np.average(losses, weights=counts)
+        assert model(**batch).loss.item() == pytest.approx(expected, rel=1e-9)
 
     def test_nothing_to_resume_is_refused(self, packages, tmp_path):
         with pytest.raises(ValueError, match="holds no checkpoint"):

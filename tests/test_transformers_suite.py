@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from checks import assert_close, make_model
+from checks import assert_close, make_model, refused
 from torch.utils.data import Dataset
 from transformers import (
     ContinuousBatchingConfig,
@@ -141,6 +141,34 @@ def test_a_good_assistant_drafts_over_segment_borders(drafts, seed):
     prompt = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     expected = generate(model, prompt, new=60, do_sample=False)
     assert torch.equal(generate(model, prompt, new=60, do_sample=False, assistant_model=assistant), expected)
+
+
+class NoForward(torch.nn.Module):
+    """Stands in for the blocks: nothing may be computed before the refusal."""
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("the prompt was read before it was refused")
+
+
+@pytest.mark.parametrize("how", ["a mask", "no mask", "a pad token in a prompt"])
+def test_padding_behind_the_prompt_is_refused_at_once(model, prompts, how):
+    width = max(map(len, prompts))
+    inputs = left_padded(prompts)
+    inputs = {name: torch.stack([x.roll(len(p) - width) for x, p in zip(xs, prompts, strict=True)])
+              for name, xs in inputs.items()}  # fmt: skip
+    words = ["row 0", "attention_mask row 0", 'padding_side = "left"']
+    if how != "a mask":
+        inputs.pop("attention_mask")
+        words = ["row 0 of the prompts holds the pad token", "without an attention_mask", "torch.ones_like"]
+    if how == "a pad token in a prompt":
+        inputs = {"input_ids": torch.tensor([[3, 0, 5]])}
+    layers, model.model.layers = model.model.layers, torch.nn.ModuleList([NoForward(), NoForward()])
+    with refused(*words):
+        generate(model, inputs)
+    model.model.layers = layers
+    given = torch.tensor([[3, 0, 5]])
+    found = generate(model, {"input_ids": given, "attention_mask": torch.ones_like(given)})
+    assert torch.equal(found, greedy_alone(model, [given[0]]))
 
 
 def test_generate_from_embeddings(model, prompts):
