@@ -470,9 +470,19 @@ def _padded_behind(mask: Tensor) -> int | None:
 class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
     """A decoder that predicts the next token and generates."""
 
-    def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, *args) -> Tensor:
+    def generate(self, *args, **kwargs):
+        """As in Transformers; an error in a draft by `assistant_early_exit` leaves the model whole."""
+        count = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = count
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, generation_config, *args) -> Tensor:
         """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those behind other tokens."""
-        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, *args)
+        if generation_config.is_assistant:  # the caller's mask is passed on unless it is all ones
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args)
         row = _padded_behind(mask)
         if row is not None:
             raise ValueError(

@@ -143,6 +143,30 @@ def test_a_good_assistant_drafts_over_segment_borders(drafts, seed):
     assert torch.equal(generate(model, prompt, new=60, do_sample=False, assistant_model=assistant), expected)
 
 
+def test_early_exit_leaves_the_model_whole():
+    """Also if the draft holds the pad token, and if it is interrupted."""
+    model = make_model(LongNetForCausalLM, num_hidden_layers=4, pad_token_id=0)
+    inputs = {"input_ids": torch.randint(1, 29, (1, 9), generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        model.lm_head.weight[0] *= 3  # the pad token is written now and then
+    expected = generate(model, inputs)
+    assert (expected == 0).any()
+    logits = model(**inputs).logits
+    assert torch.equal(generate(model, inputs, assistant_early_exit=2), expected)
+    assert torch.equal(model(**inputs).logits, logits)
+
+    def interrupt(*args):
+        if model.config.num_hidden_layers == 2:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, inputs, assistant_early_exit=2)
+    hook.remove()
+    assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(generate(model, inputs), expected)
+
+
 class NoForward(torch.nn.Module):
     """Stands in for the blocks: nothing may be computed before the refusal."""
 
