@@ -8,6 +8,8 @@ from modeling_longnet import LongNetForCausalLM
 
 peft = pytest.importorskip("peft")
 
+LIBRARY = "peft"
+
 ADAPTERS = {
     "LoRA on attention": {"target_modules": ["q_proj", "v_proj"]},
     "LoRA on embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
@@ -21,6 +23,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 def test_an_adapter_trains_generates_and_loads(tmp_path, adapter, tied):
+    """LoRA on any part, trainable_token_indices, modules_to_save: train, generate, save, load"""
     model = peft.get_peft_model(
         make_model(LongNetForCausalLM, torch.float32, tie_word_embeddings=tied), peft.LoraConfig(**adapter)
     )
