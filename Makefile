@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fuzz test test-distributed test-faults test-transformers lint bench paper paper-quick figures clean
+.PHONY: help demo fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,12 +35,15 @@ test-transformers: $(READY) ## run Transformers' own model tests, minutes (TRANS
 	$(VENV)/bin/python tests/library/source.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -r fEx tests/library/model_tests.py $(ARGS)
 
+test-ecosystem: .venv-ecosystem/.ready ## run other libraries on the models: PEFT, TRL, lm-eval (TABLE=docs/ecosystem.md)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TABLE=$(TABLE) .venv-ecosystem/bin/python -m pytest tests/ecosystem $(ARGS)
+
 test-faults: $(READY) ## kill training, saves, conversions, streams and sharded processes at random moments; minutes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -m faults tests/test_faults.py $(ARGS)
 
 MINUTES ?= 5
-fuzz: $(READY) ## random inputs against the dense reference, and damaged files (MINUTES=30, ARGS='--replay ...')
-	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(RUN) fuzz --minutes $(MINUTES) $(ARGS)
+fuzz: $(READY) ## random inputs against the dense reference, and damaged files (MINUTES=30 or CASES=20000, ARGS='--replay ...')
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(RUN) fuzz $(if $(CASES),--cases $(CASES),--minutes $(MINUTES)) $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(RUN) ruff check .
@@ -61,7 +64,12 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) examples.paper.figures
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-transformers-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-ecosystem .venv-transformers-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+
+.venv-ecosystem/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/pip install --quiet --constraint constraints.txt --editable '.[examples,dev,ecosystem]'
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -265,7 +265,6 @@ def load_tokenizer(
         tokenizer_object=bpe,
         eos_token="<|endoftext|>",
         pad_token="<|padding|>",
-        padding_side="left",  # for `generate`
         clean_up_tokenization_spaces=False,
     )
 

@@ -90,6 +90,7 @@ def load_model(arguments: ModelArguments, text: DatasetDict) -> tuple[PreTrained
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    tokenizer.model_max_length = config.max_position_embeddings  # where other tools cut a text
     return LongNetForCausalLM(config), tokenizer
 
 
@@ -103,6 +104,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         training_arguments.parallelism_config = SequenceSharding()  # sizes from the launch configuration
     model, tokenizer = load_model(arguments, text)
+    model.logits_with_labels = False  # the evaluation reads the loss alone
     optimizer = None
     if arguments.muon_learning_rate is not None:
         optimizer = MuonAndAdamW(

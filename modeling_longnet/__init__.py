@@ -2,23 +2,34 @@
 
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .dilate import DilatedCache, use_dilated_attention
 from .dilated_attention import dilated_attention
-from .image_encoder import LongNetImageConfig, LongNetImageEncoder
-from .modeling_longnet import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
+from .image_encoder import LongNetForImageClassification, LongNetImageConfig, LongNetImageEncoder
+from .modeling_longnet import (
+    LongNetForCausalLM,
+    LongNetForMaskedLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetModel,
+    LongNetPreTrainedModel,
+)
 from .pattern import parse_pattern
 from .sharding_accelerate import SequenceSharding
 from .slide_encoder import LongNetSlideConfig, LongNetSlideEncoder
 from .streaming import Scored, stream
 
-for _model in (LongNetModel, LongNetSlideEncoder, LongNetImageEncoder):
-    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
-    AutoModel.register(_model.config_class, _model, exist_ok=True)
-AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM, exist_ok=True)
+for _config in (LongNetConfig, LongNetSlideConfig, LongNetImageConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto, _path in _config.auto_classes.items():
+        if _auto != "AutoConfig":
+            _model = globals()[_path.partition(".")[2]]
+            getattr(transformers, _auto).register(_config, _model, exist_ok=True)
 
 
 def __getattr__(name: str):
@@ -34,6 +45,11 @@ __all__ = [
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",
+    "LongNetForImageClassification",
+    "LongNetForMaskedLM",
+    "LongNetForQuestionAnswering",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
     "LongNetImageConfig",
     "LongNetImageEncoder",
     "LongNetModel",

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from .compat import transforms_are_active
+
 # Logits per chunk: enough tokens that adding to the head's gradient is cheap, few enough that a CPU reuses memory.
 _MIN_TOKENS = 512
 _CPU_LOGITS = 1 << 22
@@ -60,8 +62,8 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise NotImplementedError(
-            "the loss of labels has no second derivative: its gradients are computed in the forward pass. Leave labels "
-            "out and compute the cross-entropy of the logits instead."
+            "the loss of labels has no second derivative: its gradients are computed in the forward pass. Set "
+            "model.logits_with_labels = True, which takes the loss from the logits of every token."
         )
 
 
@@ -75,14 +77,26 @@ def _sum(hidden: Tensor, targets: Tensor, head: Callable, size: int, params: Ite
     params = [p for p in params if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or params):
         return _ChunkedCrossEntropy.apply(hidden, targets, head, size, hidden.requires_grad, *params)[0]
+    return _plain_sum(hidden, targets, head, size)
+
+
+def _plain_sum(hidden: Tensor, targets: Tensor, head: Callable, size: int) -> Tensor:
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     return sum(_loss(head, part, target) for part, target in parts)
 
 
+def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the same sum from the logits (T, V), cast chunk by chunk; differentiable any number of times."""
+    return _plain_sum(logits, targets, lambda x: x, _tokens_per_chunk(logits, logits.shape[-1]))
+
+
 def tokens_per_chunk(hidden: Tensor, head: nn.Module) -> int:
     """Return how many tokens' logits to hold at a time, by the device of `hidden` (T, E) and the head's vocabulary."""
-    vocabulary = getattr(head, "out_features", None) or head(hidden[:1]).shape[-1]
-    return max(_MIN_TOKENS, (_CPU_LOGITS if hidden.device.type == "cpu" else _CUDA_LOGITS) // vocabulary)
+    return _tokens_per_chunk(hidden, getattr(head, "out_features", None) or head(hidden[:1]).shape[-1])
+
+
+def _tokens_per_chunk(x: Tensor, vocabulary: int) -> int:
+    return max(_MIN_TOKENS, (_CPU_LOGITS if x.device.type == "cpu" else _CUDA_LOGITS) // vocabulary)
 
 
 @torch.compiler.disable
@@ -97,6 +111,8 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
     Returns:
         A scalar in at least float32, differentiable once in `hidden` and the head's parameters.
     """
+    if transforms_are_active():  # vmap allows no selection of tokens, and differentiates by itself
+        return cross_entropy_of_logits(head(hidden), targets.masked_fill(targets == ignore_index, -100))
     keep = targets != ignore_index
     if not keep.is_meta and not keep.all():
         hidden, targets = hidden[keep], targets[keep]

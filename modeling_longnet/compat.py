@@ -27,6 +27,13 @@ cuda_flash_backward = _aten("_scaled_dot_product_flash_attention_backward")
 cuda_efficient = _aten("_scaled_dot_product_efficient_attention")
 cuda_efficient_backward = _aten("_scaled_dot_product_efficient_attention_backward")
 
+
+# Without it `vmap` over a loss of labels ends in PyTorch's error about control flow.
+def transforms_are_active() -> bool:
+    """Return True inside `torch.func` transforms, where no Python decision may depend on a tensor's values."""
+    return getattr(torch._C, "_are_functorch_transforms_active", bool)()
+
+
 # --- flash-attn: the functions that return the log-sum-exp. Checked against the source of 2.8; no GPU has run them.
 # Without them the backend "flash_attn" is unavailable and its error says why.
 flash_attn_missing = None

@@ -135,6 +135,10 @@ class LongNetConfig(PreTrainedConfig):
         "AutoConfig": "configuration_longnet.LongNetConfig",
         "AutoModel": "modeling_longnet.LongNetModel",
         "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
+        "AutoModelForMaskedLM": "modeling_longnet.LongNetForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_longnet.LongNetForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_longnet.LongNetForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_longnet.LongNetForQuestionAnswering",
     }
 
     vocab_size: int | None = 100_288

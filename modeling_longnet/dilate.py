@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
 from .attention_context import AttentionContext, layer_branches
@@ -29,9 +31,10 @@ from .sharding_accelerate import check_whole_sequences
 
 IMPLEMENTATION = "dilated"
 _DEFAULTS = {"segment_lengths": [], "dilation_rates": []} | Pattern._field_defaults | {"backend": "auto"}
+# Layers of these types are dilated, and left as they are.
+_DILATED, _LEFT = "full_attention", "sliding_attention"
 # What else a model may request of its attention, by the keyword argument that requests it.
 _UNSUPPORTED = {
-    "sliding_window": "a sliding window",
     "softcap": "a soft cap of its scores",
     "s_aux": "attention sinks",
     "position_bias": "a bias of its scores",
@@ -49,14 +52,17 @@ def use_dilated_attention(
 ) -> PreTrainedModel:
     """Switch a causal decoder of Transformers to dilated attention and return it; weights and positions stay.
 
+    Layers with a sliding window (Gemma 3, OLMo 3, Cohere 2) stay as they are; those with full attention are dilated.
+
     Measure what this does to quality: until the model is fine-tuned, a head sees other tokens than in its training. One
     branch (w, 1) with w at least the length changes nothing. Left padding, packed documents (position ids that restart
     at 0), training and `generate` work as before; the segments of each sequence begin at its first token. The model's
     own cache still grows with the sequence, see `DilatedCache`. `model.set_attn_implementation("sdpa")` reverts it.
 
-    A saved model loads dense again, as Transformers does not save the implementation: call this function after loading
-    or, with this package imported, `from_pretrained(folder, attn_implementation="dilated")`. A saved LoRA adapter does
-    not store the branches: pass them again.
+    A saved model loads dense again (servers such as vLLM run it dense), as Transformers does not save the
+    implementation: call this function after loading or, with this package imported,
+    `from_pretrained(folder, attn_implementation="dilated")`. A saved LoRA adapter does not store the branches: pass
+    them again. Each process needs whole sequences: Accelerate's `cp_size` and `sp_size` are refused.
 
     Args:
         model: changed in place. Its config stores the branches as `dilated_attention`.
@@ -115,26 +121,47 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is made of several models; give its text decoder alone.")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not support attn_implementation functions.")
-    layer_types = getattr(config, "layer_types", None) or ()
-    window, softcap = (getattr(config, field, None) for field in ("sliding_window", "attn_logit_softcapping"))
-    found = [f"layers of the type {kind!r}" for kind in sorted(set(layer_types) - {"full_attention"})]
-    if window is not None and not layer_types:
-        found.append(f"a sliding window (sliding_window={window})")
-    if softcap is not None:
-        found.append(f"a soft cap of its scores (attn_logit_softcapping={softcap})")
-    if getattr(config, "is_causal", True) is False:
-        found.append("bidirectional attention (is_causal=False)")
-    if any(parameter.endswith("sinks") for parameter, _ in model.named_parameters()):
-        found.append("attention sinks")
+    found = _parts_without_dilated_form(model)
     if found:
         raise ValueError(
-            f"{name} has {', '.join(found)}, which has no dilated form. Take a model without, or where it was trained "
-            "without, load it with that field of its config set to None."
+            f"{name} has {', '.join(found)}, which has no dilated form. Loading it with the fields in brackets makes "
+            "another model of it, to be fine-tuned; without such fields take another model."
         )
+
+
+def _parts_without_dilated_form(model: PreTrainedModel) -> list[str]:
+    """Return the parts, each with the field that loads the model without it, if there is one."""
+    config = model.config
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    window, softcap = (getattr(config, field, None) for field in ("sliding_window", "attn_logit_softcapping"))
+    if getattr(config, "is_heterogeneous", False):
+        return ["layers of different sizes"]
+    value_dim, key_dim = (getattr(config, field, None) for field in ("v_head_dim", "qk_head_dim"))
+    dense = 'layer_types=["full_attention"] * num_hidden_layers'
+    found = [f"layers of the type {kind!r} ({dense})" for kind in sorted(layer_types - {_DILATED, _LEFT})]
+    if layer_types == {_LEFT}:
+        found.append(f"sliding windows alone ({dense})")
+    if window is not None and not layer_types:
+        found.append(f"a sliding window in every layer, of {window} tokens (sliding_window=None)")
+    if softcap is not None:
+        found.append(f"a soft cap of its scores, at {softcap} (attn_logit_softcapping=None)")
+    if getattr(config, "is_causal", True) is False:
+        found.append("bidirectional attention")
+    if any(parameter.endswith("sinks") for parameter, _ in model.named_parameters()):
+        found.append("attention sinks")
+    if None not in (value_dim, key_dim) and value_dim != key_dim:
+        found.append(f"keys of {key_dim} and values of {value_dim} features")
+    return found
+
+
+def _has_windows(config) -> bool:
+    return _LEFT in (getattr(config, "layer_types", None) or ())
 
 
 def _install_hook(model: PreTrainedModel) -> None:
     decoder = model.get_decoder()
+    # ModernBERT's decoder calls its output projection `decoder`.
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
     if not getattr(decoder, "_makes_dilated_context", False):
         decoder.register_forward_pre_hook(_add_context, with_kwargs=True)
         decoder._makes_dilated_context = True
@@ -262,16 +289,27 @@ def _prefix_columns(
     return torch.cat(columns, 2).clamp(max=past - 1).to(device), slots
 
 
-def _padding_mask(*, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """Return the layers' mask: the model's own (B, S) padding mask instead of a mask of pairs."""
-    return attention_mask
+def _padding_mask(
+    *args, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs
+) -> Tensor | None:
+    """Return the layers' mask: the (B, S) padding mask, or for layers with a window that of Transformers' "sdpa"."""
+    if local_size is None:
+        return attention_mask
+    mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    return mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
 
 
 @torch.compiler.disable
 def _attend(
     layer, query, key, value, attention_mask, scaling=None, dropout=0.0, position_ids=None, dilated_context=None, **rest
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function: query (B, H, n, D), key and value (B, G, S, D) -> (B, n, H, D), None."""
+    """Transformers' attention function: query (B, H, n, D), key and value (B, G, S, D) -> (B, n, H, D), None.
+
+    A layer with a sliding window attends as before.
+    """
+    if rest.get("sliding_window") is not None and _has_windows(layer.config):
+        options = {"dropout": dropout, "scaling": scaling, "position_ids": position_ids}
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, value, attention_mask, **options, **rest)
     _check_call(layer, key, value, dropout, rest)
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     context, (rows, groups, columns, _) = dilated_context, key.shape
@@ -316,6 +354,11 @@ class DilatedCache(LongNetCache):
     def __init__(self, model: PreTrainedModel, max_length: int | None = None):
         if not _is_dilated(model.config):
             raise ValueError("a DilatedCache is for a model after use_dilated_attention(model, ...).")
+        if _has_windows(model.config):
+            raise ValueError(
+                "a DilatedCache is for models whose layers are all dilated; this one has layers with a sliding window, "
+                "which its own cache bounds: leave the cache out."
+            )
         super().__init__(_pattern(model.config), max_length)
         self.config = model.config
         # The layer whose `update` ran, but whose attention has not stored the keys yet.

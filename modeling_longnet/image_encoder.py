@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import make_context
 from .compat import capture_outputs, merge_with_config_defaults
@@ -35,7 +36,11 @@ class LongNetImageConfig(LongNetConfig):
     """
 
     model_type = "longnet_image"
-    auto_classes = {"AutoConfig": "image_encoder.LongNetImageConfig", "AutoModel": "image_encoder.LongNetImageEncoder"}
+    auto_classes = {
+        "AutoConfig": "image_encoder.LongNetImageConfig",
+        "AutoModel": "image_encoder.LongNetImageEncoder",
+        "AutoModelForImageClassification": "image_encoder.LongNetForImageClassification",
+    }
 
     vocab_size: int | None = None
     hidden_size: int = 384
@@ -51,6 +56,11 @@ class LongNetImageConfig(LongNetConfig):
     patch_size: int = 32
     num_channels: int = 3
     num_classes: int = 0
+
+    def __post_init__(self, **kwargs):
+        if self.num_classes and self.id2label is None:
+            kwargs.setdefault("num_labels", self.num_classes)
+        super().__post_init__(**kwargs)
 
     def validate_image(self):
         """Check the sizes of image and patches, and that every patch sees the whole image."""
@@ -133,7 +143,32 @@ class LongNetImageEncoder(LongNetBackbone):
         return ImageEncoderOutput(last_hidden_state=hidden_states, logits=logits)
 
 
+class LongNetForImageClassification(LongNetImageEncoder):
+    """A `LongNetImageEncoder` with a head of `num_labels` outputs, and a loss."""
+
+    accepts_loss_kwargs = False  # a mean over the batch: Trainer divides it by the accumulation steps
+
+    def __init__(self, config: LongNetImageConfig):
+        config.num_classes = config.num_labels
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """Return the loss, if there are labels (B,) or (B, num_labels), and the logits (B, num_labels).
+
+        Others: as in `LongNetImageEncoder.forward`.
+        """
+        outputs = super().forward(pixel_values, **kwargs | {"return_dict": True})
+        loss = labels
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=outputs.logits, config=self.config)
+        return ImageClassifierOutput(loss, outputs.logits, outputs.hidden_states, outputs.attentions)
+
+
 LongNetImageConfig.register_for_auto_class()
 LongNetImageEncoder.register_for_auto_class("AutoModel")
+LongNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-__all__ = ["ImageEncoderOutput", "LongNetImageConfig", "LongNetImageEncoder"]
+__all__ = ["ImageEncoderOutput", "LongNetForImageClassification", "LongNetImageConfig", "LongNetImageEncoder"]

@@ -17,6 +17,14 @@ DIGEST = "longnet_card"
 # From the cards that Transformers generates.
 GENERIC = "model card has been automatically generated"
 TRAINER = "This model card has been generated automatically according to the information the Trainer had access to"
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+}
 TAGS = ["longnet", "dilated-attention", "long-context", "custom_code"]
 TEXT = """
 # LongNet
@@ -107,15 +115,15 @@ def write_model_card(model, folder: Path, target: Path | None = None) -> None:
 
 def make_model_card(model, previous: str | None = None) -> ModelCard | None:
     """Return the card of a model, given the README.md it is to replace; None if a person wrote or edited that one."""
-    config, is_lm = model.config, "ForCausalLM" in type(model).__name__
+    config, auto_class = model.config, model._auto_class or "AutoModel"
     text = TEXT.format(
         config=config,
         kind="causal decoder" if config.is_causal else "bidirectional encoder",
         parameters=model.num_parameters(),
         branches=", ".join(map(str, zip(config.segment_lengths, config.dilation_rates, strict=True))),
-        auto_class="AutoModelForCausalLM" if is_lm else "AutoModel",
+        auto_class=auto_class,
     )
-    pipeline = "text-generation" if is_lm else "feature-extraction"
+    pipeline = PIPELINES.get(auto_class, "feature-extraction")
     own = {"library_name": "transformers", "pipeline_tag": pipeline, DIGEST: _digest(text)}
     metadata = {"license": "apache-2.0"}
     if previous is not None:

@@ -12,14 +12,27 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
 from .attention_context import AttentionContext, make_context, make_sharded_context
 from .backends import choose_backend
 from .cache_longnet import LongNetCache
-from .chunked_loss import chunked_cross_entropy
-from .compat import CACHE, attn_implementation, capture_outputs, merge_with_config_defaults, refusing_damage
+from .chunked_loss import chunked_cross_entropy, cross_entropy_of_logits
+from .compat import (
+    CACHE,
+    attn_implementation,
+    capture_outputs,
+    merge_with_config_defaults,
+    refusing_damage,
+    transforms_are_active,
+)
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import autocast_dtype
 from .model_card import ModelCardMixin
@@ -287,9 +300,10 @@ class LongNetModel(LongNetBackbone):
         if self.config.vocab_size is None:
             raise ValueError("this model has no embedding table (vocab_size is None); give inputs_embeds.")
         check_shape("input_ids", input_ids, "batch", "length")
-        if input_ids.is_meta and not self.get_input_embeddings().weight.is_meta:
+        if input_ids.is_meta and self.device.type != "meta":
             raise ValueError("input_ids is on the device meta and the model is not: there are no ids to look up.")
-        _check_ids("input_ids", input_ids, self.get_input_embeddings().num_embeddings)
+        # PEFT's wrappers of the embeddings have no num_embeddings.
+        _check_ids("input_ids", input_ids, getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
         embeds = self.embed_tokens((input_ids if shard is None else shard.cut(input_ids)).long())
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
@@ -322,7 +336,7 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
     """Raise on values that are no token ids, which on a GPU would trigger a device-side assert."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
-    if torch.compiler.is_compiling() or ids.device.type == "meta":
+    if torch.compiler.is_compiling() or transforms_are_active() or ids.device.type == "meta":
         return
     ids = ids.long()  # unsigned types have no comparisons
     wrong = (ids < 0) | (ids >= vocab_size)
@@ -335,16 +349,22 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = No
         )
 
 
-class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
-    """A LongNet decoder with a bias-free output projection, untied by default."""
+class LongNetLanguageModel(LongNetPreTrainedModel):
+    """A LongNet with a bias-free output projection, untied by default: what causal and masked models share.
 
+    Attributes:
+        logits_with_labels: whether `forward` with labels also returns the logits: always (True), never (False), or in
+            eval mode (None), where metrics read them. With False, evaluation is as flat in memory as training.
+    """
+
+    logits_with_labels: bool | None = None
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
         if config.vocab_size is None:
-            raise ValueError("LongNetForCausalLM needs a vocabulary; this config has vocab_size=None.")
+            raise ValueError(f"{type(self).__name__} needs a vocabulary; this config has vocab_size=None.")
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -367,7 +387,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, L) token ids, shifted here: the loss at token i is that of labels[i + 1]; -100 is ignored.
             logits_to_keep: 0 for the logits of every token, n for the last n, an index tensor for those tokens. The
-                default is 0 without labels; with labels `logits` is None, and at most a chunk of them is in memory.
+                default is 0, but with labels in training (see `logits_with_labels`) or on a shard of a sequence
+                `logits` is None, and at most a chunk of them is in memory.
             shift_labels: (B, L) labels that are shifted already.
             num_items_in_batch: the loss is the sum divided by it, instead of the mean over the targets.
             Others: as in `LongNetModel.forward`.
@@ -384,22 +405,24 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             cache, shard = LongNetCache(self.config), None
         targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs)
+        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs, return_dict=True)
         hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if targets is not None:
-            loss = self._loss(hidden_states, targets, kwargs.get("num_items_in_batch"), shard)
-        elif shard is not None and logits_to_keep is None:
+        if logits_to_keep is None and targets is None and shard is not None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
             raise ValueError(
                 "a shared sequence needs labels here: label smoothing and compute_loss_func would compare local logits "
                 "with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get the logits of "
                 "this rank's shard (gather_sequence concatenates them)."
             )
-        if logits_to_keep is not None or loss is None:
-            kept = 0 if logits_to_keep is None else logits_to_keep
-            kept = slice(-kept, None) if isinstance(kept, int) else kept  # slice(0, None): every token
-            logits = self.lm_head(hidden_states[:, kept])
+        if logits_to_keep is None and (targets is None or (shard is None and self._returns_logits())):
+            logits_to_keep = 0
+        loss = logits = None
+        if logits_to_keep is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])  # slice(0, None): of every token
+        if targets is not None:
+            every = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
+            loss = self._loss(hidden_states, targets, kwargs.get("num_items_in_batch"), shard, every)
         recorded = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
 
@@ -415,24 +438,70 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 "masked tokens as shift_labels."
             )
         _check_ids(name, given, self.config.vocab_size, ignored=-100)
-        return given[:, 1:] if name == "labels" else given
+        return (given[:, 1:] if name == "labels" else given).long()
 
-    def _loss(self, hidden_states: Tensor, targets: Tensor, num_items, shard: Shard | None) -> Tensor:
-        if shard is None:
-            hidden_states = hidden_states[:, : targets.shape[1]]
+    def _returns_logits(self) -> bool:
+        return not self.training if self.logits_with_labels is None else self.logits_with_labels
+
+    def _loss(self, hidden_states: Tensor, targets: Tensor, num_items, shard, logits: Tensor | None = None) -> Tensor:
+        """Return the loss from the logits of all tokens or, if they are None, from chunks of them."""
+        # Shifted before the cut: a shard's last target is the next shard's first token.
+        length = hidden_states.shape[1] if shard is None else shard.total
+        targets = nn.functional.pad(targets, (0, length - targets.shape[1]), value=-100)
+        targets = targets if shard is None else shard.cut(targets)
+        targets = targets.reshape(-1).to(hidden_states.device)
+        if logits is None:
+            total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
         else:
-            # Shifted before the cut: a shard's last target is the next shard's first token.
-            targets = shard.cut(nn.functional.pad(targets, (0, shard.total - targets.shape[1]), value=-100))
-        targets = targets.reshape(-1).to(hidden_states.device, torch.int64)
-        total = chunked_cross_entropy(hidden_states.flatten(0, 1), targets, self.lm_head)
+            total = cross_entropy_of_logits(logits.flatten(0, 1), targets)
         count = (targets != -100).sum()
         if shard is not None:
             return group_loss(total, count, num_items, shard.group)
         count = count if num_items is None else num_items
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
+
+def _padded_behind(mask: Tensor) -> int | None:
+    """Return the first row of a (B, columns) mask with a 0 behind another number, None if there is none."""
+    wrong = ((mask[:, 1:] == 0) & (mask[:, :-1] != 0)).any(1)
+    return int(wrong.nonzero()[0]) if wrong.any() else None
+
+
+class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
+    """A decoder that predicts the next token and generates."""
+
+    def generate(self, *args, **kwargs):
+        """As in Transformers; an error in a draft by `assistant_early_exit` leaves the model whole."""
+        count = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = count
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, generation_config, *args) -> Tensor:
+        """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those behind other tokens."""
+        if generation_config.is_assistant:  # the caller's mask is passed on unless it is all ones
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args)
+        row = _padded_behind(mask)
+        if row is not None:
+            raise ValueError(
+                f"row {row} of the prompts holds the pad token behind other tokens, and without an attention_mask "
+                'generate() takes it for padding. Pad on the left (tokenizer.padding_side = "left"), or pass '
+                "attention_mask=torch.ones_like(input_ids) if the token belongs to the prompt."
+            )
+        return mask
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """Give `generate` a bounded cache; refuse other kinds."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            row = _padded_behind(mask)
+            if row is not None:
+                raise ValueError(
+                    f"attention_mask row {row} has padding behind real tokens, where generate() would continue: pad "
+                    'prompts on the left (tokenizer.padding_side = "left").'
+                )
         name, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
         if name not in (None, "offloaded") or (name and given is not None):
             raise ValueError(
@@ -452,8 +521,134 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 model_kwargs[CACHE].activate_past_recording()
 
 
+class LongNetForMaskedLM(LongNetLanguageModel):
+    """An encoder that predicts masked tokens: `labels` are those of the tokens themselves, not shifted."""
+
+    def __init__(self, config: LongNetConfig):
+        if config.is_causal:
+            raise ValueError(
+                "LongNetForMaskedLM needs is_causal=False: no token before a masked one sees what follows."
+            )
+        super().__init__(config)
+
+    def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> Tensor | None:
+        return super()._targets(None, labels if shift_labels is None else shift_labels, inputs)
+
+
+class LongNetClassifier(LongNetPreTrainedModel):
+    """A LongNet whose final hidden states a linear layer classifies; the loss is Transformers' of the same name."""
+
+    accepts_loss_kwargs = False  # a mean over the batch: Trainer divides it by the accumulation steps
+
+    def __init__(self, config: LongNetConfig, head: str = "score", outputs: int | None = None):
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.add_module(head, nn.Linear(config.hidden_size, outputs or config.num_labels))
+        self.post_init()
+
+    def _encode(self, input_ids: Tensor | None, **inputs) -> BaseModelOutputWithPast:
+        if self.sequence_group() is not None:
+            raise ValueError("processes that share sequences cannot classify them; give each process its own ones.")
+        return self.model(input_ids, **{"use_cache": False} | inputs, return_dict=True)
+
+
+class LongNetForSequenceClassification(LongNetClassifier):
+    """Classify sequences, or score them with `num_labels=1` (reward models).
+
+    The head reads the last real token of a decoder, and the mean over the real tokens of an encoder.
+    `config.problem_type` selects the loss, as in Transformers.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Return the loss, if there are labels, and the logits (B, num_labels).
+
+        Args:
+            labels: (B,) classes or values, or (B, num_labels). Others: as in `LongNetModel.forward`. Without a mask,
+                the last token of a decoder is the last one that is not `pad_token_id`.
+        """
+        outputs = self._encode(input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.score(self.dropout(self._pool(outputs.last_hidden_state, attention_mask, input_ids)))
+        loss = labels if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+    def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        """(B, L, E) -> (B, E)."""
+        batch, length, _ = hidden_states.shape
+        columns = torch.arange(length, device=hidden_states.device)
+        real = torch.ones_like(columns, dtype=torch.bool).expand(batch, -1)
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].to(real.device) != 0
+        elif self.config.is_causal and self.config.pad_token_id is not None and input_ids is not None:
+            real = input_ids.to(real.device) != self.config.pad_token_id
+        if self.config.is_causal:
+            return hidden_states[torch.arange(batch, device=real.device), (real * columns).argmax(1)]
+        hidden_states = hidden_states.masked_fill(~real[..., None], 0)  # padding may hold anything
+        return hidden_states.sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(hidden_states.dtype)
+
+
+class LongNetForTokenClassification(LongNetClassifier):
+    """Classify every token."""
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs) -> TokenClassifierOutput:
+        """Return the loss, if there are labels (B, L; -100 is ignored), and the logits (B, L, num_labels).
+
+        Others: as in `LongNetModel.forward`. With a decoder a token's logits see no later token.
+        """
+        outputs = self._encode(input_ids, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class LongNetForQuestionAnswering(LongNetClassifier):
+    """Find the answer to a question in a text: logits of its first and last token."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config, "qa_outputs", 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """Return the loss, if there are positions (B,), and start_logits and end_logits (B, L).
+
+        Others: as in `LongNetModel.forward`.
+        """
+        outputs = self._encode(input_ids, **kwargs)
+        start, end = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
+
+
 LongNetConfig.register_for_auto_class()
 LongNetModel.register_for_auto_class("AutoModel")
 LongNetForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LongNetForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LongNetForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LongNetForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+LongNetForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 
-__all__ = ["LongNetForCausalLM", "LongNetModel", "LongNetPreTrainedModel"]
+__all__ = [
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForQuestionAnswering",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+    "LongNetPreTrainedModel",
+]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_context import count_zero_keys, layer_branches, make_context
-from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape
 from .packing import pack
@@ -86,8 +85,8 @@ class SlideEncoderOutput(ModelOutput):
             without the encoder's final norm (Prov-GigaPath's `all_layer_embed`).
         attention_maps: (N, B, H, Q, L), if requested.
         hidden_states: N + 1 times (B, L, E), if requested: the input, then every layer's output, the last one after the
-            final norm.
-        attentions: N times (B, H, L, L), if requested: each layer's attention weights; 0 for tiles left out.
+            final norm; 0 for tiles left out. If only some are requested, by index, the others are None.
+        attentions: N times (B, H, L, L), if requested: the attention maps of every token.
     """
 
     pooler_output: Tensor | None = None
@@ -139,6 +138,13 @@ def _restore_keys(weights: Tensor, layout: _Layout | None) -> Tensor:
     return _restore(weights.movedim(-1, 1), layout).movedim(1, -1)
 
 
+def _selected(wanted: bool | int | list[int] | None, count: int) -> set[int]:
+    """Return which of `count` hidden states are requested: all, or some by index, as in Transformers 5.24."""
+    if not wanted or wanted is True:
+        return set(range(count)) if wanted else set()
+    return {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
+
+
 def place_features(size: int, dim: int) -> Tensor:
     """Return the sines, then cosines, of the places 0 .. size - 1 on one axis: (size, dim) float32.
 
@@ -162,6 +168,7 @@ class LongNetSlideEncoder(LongNetBackbone):
     config: LongNetSlideConfig
     config_class = LongNetSlideConfig
     main_input_name = "tiles"
+    _can_record_outputs = {}
     _input_embed_layer = "tile_embed"
 
     def __init__(self, config: LongNetSlideConfig):
@@ -192,8 +199,8 @@ class LongNetSlideEncoder(LongNetBackbone):
             attention_queries: token numbers, 0 for CLS, i + 1 for tile i. Their attention maps hold the weight that
                 each of them gives to every token, over all branches. A row sums to 1 (less with `attend_zero_padding`)
                 and is 0 for a tile left out. Memory grows with H * Q * L.
-            output_hidden_states, output_attentions, return_dict: as in Transformers; the config's if not given. All
-                attention weights need attn_implementation="eager".
+            output_hidden_states, output_attentions, return_dict: as in Transformers; the config's if not given.
+                Attention weights are computed beside the layers, with any attn_implementation.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
@@ -201,39 +208,43 @@ class LongNetSlideEncoder(LongNetBackbone):
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot share a slide; give each one its own slides.")
         self._check_slides(tiles, coordinates, attention_mask)
-        layout, real = _make_layout(attention_mask), None
+        layout, length = _make_layout(attention_mask), 1 + tiles.shape[1]
         if layout is not None:
-            tiles, coordinates, real = layout.select(tiles), layout.select(coordinates), layout.real
+            tiles, coordinates = layout.select(tiles), layout.select(coordinates)
         hidden_states = self.dropout(self._embed_tiles(tiles, coordinates))
         record = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        record = {name: getattr(self.config, name) if value is None else value for name, value in record.items()}
-        out = self._encode_tiles(hidden_states, layout, real, attention_queries, return_dict=True, **record)
-        if layout is not None:
-            out.last_hidden_state = _restore(out.last_hidden_state, layout)
-            if out.hidden_states is not None:
-                out.hidden_states = tuple(x if x is None else _restore(x, layout) for x in out.hidden_states)
-            if out.attentions is not None:
-                rows = (_restore(x.movedim(2, 1), layout).movedim(1, 2) for x in out.attentions)
-                out.attentions = tuple(_restore_keys(x, layout) for x in rows)
-        return out
+        states, weights = (getattr(self.config, name) if value is None else value for name, value in record.items())
+        tokens = attention_queries, range(length) if weights else None
+        queries = [None if x is None else self._make_queries(x, hidden_states, layout) for x in tokens]
+        return self._encode_tiles(hidden_states, layout, *queries, _selected(states, 1 + len(self.layers)))
 
-    @capture_outputs
-    def _encode_tiles(self, hidden_states: Tensor, layout, real, attention_queries, output_attentions=None, **kwargs):
-        """Run the layers on (B, K, E); `capture_outputs` adds the requested states and weights."""
-        context = make_context(self.config, hidden_states, self.backend(hidden_states, output_attentions), real)
-        queries = None if attention_queries is None else self._make_queries(attention_queries, hidden_states, layout)
-        pooled, maps = [self._pool(hidden_states, real)], []
+    def _encode_tiles(self, hidden_states: Tensor, layout, queries, every, kept: set[int]) -> SlideEncoderOutput:
+        """Run the layers on (B, K, E); return the maps of `queries` and of `every` token, and the states `kept`.
+
+        Hooks (`capture_outputs`) would record columns without the tiles left out, and a compiled encoder would lose
+        what they record.
+        """
+        real = None if layout is None else layout.real
+        context = make_context(self.config, hidden_states, self.backend(hidden_states), real)
+        pooled, maps, weights = [self._pool(hidden_states, real)], [], []
+        states = [_restore(hidden_states, layout) if 0 in kept else None]
         for layer in self.layers:
-            if queries is not None:
-                maps.append(_restore_keys(self._attention_map(layer, hidden_states, *queries), layout))
+            for requested, found in ((queries, maps), (every, weights)):
+                if requested is not None:
+                    found.append(_restore_keys(self._attention_map(layer, hidden_states, *requested), layout))
             hidden_states = layer(hidden_states, context)
             pooled.append(self._pool(hidden_states, real))
+            states.append(_restore(hidden_states, layout) if len(states) in kept else None)
         hidden_states = self.layer_norm(hidden_states)
+        whole = _restore(hidden_states, layout)
+        states[-1] = None if states[-1] is None else whole
         return SlideEncoderOutput(
             pooler_output=self._pool(hidden_states, real),
-            last_hidden_state=hidden_states,
+            last_hidden_state=whole,
             layer_embeddings=torch.stack(pooled),
             attention_maps=torch.stack(maps) if maps else None,
+            hidden_states=tuple(states) if kept else None,
+            attentions=tuple(weights) if weights else None,
         )
 
     def _check_slides(self, tiles: Tensor, coordinates: Tensor, attention_mask: Tensor | None) -> None:

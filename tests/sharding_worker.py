@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
@@ -239,11 +239,12 @@ def _loop(accelerator: Accelerator, steps: int, batch_size: int, accumulation: i
     return tiny, torch.tensor(losses), torch.tensor(norms)
 
 
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
 def _weights(tiny) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix("module."): (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
-        for name, x in tiny.named_parameters()
-    }
+    return {name.removeprefix("module."): _whole(x) for name, x in tiny.named_parameters()}
 
 
 def loop(sequence: str, output: str) -> None:
@@ -281,6 +282,30 @@ def fsdp2(sequence: str, state: str, folder: str) -> None:
         close(f"{state}: {name}", _weights(tiny)[name], expected)
     if accelerator.is_main_process:
         torch.save({"losses": losses, "norms": norms} | weights, f"{folder}/{state}.pt")
+
+
+def fsdp_plan(folder: str) -> None:
+    """Models saved in `folder`, loaded with FSDP2 by their plan, give the loss and gradients of whole ones."""
+    dist.init_process_group("gloo")
+    for path in sorted(Path(folder).iterdir()):
+        inputs = torch.load(path / "inputs.pt")
+        auto = AutoModel if "tiles" in inputs or "pixel_values" in inputs else AutoModelForCausalLM
+        results = []
+        for size in (1, dist.get_world_size()):
+            model = auto.from_pretrained(path, dtype=torch.float64, distributed_config={"fsdp_size": size}).eval()
+            loss = model(**inputs)[0].sum()
+            loss.backward()
+            gradients = {name: _whole(x.grad) for name, x in model.named_parameters() if x.grad is not None}
+            results.append({"loss": loss.detach()} | gradients)
+        wrapped = {name for name, module in model.named_modules() if type(module).__name__.startswith("FSDP")}
+        expected = {rule.replace("*", str(i)) for rule in model.fsdp_plan for i in range(2)} | {""}
+        expected -= {"lm_head"} if model.config.tie_word_embeddings else set()
+        if wrapped != expected:
+            raise AssertionError(f"{path.name}: {sorted(wrapped)} are sharded, expected {sorted(expected)}")
+        if results[0].keys() != results[1].keys():
+            raise AssertionError(f"{path.name}: gradients of {results[0].keys() ^ results[1].keys()} are missing")
+        for name, x in results[0].items():
+            close(f"{path.name}: {name}", results[1][name], x)
 
 
 class _Killed(Trainer):

@@ -13,7 +13,10 @@ import pytest
 import torch
 from checks import assert_close, refused
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -58,7 +61,10 @@ BRANCHES = ([4, 8, 16], [1, 2, 4])
 def make_model(family: str = "llama"):
     """A model in float64 whose attention matters: weights far above their usual size."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().double().eval()
+    return sharpen(FAMILIES[family]().double().eval())
+
+
+def sharpen(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
@@ -374,12 +380,27 @@ def with_config(make, config_class, **fields):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (with_config(MistralForCausalLM, MistralConfig, sliding_window=8), ["a sliding window (sliding_window=8)"]),
         (
-            with_config(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-            ["'sliding_attention'"],
+            with_config(MistralForCausalLM, MistralConfig, sliding_window=8),
+            ["a sliding window in every layer, of 8 tokens (sliding_window=None)"],
         ),
-        (with_config(Gemma2ForCausalLM, Gemma2Config, head_dim=10), ["soft cap", "'sliding_attention'"]),
+        (
+            with_config(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=0),
+            ["sliding windows alone", 'layer_types=["full_attention"] * num_hidden_layers'],
+        ),
+        (
+            with_config(Qwen3ForCausalLM, Qwen3Config, layer_types=["full_attention", "chunked_attention"]),
+            ["'chunked_attention'", 'layer_types=["full_attention"] * num_hidden_layers'],
+        ),
+        (with_config(Gemma2ForCausalLM, Gemma2Config, head_dim=10), ["soft cap", "attn_logit_softcapping=None"]),
+        (
+            with_config(
+                DeepseekV3ForCausalLM, DeepseekV3Config, num_key_value_heads=6, n_routed_experts=4, n_group=1,
+                topk_group=1, num_experts_per_tok=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+                qk_nope_head_dim=4, v_head_dim=6, moe_intermediate_size=8,
+            ),
+            ["keys of 8 and values of 6 features"],
+        ),
         (
             with_config(
                 GptOssForCausalLM, GptOssConfig, head_dim=10, num_local_experts=2,
@@ -387,9 +408,9 @@ def with_config(make, config_class, **fields):
             ),
             ["attention sinks"],
         ),
-        (with_config(LlamaForCausalLM, LlamaConfig, is_causal=False), ["is_causal=False"]),
+        (with_config(LlamaForCausalLM, LlamaConfig, is_causal=False), ["bidirectional attention"]),
     ],
-    ids=["mistral-window", "qwen2-window", "gemma2", "gpt-oss-sinks", "bidirectional"],
+    ids=["mistral", "qwen2-windows", "chunked", "gemma2", "deepseek", "gpt-oss", "bidirectional"],
 )  # fmt: skip
 def test_what_has_no_dilated_form_is_refused_by_name(make, words):
     model = make()
@@ -397,6 +418,101 @@ def test_what_has_no_dilated_form_is_refused_by_name(make, words):
     with refused(*words):
         use_dilated_attention(model, *BRANCHES)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_config(MistralForCausalLM, MistralConfig, sliding_window=None),
+        with_config(
+            Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8,
+            layer_types=["full_attention"] * 2,
+        ),
+        with_config(Gemma2ForCausalLM, Gemma2Config, head_dim=10, sliding_window=5, attn_logit_softcapping=None),
+        with_config(
+            Gemma2ForCausalLM, Gemma2Config, head_dim=10, attn_logit_softcapping=None,
+            layer_types=["full_attention"] * 2,
+        ),
+    ],
+    ids=["mistral", "qwen2", "gemma2", "gemma2 without windows"],
+)  # fmt: skip
+def test_the_named_remedies_work(make):
+    model, ids = sharpen(make().double().eval()), ids_of(2, 29)
+    own = read(model, ids)
+    tolerance = 1e-6 if isinstance(model, Gemma2ForCausalLM) else 1e-11  # its softmax is in float32
+    assert_close("logits", read(use_dilated_attention(model, [29], [1]), ids), own, tolerance)
+    assert (read(use_dilated_attention(model, *BRANCHES), ids) - own).abs().max() > 1e-4
+
+
+# Models of which some layers have a window, by their type; these compute experts in float32 at most.
+EXPERTS = {"afmoe", "beam", "cohere2_moe", "exaone_moe", "kolibri1"}
+MIXED = {"cohere2", "cwm", "exaone4", "gemma3_text", "modernbert-decoder", "olmo3", *EXPERTS}
+
+
+def make_mixed(kind: str):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this release of Transformers has no {kind}")
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, sliding_window=5, head_dim=8))
+    return sharpen(model.to(torch.float32 if kind in EXPERTS else torch.float64).eval())
+
+
+@pytest.mark.parametrize("kind", sorted(MIXED))
+def test_layers_with_a_window_stay_as_they_are(kind):
+    """One branch over the whole text is the model's own attention, with padding and in `generate`."""
+    model, ids = make_mixed(kind), ids_of(2, 29)
+    tolerance = 1e-5 if kind in EXPERTS else 1e-11
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    inputs = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    own, written = read(model, ids, attention_mask=mask), model.generate(ids, **inputs)
+    use_dilated_attention(model, [64], [1])
+    assert_close("logits", read(model, ids, attention_mask=mask)[mask == 1], own[mask == 1], tolerance)
+    assert torch.equal(model.generate(ids, **inputs), written)
+    use_dilated_attention(model, *BRANCHES)
+    assert (read(model, ids, attention_mask=mask)[mask == 1] - own[mask == 1]).abs().max() > 1e-4
+    with refused("layers with a sliding window", "leave the cache out"):
+        DilatedCache(model)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo3"])
+def test_a_mixed_model_is_its_dense_reference(kind):
+    """Logits, gradients, packed documents and reading on from the model's own cache."""
+    ids, positions = ids_of(2, 21), torch.arange(21)[None].expand(2, -1)
+    packed = torch.cat([torch.arange(9), torch.arange(12)])[None].expand(2, -1)
+    results = []
+    for backend in ("torch", "eager"):
+        model = use_dilated_attention(make_mixed(kind), *BRANCHES, backend=backend)
+        cache = DynamicCache(config=model.config)
+        found = {"cut": torch.cat([read(model, part, **{CACHE: cache}) for part in ids.split([9, 1, 11], 1)], 1)}
+        found["packed"] = read(model, ids, position_ids=packed, use_cache=False)
+        out = model(ids, position_ids=positions, labels=ids)
+        out.loss.backward()
+        results.append(found | {"logits": out.logits} | {name: p.grad for name, p in model.named_parameters()})
+    for name, expected in results[1].items():
+        assert_close(name, results[0][name], expected, 1e-10)
+    assert_close("cut", results[0]["cut"], results[0]["logits"], 1e-10)
+    alone = read(model, ids[:, 9:])
+    assert_close("second document", results[0]["packed"][:, 9:], alone, 1e-10)
+
+
+def test_a_mixed_model_trains(tmp_path):
+    model = use_dilated_attention(make_mixed("gemma3_text").float(), *BRANCHES)
+    rows = [{"input_ids": row, "labels": row} for row in ids_of(4, 33)]
+    arguments = TrainingArguments(tmp_path, max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_layers_of_different_sizes_are_refused():
+    kind = "gemma4_text"
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this release of Transformers has no {kind}")
+    with refused("layers of different sizes"):
+        use_dilated_attention(make_mixed(kind), *BRANCHES)
 
 
 def test_arguments_that_do_not_fit_are_refused():

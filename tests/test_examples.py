@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+    pipeline,
+)
 
-from examples import corpus, evaluate_perplexity, finetune
+from examples import corpus, evaluate_perplexity, finetune, masked_lm
 from examples.optimizer import MuonAndAdamW
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
@@ -316,6 +325,18 @@ class TestTraining:
         assert model.config.use_cache
         assert model.get_input_embeddings().num_embeddings == len(tokenizer)
 
+    def test_the_saved_tokenizer_suits_fine_tuning_and_other_tools(self, packages, tmp_path):
+        """The stock collator pads so that no target follows padding; lm-eval and pipelines know the reach."""
+        model = self.train(packages, tmp_path / "out").eval().double()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert tokenizer.model_max_length == max(TINY["segment_lengths"])
+        rows = [tokenizer(text)["input_ids"] for text in ("import os", "def f(x):\n    return x + 1", "pass")]
+        batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": row} for row in rows])
+        counts = [len(row) - 1 for row in rows]
+        losses = [model(torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in rows]
+        expected = np.average(losses, weights=counts)
+        assert model(**batch).loss.item() == pytest.approx(expected, rel=1e-9)
+
     def test_nothing_to_resume_is_refused(self, packages, tmp_path):
         with pytest.raises(ValueError, match="holds no checkpoint"):
             self.train(packages, tmp_path / "out", resume_from_checkpoint="last")
@@ -325,7 +346,23 @@ class TestTraining:
             finetune.load_model(finetune.ModelArguments(), {})
 
 
-@pytest.mark.parametrize("name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents"])
+def test_a_masked_model_learns_and_loads(packages, tmp_path, capsys):
+    arguments = masked_lm.ModelArguments(vocab_size=300, sequence_length=64, hidden_size=64, num_hidden_layers=1)
+    training = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=12, report_to="none", disable_tqdm=True, learning_rate=5e-3
+    )
+    text = corpus.load_text(corpus.TextArguments(text=str(packages), held_out=0.3))
+    before, after = masked_lm.run(masked_lm.make_trainer(arguments, training, text), arguments.sample)
+    assert after < before
+    assert "(len(values)):" in capsys.readouterr().out
+    fill = pipeline("fill-mask", str(tmp_path))
+    assert len(fill("for i in<|mask|>range")) == 5
+    AutoModelForTokenClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents", "masked_lm"]
+)
 def test_run_by_path_names_the_command(name):
     done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
     assert done.returncode == 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checks import assert_close, make_config, make_model, refused
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy, layer_norm, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -320,7 +321,7 @@ def test_loss_equals_cross_entropy_of_all_logits(variant, monkeypatch):
     """With chunks of 5 tokens, so that the last one is short; gradients of every parameter too."""
     monkeypatch.setattr("modeling_longnet.chunked_loss._MIN_TOKENS", 5)
     monkeypatch.setattr("modeling_longnet.chunked_loss._CPU_LOGITS", 1)
-    model = make_model(LongNetForCausalLM, **variant)
+    model = make_model(LongNetForCausalLM, **variant).train()
     ids = random_ids()
     labels = ids.clone()
     labels[0, :11] = labels[1, 30:] = labels[1, 4] = -100
@@ -331,9 +332,44 @@ def test_loss_equals_cross_entropy_of_all_logits(variant, monkeypatch):
     assert_same_gradients(gradients(model, outputs.loss * 3), gradients(model, expected * 3))
 
 
+@pytest.mark.parametrize(("train", "returned", "expected"), [
+    (False, None, True), (False, False, False), (False, True, True), (True, None, False), (True, True, True),
+])  # fmt: skip
+def test_logits_with_labels(train, returned, expected):
+    model = make_model(LongNetForCausalLM, pad_token_id=3).train(train)
+    model.logits_with_labels = returned
+    ids, labels = random_ids(), random_ids()
+    labels[1, 20:] = -100
+    outputs = model(ids, labels=labels)
+    assert_close("loss", outputs.loss, plain_loss(model, ids, labels))
+    assert (outputs.logits is not None) == expected
+    if expected:
+        assert_close("logits", outputs.logits, model(ids).logits, 0)
+        assert_close("of a tuple", model(ids, labels=labels, return_dict=False)[1], outputs.logits, 0)
+    assert_same_gradients(gradients(model, outputs.loss), gradients(model, plain_loss(model, ids, labels)))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_gradients_per_sample(train):
+    """By vmap over a loss of labels, as in the documentation of torch.func."""
+    model = make_model(LongNetForCausalLM).train(train)
+    ids, labels = random_ids(3, 11), random_ids(3, 11)
+    labels[1, :5] = -100
+
+    def loss(parameters, ids, labels):
+        inputs = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
+        return functional_call(model, parameters, (), inputs).loss
+
+    found = vmap(grad(loss), (None, 0, 0))(dict(model.named_parameters()), ids, labels)
+    for i in range(3):
+        expected = gradients(model, model(ids[i : i + 1], labels=labels[i : i + 1]).loss)
+        assert_same_gradients({name: x[i] for name, x in found.items()}, expected)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("count", [11, torch.tensor(11)], ids=["int", "tensor"])
-def test_num_items_in_batch(count):
-    model = make_model(LongNetForCausalLM)
+def test_num_items_in_batch(count, train):
+    model = make_model(LongNetForCausalLM).train(train)
     ids = random_ids()
     labels = ids.clone()
     labels[:, 3:9] = -100
@@ -400,7 +436,7 @@ def test_a_loss_without_gradients_takes_none(monkeypatch):
 
 
 def test_a_second_derivative_of_the_loss_is_refused():
-    model, ids = make_model(LongNetForCausalLM), random_ids()
+    model, ids = make_model(LongNetForCausalLM).train(), random_ids()
     model.set_attn_implementation("eager")
     loss = model(ids, labels=ids).loss
     (grad,) = torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
@@ -476,12 +512,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_training_holds_no_logits_of_the_whole_sequence():
+@pytest.mark.parametrize(("train", "returned"), [(True, None), (False, False)], ids=["training", "evaluation"])
+def test_logits_of_the_whole_sequence_are_never_held(train, returned):
     length, vocab = 5000, 2003
     model = make_model(LongNetForCausalLM, torch.float32, vocab_size=vocab, num_hidden_layers=1)
+    model.logits_with_labels = returned
     ids = torch.randint(0, vocab, (1, length))
     with LargestTensor() as largest:
-        model(ids, labels=ids).loss.backward()
+        model.train(train)(ids, labels=ids).loss.backward()
     assert largest.numel <= 1 << 22
     assert largest.numel < length * vocab / 2
     with LargestTensor() as largest:

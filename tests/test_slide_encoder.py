@@ -10,14 +10,7 @@ import torch
 from checks import assert_close, refused
 from transformers import AutoModel
 
-from modeling_longnet import (
-    LongNetConfig,
-    LongNetImageConfig,
-    LongNetImageEncoder,
-    LongNetModel,
-    LongNetSlideConfig,
-    LongNetSlideEncoder,
-)
+from modeling_longnet import LongNetImageConfig, LongNetImageEncoder, LongNetSlideConfig, LongNetSlideEncoder
 from modeling_longnet.slide_encoder import place_features
 
 FEATURES = 5
@@ -256,37 +249,38 @@ def test_the_input_embeddings_are_the_projections():
     assert slides.requires_grad_(False)(*make_slides(9)[:2]).last_hidden_state.requires_grad
 
 
-@pytest.mark.parametrize("wanted", [[0], [1, 2]], ids=str)
-def test_some_hidden_states(wanted):
-    """Which states an index names is Transformers' choice; the others are None, as in a text model."""
+@pytest.mark.parametrize(
+    ("wanted", "kept"), [([0], [0]), ([1, -1], [1, 3]), (-2, [2]), ([7], []), (False, [])], ids=str
+)
+def test_some_hidden_states(wanted, kept):
     encoder, slides = make_encoder(), make_slides(13, 8)
-    text = LongNetModel(LongNetConfig(vocab_size=5, num_hidden_layers=3, hidden_size=24, num_attention_heads=6))
     with torch.no_grad():
         every = encoder(*slides, output_hidden_states=True).hidden_states
         some = encoder(*slides, output_hidden_states=wanted).hidden_states
-        expected = text(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=wanted).hidden_states
-    assert [x is None for x in some] == [x is None for x in expected]
-    kept = [x for x in some if x is not None]
-    assert len(kept) == len(wanted)
-    for x in kept:
-        assert any(torch.equal(x, y) for y in every)
+    assert (some is None) == (not kept)
+    for i, state in enumerate(some or ()):
+        assert torch.equal(state, every[i]) if i in kept else state is None
 
 
-def test_attention_weights_of_every_tile():
-    """As `attention_queries` gives them, and 0 for tiles left out."""
-    encoder = make_encoder()
-    tiles, coordinates, mask = make_slides(13, 8)
-    with refused("eager"):
-        encoder(tiles, coordinates, mask, output_attentions=True)
-    encoder.set_attn_implementation("eager")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_weights_of_every_tile(implementation):
+    """What the layers of the dense reference attend with; 0 for tiles left out."""
+    encoder, slides = make_encoder(), make_slides(13, 8)
+    encoder.set_attn_implementation(implementation)
     with torch.no_grad():
-        out = encoder(tiles, coordinates, mask, attention_queries=list(range(14)), output_attentions=True)
-        encoder.config.output_attentions = True
-        states = encoder(tiles[:1], coordinates[:1], mask[:1]).attentions
-    assert_close("attentions", torch.stack(out.attentions), out.attention_maps)
-    assert_close("one slide", torch.stack(states), out.attention_maps[:, :1])
-    assert out.attention_maps[:, 1, :, 9:].count_nonzero() == out.attention_maps[:, 1, ..., 9:].count_nonzero() == 0
-    assert out.attention_maps[:, 1, :, :9, :9].count_nonzero() > 0
+        out = encoder(*slides, attention_queries=[0, 3], output_attentions=True)
+        if implementation == "eager":
+            encoder.config.output_attentions = True  # which Transformers refuses for others
+        again = encoder(*slides)
+    weights = torch.stack(out.attentions)
+    assert weights.shape == (3, 2, 6, 14, 14)
+    assert (again.attentions is not None) == (implementation == "eager")
+    for given, expected in zip(again.attentions or (), weights, strict=False):
+        assert_close("from the config", given, expected, 0)
+    assert_close("queries", weights[..., [0, 3], :], out.attention_maps)
+    assert again.attention_maps is None
+    assert weights[:, 1, :, 9:].count_nonzero() == weights[:, 1, ..., 9:].count_nonzero() == 0
+    assert_close("sums", weights[:, 1, :, :9].sum(-1), torch.ones(3, 6, 9, dtype=torch.float64))
 
 
 def test_an_image_encoder_takes_images_alone():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
-from checks import refused
+from checks import assert_close, refused
+from sharding_worker import launch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import (
@@ -78,9 +79,41 @@ def test_the_fsdp_plan_names_what_is_there(make):
     assert {name.split(".")[0] for name in left} <= {"tile_embed", "cls_token", "norm", "patch_embed", "position_embed"}
 
 
+def test_models_sharded_by_their_plan_train_as_whole_ones(tmp_path):
+    tied = make_text(LongNetForCausalLM, tie_word_embeddings=True)
+    for name, (model, inputs) in {
+        "text": (MODELS["LongNetForCausalLM"][0](), {"input_ids": IDS, "labels": IDS}),
+        "tied": (tied, {"input_ids": IDS, "labels": IDS}),
+        "slides": (make_slides(), MODELS["LongNetSlideEncoder"][1] | {"tiles": torch.randn(1, 3, 5).double()}),
+        "images": (make_images(), {"pixel_values": torch.randn(1, 3, 8, 8).double()}),
+    }.items():
+        model.save_pretrained(tmp_path / name)
+        torch.save(inputs, tmp_path / name / "inputs.pt")
+    launch("fsdp_plan", tmp_path, processes=2)
+
+
 def test_the_fsdp_plan_is_not_saved(tmp_path):
     make_text(LongNetForCausalLM).save_pretrained(tmp_path)
     assert "fsdp_plan" not in (tmp_path / "config.json").read_text()
+
+
+def test_gradient_checkpointing_changes_no_gradient(model_and_inputs):
+    model, inputs = model_and_inputs
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        calls = []
+        hook = model.base_model.layers[0].self_attn.register_forward_hook(lambda *args, calls=calls: calls.append(args))
+        model.train()(**inputs)[0].sum().backward()
+        hook.remove()
+        assert len(calls) == (2 if checkpointing else 1)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        assert_close(name, gradients[1][name], expected, 1e-6)
 
 
 def test_flags_say_what_is_supported(model_and_inputs):

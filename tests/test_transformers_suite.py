@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from checks import assert_close, make_model
+from checks import assert_close, make_model, refused
 from torch.utils.data import Dataset
 from transformers import (
     ContinuousBatchingConfig,
@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.generation.utils import DeferredStopCheck
@@ -140,6 +141,58 @@ def test_a_good_assistant_drafts_over_segment_borders(drafts, seed):
     prompt = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     expected = generate(model, prompt, new=60, do_sample=False)
     assert torch.equal(generate(model, prompt, new=60, do_sample=False, assistant_model=assistant), expected)
+
+
+def test_early_exit_leaves_the_model_whole():
+    """Also if the draft holds the pad token, and if it is interrupted."""
+    model = make_model(LongNetForCausalLM, num_hidden_layers=4, pad_token_id=0)
+    inputs = {"input_ids": torch.randint(1, 29, (1, 9), generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        model.lm_head.weight[0] *= 3  # the pad token is written now and then
+    expected = generate(model, inputs)
+    assert (expected == 0).any()
+    logits = model(**inputs).logits
+    assert torch.equal(generate(model, inputs, assistant_early_exit=2), expected)
+    assert torch.equal(model(**inputs).logits, logits)
+
+    def interrupt(*args):
+        if model.config.num_hidden_layers == 2:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, inputs, assistant_early_exit=2)
+    hook.remove()
+    assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(generate(model, inputs), expected)
+
+
+class NoForward(torch.nn.Module):
+    """Stands in for the blocks: nothing may be computed before the refusal."""
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("the prompt was read before it was refused")
+
+
+@pytest.mark.parametrize("how", ["a mask", "no mask", "a pad token in a prompt"])
+def test_padding_behind_the_prompt_is_refused_at_once(model, prompts, how):
+    width = max(map(len, prompts))
+    inputs = left_padded(prompts)
+    inputs = {name: torch.stack([x.roll(len(p) - width) for x, p in zip(xs, prompts, strict=True)])
+              for name, xs in inputs.items()}  # fmt: skip
+    words = ["row 0", "attention_mask row 0", 'padding_side = "left"']
+    if how != "a mask":
+        inputs.pop("attention_mask")
+        words = ["row 0 of the prompts holds the pad token", "without an attention_mask", "torch.ones_like"]
+    if how == "a pad token in a prompt":
+        inputs = {"input_ids": torch.tensor([[3, 0, 5]])}
+    layers, model.model.layers = model.model.layers, torch.nn.ModuleList([NoForward(), NoForward()])
+    with refused(*words):
+        generate(model, inputs)
+    model.model.layers = layers
+    given = torch.tensor([[3, 0, 5]])
+    found = generate(model, {"input_ids": given, "attention_mask": torch.ones_like(given)})
+    assert torch.equal(found, greedy_alone(model, [given[0]]))
 
 
 def test_generate_from_embeddings(model, prompts):
@@ -410,6 +463,54 @@ def test_training_does_not_depend_on_how_a_batch_is_cut(tmp_path, how):
         assert_close(name, weights[name], p, 1e-9)
     assert other_losses == pytest.approx(losses, rel=1e-3)  # Trainer rounds them
     assert losses[1] < losses[0]
+
+
+def make_trainer(folder, model, **kwargs):
+    arguments = TrainingArguments(
+        folder, report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=3,
+        include_for_metrics=["inputs", "loss"],
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 29, (8, 17)).tolist()]
+    return Trainer(model, arguments, eval_dataset=rows, data_collator=default_data_collator, **kwargs)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_metrics_get_the_logits(tmp_path, return_dict):
+    """`compute_metrics` and `predict`: values, not only shapes."""
+    model, seen = make_model(LongNetForCausalLM, torch.float32, return_dict=return_dict), []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"accuracy": (prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean().item()}
+
+    trainer = make_trainer(tmp_path, model, compute_metrics=compute_metrics)
+    if not return_dict:  # a cache cannot be gathered
+        model.config.use_cache = False
+    ids = torch.tensor([row["input_ids"] for row in trainer.eval_dataset])
+    with torch.no_grad():
+        logits = model(ids).logits if return_dict else model(ids)[0]
+    accuracy = (logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean().item()
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(accuracy)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.metrics["test_accuracy"] == pytest.approx(accuracy)
+    assert_close("logits", torch.from_numpy(predicted.predictions), logits, 1e-5)
+    assert seen[0].inputs.shape == ids.shape
+    assert len(seen[0].losses) == 8
+
+
+def test_a_loss_of_ones_own_reads_the_logits_in_training(tmp_path):
+    class Squared(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = outputs.loss + outputs.logits.square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    model = make_model(LongNetForCausalLM, torch.float32)
+    model.logits_with_labels = True
+    arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    before = model.lm_head.weight.detach().clone()
+    Squared(model, arguments, train_dataset=Texts(4), data_collator=pad_right).train()
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_trainer_evaluates_and_resumes(tmp_path):

@@ -5,11 +5,14 @@
     make fuzz ARGS='--replay "cache@1234"'       one case again, in this process, with its notes and traceback
 
 Prints the seed and, each minute, the cases so far by kind. A failure is shrunk and printed with the commands that
-replay it. Writes the counts to `--output`. Ends with 1 if a case failed.
+replay it. `--record FILE` stores command, date, commit, machine, versions, counts by kind and failures as JSON. Ends
+with 1 if a case failed.
 """
 
 import argparse
 import json
+import math
+import os
 import platform
 import random
 import shlex
@@ -63,7 +66,7 @@ class Run:
         self.statuses: dict[str, Counter] = {kind: Counter() for kind in arguments.kinds}
         self.seconds: Counter = Counter()
         self.failures: dict[tuple, dict] = {}
-        self.began, self.date = time.monotonic(), datetime.now(timezone.utc)
+        self.began, self.date, self.commit = time.monotonic(), datetime.now(timezone.utc), _commit()
 
     @property
     def total(self) -> int:
@@ -106,11 +109,12 @@ class Run:
             for kind, counts in self.statuses.items()
         }
         result = {
-            "command": shlex.join(["make", "fuzz", f"ARGS={shlex.join(sys.argv[1:])}"]),
+            "command": f"PYTHONPATH=tests python -m fuzz {shlex.join(sys.argv[1:])}",
             "date": self.date.isoformat(timespec="minutes"),
-            "commit": _commit(),
-            "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-            "versions": {x.__name__: x.__version__ for x in (torch, transformers, safetensors, tokenizers)},
+            "commit": self.commit,
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+            "versions": {"python": platform.python_version()}
+            | {x.__name__: x.__version__ for x in (torch, transformers, safetensors, tokenizers)},
             "seed": self.seed,
             "seconds": round(time.monotonic() - self.began),
             "cases": self.total,
@@ -118,7 +122,7 @@ class Run:
             "kinds": kinds,
             "failures": list(self.failures.values()),
         }
-        path = self.arguments.output
+        path = self.arguments.record
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".part").replace(path)
@@ -135,24 +139,25 @@ def _commit() -> str:
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__, formatter_class=raw)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float, help="by default 1, or as many as the cases take")
     parser.add_argument("--cases", type=int, help="end after so many")
     parser.add_argument("--kinds", nargs="+", choices=list(CASES), default=list(CASES), metavar="KIND")
     parser.add_argument("--seed", type=int, default=None, help="of the first case; at random if left out")
     parser.add_argument("--replay", metavar="KIND@SEED or KIND:CHOICES")
     parser.add_argument("--case-seconds", type=float, default=60.0, help="a case that takes longer hangs")
     parser.add_argument("--shrink-seconds", type=float, default=30.0)
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "fuzz.json")
+    parser.add_argument("--record", "--output", type=Path, metavar="FILE", default=ROOT / "output" / "fuzz.json")
     arguments = parser.parse_args()
     if arguments.replay:
         return replay(arguments.replay)
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().randrange(1 << 32)
+    minutes = arguments.minutes or (1.0 if arguments.cases is None else math.inf)
     run = Run(arguments)
     print(f"seed {run.seed}", flush=True)
     shown = time.monotonic()
     try:
-        while time.monotonic() - run.began < 60 * arguments.minutes and run.total != arguments.cases:
+        while time.monotonic() - run.began < 60 * minutes and run.total != arguments.cases:
             run.one()
             if time.monotonic() - shown > 60:
                 print(run.table(), flush=True)
@@ -163,7 +168,7 @@ def main() -> int:
     finally:
         run.worker.close()
         run.write()
-    print(run.table(), f"{len(run.failures)} distinct failures; counts in {arguments.output}", sep="\n")
+    print(run.table(), f"{len(run.failures)} distinct failures; counts in {arguments.record}", sep="\n")
     return int(bool(run.failures))
 
 

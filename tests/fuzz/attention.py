@@ -25,18 +25,19 @@ DTYPES = (torch.float64,) * 5 + (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def draw_branches(draw: Draw, largest: int = 45) -> tuple[list[int], list[int]]:
-    """Segment lengths and rates: nested with equal growth, as in the paper, or any."""
+def draw_branches(draw: Draw, length: int = 0) -> tuple[list[int], list[int]]:
+    """Segment lengths and rates: nested with equal growth, as in the paper, or any; longer in a long text."""
     if draw.flag():
-        base, count = draw.integer(1, 8), draw.integer(1, 4)
+        base, count = draw.integer(1, 8 if length < 100 else 256), draw.integer(1, 4)
         return [base << i for i in range(count)], [min(1 << i, base << i) for i in range(count)]
-    lengths = sorted({draw.integer(1, largest) for _ in range(draw.integer(1, 4))})
+    count = draw.integer(1, 4) if not draw.flag(0.05) else draw.integer(5, 30)
+    lengths = sorted({draw.integer(1, max(45, length + 10)) for _ in range(count)})
     return lengths, [draw.integer(1, min(w, draw.choice([3, w]))) for w in lengths]
 
 
-def draw_pattern(draw: Draw, is_causal: bool) -> Pattern:
+def draw_pattern(draw: Draw, is_causal: bool, length: int) -> Pattern:
     """The paper's pattern, or one with any of the fields beyond it."""
-    lengths, rates = draw_branches(draw)
+    lengths, rates = draw_branches(draw, length)
     if draw.flag():
         return Pattern(tuple(lengths), tuple(rates), draw.choice(["interleaved", "blocked"]))
     window = draw.integer(1, min(lengths)) if draw.flag() else None
@@ -141,7 +142,7 @@ def op(draw: Draw) -> None:
     batch, length = draw.integer(1, 4), draw_length(draw)
     dim = draw.integer(1, 9) if draw.flag(0.8) else draw.choice([16, 24, 33, 64, 128])
     is_causal, layer = draw.flag(), draw.integer(0, 3)
-    pattern = draw_pattern(draw, is_causal)
+    pattern = draw_pattern(draw, is_causal, length)
     lengths, rates, *_ = pattern
     options = pattern._asdict() | {"is_causal": is_causal, "scale": draw.choice([None, None, 0.3, 1.7]), "layer": layer}
     del options["segment_lengths"], options["dilation_rates"]
@@ -198,7 +199,7 @@ class _Packed:
         self.length = draw.integer(1, 20) if is_slow else draw_length(draw, 70)
         self.batch, dim = draw.integer(1, 3), draw.integer(1, 8)
         self.is_causal = not draw.flag()
-        pattern = draw_pattern(draw, self.is_causal)
+        pattern = draw_pattern(draw, self.is_causal, self.length)
         self.branches = pattern.branches(groups, groups * repeat, draw.integer(0, 3))
         self.padding = not self.is_causal and pattern[3:] == Pattern((), ())[3:] and draw.flag(0.3)
         self.dtype = draw.choice([torch.float32, torch.float16] if is_slow else DTYPES)

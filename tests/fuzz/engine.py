@@ -8,6 +8,7 @@ import faulthandler
 import multiprocessing
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -138,17 +139,22 @@ def shrink(outcome: Outcome, run: Callable[[list[int]], Outcome], seconds: float
     before = None
     while before != best.choices and time.monotonic() < end:
         before = best.choices
-        for size in (16, 8, 4, 2, 1):
-            place = 0
-            while place + size <= len(best.choices):
-                if not improves(best.choices[:place] + best.choices[place + size :]):
-                    place += 1
         for place in range(len(before)):
             for power in (None, *reversed(range(20))):  # to 0, then by ever smaller powers of 2
                 while place < len(best.choices) and best.choices[place] >= (1 if power is None else 1 << power):
                     value = 0 if power is None else best.choices[place] - (1 << power)
                     if not improves([*best.choices[:place], value, *best.choices[place + 1 :]]):
                         break
+        for size in (16, 8, 4, 2, 1):
+            place = 0
+            while place + size <= len(best.choices):
+                if not improves(best.choices[:place] + best.choices[place + size :]):
+                    place += 1
+        for place in range(len(best.choices)):  # a count, and one of what it counts
+            for other in range(place + 1, len(best.choices)):
+                if other < len(best.choices) and best.choices[place] > 0:
+                    fewer = [*best.choices[:place], best.choices[place] - 1, *best.choices[place + 1 :]]
+                    improves(fewer[:other] + fewer[other + 1 :])
     return best
 
 
@@ -171,11 +177,15 @@ class Worker:
         self._log = tempfile.NamedTemporaryFile("r", suffix=".log")
 
     def run(self, kind: str, seed: int | None = None, choices: list[int] | None = None) -> Outcome:
-        """Run a case from its seed or its choices."""
+        """Run a case from its seed or its choices; twice if the process was killed from outside, as by the system."""
+        outcome = self._run(kind, seed, choices)
+        return self._run(kind, seed, choices) if outcome.status == "died" and not outcome.place else outcome
+
+    def _run(self, kind: str, seed: int | None, choices: list[int] | None) -> Outcome:
         if self._process is None:
             self._start()
-        self._pipe.send((kind, seed, choices))
         try:
+            self._pipe.send((kind, seed, choices))
             if self._pipe.poll(self.seconds):
                 return self._pipe.recv()
             status = "hung"
@@ -183,9 +193,9 @@ class Worker:
             status = "died"
         self.close()
         trace = Path(self._log.name).read_text(errors="replace")[-8000:]
-        # A crash before its first choice can only be run again from its seed.
+        reason = re.search("Fatal Python error: (.*)", trace)
         given = choices if choices is not None else _choices_of(trace)
-        return Outcome(status, given, f"the process {status}", trace=trace)
+        return Outcome(status, given, f"the process {status}", reason[1] if reason else "", trace)
 
     def _start(self) -> None:
         context = _process_context(self.kinds.__module__)
@@ -259,7 +269,10 @@ def _serve(pipe, kinds, memory: int, log_name: str, seconds: float) -> None:
             faulthandler.dump_traceback_later(max(1.0, seconds - 5), file=log)
             outcome = run_case(cases[kind], _WrittenDraw(seed, choices))
             faulthandler.cancel_dump_traceback_later()
-            pipe.send(outcome)
+            try:
+                pipe.send(outcome)
+            except ConnectionError:  # the other process was killed
+                return
 
 
 def prepare_process() -> None:

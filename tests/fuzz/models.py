@@ -77,10 +77,12 @@ def make_model(draw: Draw, model_class=LongNetModel, config_class=LongNetConfig,
 
 @contextmanager
 def reference(model):
-    """The block computes with the dense reference."""
-    before = model.config._attn_implementation
+    """The block computes with the dense reference, and positions that do not repeat within any text here."""
+    before, period = model.config._attn_implementation, LongNetConfig.position_period
     model.set_attn_implementation("eager")
+    LongNetConfig.position_period = property(lambda config: 512)
     yield
+    LongNetConfig.position_period = period
     model.set_attn_implementation(before)
 
 
@@ -156,7 +158,7 @@ def _compare_grads(net, grads, expected) -> None:
 
 
 def loss(draw: Draw) -> None:
-    """The loss of labels, chunked, and its gradients: the cross-entropy of each document's logits alone."""
+    """The loss of labels, chunked or of all logits, and its gradients: those of each document's logits alone."""
     net = make_model(draw, LongNetForCausalLM, is_causal=True, tie_word_embeddings=draw.flag())
     rows, inputs, width = draw_layout(draw)
     batch = 1 + max(row for row, *_ in rows)
@@ -169,6 +171,7 @@ def loss(draw: Draw) -> None:
     if not (targets != -100).any():
         return
     items = draw.choice([None, 7, torch.tensor(7)])
+    net.logits_with_labels = draw.flag(0.3)
     found = net(ids, **inputs, shift_labels=targets, num_items_in_batch=items).loss
     grads = torch.autograd.grad(found, list(net.parameters()), allow_unused=True)
     total = 0

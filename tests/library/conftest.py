@@ -42,9 +42,9 @@ def is_whole(config) -> bool:
 def pytest_collection_modifyitems(config, items):
     """Expect the listed failures. A test that passes all the same then fails (strict)."""
     names = {model_test(item.nodeid): item for item in items}
-    for name, why in exceptions.FAILS.items():
+    for name, (error, why) in exceptions.FAILS.items():
         if name in names:
-            names[name].add_marker(pytest.mark.xfail(reason=why, strict=True))
+            names[name].add_marker(pytest.mark.xfail(reason=why, raises=error, strict=True))
         elif is_whole(config):
             raise pytest.UsageError(f"exceptions.py lists {name}, which is not among the tests")
 

@@ -138,10 +138,12 @@ class TestBidirectional(Suite, unittest.TestCase):
 
 class TestSlideEncoder(Suite, unittest.TestCase):
     shapes = SlideTester
+    test_resize_embeddings = False
     all_model_classes = (LongNetSlideEncoder,)
     additional_model_inputs = ["coordinates"]
 
 
 class TestImageEncoder(Suite, unittest.TestCase):
     shapes = ImageTester
+    test_resize_embeddings = False
     all_model_classes = (LongNetImageEncoder,)
