@@ -1,12 +1,6 @@
 """Transformers' decoders with dilated attention: as their own with one branch, as the dense reference with several."""
 
 import copy
-import json
-import os
-import random
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -41,7 +35,6 @@ from examples.evaluate_perplexity import EvaluationArguments, load_model
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.attention_context import layer_branches
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
-from modeling_longnet.pattern import Pattern
 from modeling_longnet.testing import CACHE
 
 SIZES = {
@@ -590,27 +583,3 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
     longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 10])
     assert layer_branches(longer.config)[0][1].w == 1 << 10
-
-
-def test_the_example_that_extends_a_llama(tmp_path):
-    """At toy size: four models scored under each context, the dilated one saved and found again."""
-    words = ["".join(random.Random(i).choices("aeinorst", k=5)) for i in range(200)]
-    for document in range(10):
-        (tmp_path / f"{document}.txt").write_text(" ".join(random.Random(document).choices(words, k=1500)))
-    sizes = (
-        "--length 32 --steps 2 --long-length 64 --long-steps 1 --segment-lengths 16 64 --dilation-rates 1 4 "
-        "--contexts 32 64 --targets 16 --blocks 2"
-    )
-    root = Path(__file__).parent.parent
-    output = tmp_path / "output"
-    subprocess.run(
-        [sys.executable, "-m", "examples.extend_llama", "--text", tmp_path, "--output", output, *sizes.split()],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=tmp_path, check=True,
-    )  # fmt: skip
-    results = json.loads((output / "perplexity.json").read_text())["results"]
-    assert sorted(results) == ["dense", "dense, fine-tuned", "dilated", "dilated, fine-tuned"]
-    assert all(result["contexts"] == [32, 64] for result in results.values())
-    assert results["dense"]["perplexity"] != results["dilated"]["perplexity"]
-    saved = LlamaForCausalLM.from_pretrained(output / "model")
-    given = {"segment_lengths": [16, 64], "dilation_rates": [1, 4], "backend": "auto"}
-    assert use_dilated_attention(saved).config.dilated_attention == Pattern._field_defaults | given

@@ -24,7 +24,7 @@ from transformers import (
 
 from examples import corpus, evaluate_perplexity, finetune, masked_lm
 from examples.optimizer import MuonAndAdamW
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, use_dilated_attention
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -381,8 +381,9 @@ def test_extend_llama(packages, tmp_path):
     assert list(results) == [f"{name}{tuned}" for name in ("dense", *patterns) for tuned in ("", ", fine-tuned")]
     # Within the window's reach, a switched model is the dense one.
     assert results[patterns[1]]["perplexity"][0] == pytest.approx(results["dense"]["perplexity"][0], rel=1e-5)
-    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
-    assert config["dilated_attention"]["window_size"] == 32
+    assert results[patterns[0]]["perplexity"] != results["dense"]["perplexity"]
+    saved = use_dilated_attention(LlamaForCausalLM.from_pretrained(tmp_path / "out" / "model"))
+    assert saved.config.dilated_attention["window_size"] == 32
 
 
 def test_demo_then_long_documents(packages, tmp_path):
