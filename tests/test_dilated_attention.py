@@ -384,7 +384,7 @@ def test_no_look_ahead(case, data, backend):
 def halo_keys(x, case, starts, ends, after=False):
     """Each branch's (B, G, P, D) rows before (after) each text's chunk, by the rule; what is no row stays NaN."""
     result = []
-    for w, r, offsets in case.branches:
+    for w, r, offsets, *_ in case.branches:
         found = {}
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             inside = range(end, min(-(-end // w) * w, case.length)) if after else range(start // w * w, start)
