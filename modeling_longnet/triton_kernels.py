@@ -148,6 +148,8 @@ def _key_range(
     """
     if VISIBLE == "all":
         return 0, seqlen_k, 0, seqlen_k // BLOCK_N * BLOCK_N
+    if VISIBLE == "causal":
+        return 0, tl.minimum(seqlen_k, start_m + BLOCK_M), 0, tl.minimum(seqlen_k, start_m) // BLOCK_N * BLOCK_N
     last_m = start_m + BLOCK_M - 1
     if VISIBLE == "segments":
         last_m = tl.minimum(last_m, seqlen_q - 1)
@@ -245,7 +247,10 @@ def forward_kernel(
     begin_n, end_n, full_n, all_n = _key_range(
         start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
     )  # fmt: skip
-    if (start_m >= seqlen_q) | (begin_n >= end_n):
+    is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
+    if VISIBLE != "all" and VISIBLE != "causal":
+        is_idle = is_idle | (begin_n >= end_n)
+    if is_idle:
         if OVERLAPS:
             gdc_wait()  # wait even with no work: the next launch waits only for this one
         return
@@ -377,8 +382,8 @@ def backward_dkdv_kernel(
         if VISIBLE != "all":
             first_m = _first_queries(offs_n, diagonal, query, key, r, span, span_shift, VISIBLE)
             begin_m = _first_queries(start_n, diagonal, query, key, r, span, span_shift, VISIBLE)
-            all_m = _first_queries(start_n + BLOCK_N - 1, diagonal, query, key, r, span, span_shift, VISIBLE)
-            begin_m = tl.maximum(begin_m, 0) // BLOCK_M * BLOCK_M
+            all_m = _first_queries(start_n + BLOCK_N, diagonal, query, key, r, span, span_shift, VISIBLE)
+            begin_m = (begin_m if VISIBLE == "causal" else tl.maximum(begin_m, 0)) // BLOCK_M * BLOCK_M
         if VISIBLE == "window":
             end_m = tl.minimum(seqlen_q, start_n + BLOCK_N - lower)
         token = column_begin + query
@@ -450,7 +455,10 @@ def backward_dq_kernel(
     begin_n, end_n, full_n, all_n = _key_range(
         start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
     )  # fmt: skip
-    if (start_m >= seqlen_q) | (begin_n >= end_n):
+    is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
+    if VISIBLE != "all" and VISIBLE != "causal":
+        is_idle = is_idle | (begin_n >= end_n)
+    if is_idle:
         if OVERLAPS:
             gdc_wait()
         return
