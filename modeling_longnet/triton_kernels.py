@@ -244,16 +244,20 @@ def forward_kernel(
     )  # fmt: skip
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
-    begin_n, end_n, full_n, all_n = _key_range(
-        start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
-    )  # fmt: skip
     is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
     if VISIBLE != "all" and VISIBLE != "causal":
-        is_idle = is_idle | (begin_n >= end_n)
+        first_n, stop_n, _, _ = _key_range(
+            start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+        is_idle = is_idle | (first_n >= stop_n)
     if is_idle:
         if OVERLAPS:
             gdc_wait()  # wait even with no work: the next launch waits only for this one
         return
+    # After the return: the compiler then knows that the diagonal is one block.
+    begin_n, end_n, full_n, all_n = _key_range(
+        start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     token = column_begin + query
     q_ptr += batch * stride_qb + token * stride_qt + tl.cast(head, tl.int64) * stride_qh
     q = _load_block(q_ptr, start_m, seqlen_q, stride_qt * token_stride, BLOCK_M, D, BLOCK_D, True)
@@ -452,16 +456,19 @@ def backward_dq_kernel(
     )  # fmt: skip
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
-    begin_n, end_n, full_n, all_n = _key_range(
-        start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
-    )  # fmt: skip
     is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
     if VISIBLE != "all" and VISIBLE != "causal":
-        is_idle = is_idle | (begin_n >= end_n)
+        first_n, stop_n, _, _ = _key_range(
+            start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+        is_idle = is_idle | (first_n >= stop_n)
     if is_idle:
         if OVERLAPS:
             gdc_wait()
         return
+    begin_n, end_n, full_n, all_n = _key_range(
+        start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     offs_m = start_m + tl.arange(0, BLOCK_M)
     token = column_begin + query
     base = batch * stride_lb + token * heads + head
