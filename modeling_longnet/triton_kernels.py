@@ -165,6 +165,17 @@ def _key_range(
 
 
 @_jit
+def _is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE: tl.constexpr):
+    """Return which keys of a block each query sees, as (BLOCK_M, BLOCK_N)."""
+    mask = (offs_n < seqlen_k)[None, :]
+    if VISIBLE != "all":
+        mask = mask & (offs_n[None, :] <= last_n[:, None])
+    if VISIBLE == "window":
+        mask = mask & (offs_n[None, :] >= (offs_m + lower)[:, None])
+    return mask
+
+
+@_jit
 def _key_pointers(
     k_ptr, stride_kb, stride_kt, stride_kh, v_ptr, stride_vb, stride_vt, stride_vh,
     batch, kv_head, token, token_stride, seqlen, prefix, suffix, KEYS: tl.constexpr,
@@ -222,7 +233,7 @@ def forward_kernel(
     PRECISION: tl.constexpr, OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attend with a block of queries of one head and segment, and merge into out and lse (LongNet, Eq. 9-10)."""
-    MAY_SEE_NONE: tl.constexpr = VISIBLE != "all" and VISIBLE != "causal"
+    IS_PAPERS: tl.constexpr = VISIBLE == "all" or VISIBLE == "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()  # the next branch may start on multiprocessors that this one leaves idle
@@ -245,11 +256,11 @@ def forward_kernel(
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
     is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
-    if VISIBLE != "all" and VISIBLE != "causal":
-        first_n, stop_n, _, _ = _key_range(
+    if not IS_PAPERS:
+        seen_n, stop_n, _, _ = _key_range(
             start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
         )  # fmt: skip
-        is_idle = is_idle | (first_n >= stop_n)
+        is_idle = is_idle | (seen_n >= stop_n)
     if is_idle:
         if OVERLAPS:
             gdc_wait()  # wait even with no work: the next launch waits only for this one
@@ -264,28 +275,26 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -float("inf"), tl.float32)
     last_n = _last_keys(offs_m, diagonal, query, key, r, span, span_shift, VISIBLE)
-    # A window's first blocks, blocks without a mask (PART 1), then the diagonal and the last block.
-    for PART in tl.static_range(0 if VISIBLE == "window" else 1, 3):
-        part_n = begin_n if PART == 0 else full_n if PART == 1 else all_n
-        for start_n in range(part_n, full_n if PART == 0 else all_n if PART == 1 else end_n, BLOCK_N):
+    # The paper's: blocks without a mask first, then the diagonal or the last block, which is one. Others: one loop, as
+    # with a second loop ptxas serializes the products (C7515).
+    for MASKED in tl.static_range(0 if IS_PAPERS else 1, 2):
+        first_n = all_n if IS_PAPERS and MASKED else begin_n
+        for start_n in range(first_n, end_n if MASKED else all_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, PART != 1)
+            k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, MASKED)
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if PART != 1:
-                mask = (offs_n < seqlen_k)[None, :]
-                if VISIBLE != "all":
-                    mask = mask & (offs_n[None, :] <= last_n[:, None])
-                if VISIBLE == "window":
-                    mask = mask & (offs_n[None, :] >= (offs_m + lower)[:, None])
-                qk = tl.where(mask, qk, -float("inf"))
+            if MASKED:
+                if (start_n < full_n) | (start_n >= all_n):
+                    mask = _is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE)
+                    qk = tl.where(mask, qk, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(qk, 1) * scale_log2)
             shift = m_new
-            if MAY_SEE_NONE and PART != 1:
+            if not IS_PAPERS:
                 shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key yet: p and alpha are 0, not NaN
             p = tl.exp2(qk * scale_log2 - shift[:, None])
             alpha = tl.exp2(m_i - shift)
             l_i = l_i * alpha + tl.sum(p, 1)
-            v = _load_block(v_ptr, start_n, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, PART != 1)
+            v = _load_block(v_ptr, start_n, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, MASKED)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             m_i = m_new
     if ZERO_PADDING:
@@ -295,7 +304,7 @@ def forward_kernel(
         l_i = l_i * alpha + num_zeros * tl.exp2(-tl.maximum(m_new, 0.0))
         acc, m_i = acc * alpha[:, None], m_new
     is_query = offs_m < seqlen_q
-    if MAY_SEE_NONE:  # out stays 0 and lse -inf, or what other branches made of them
+    if not IS_PAPERS:  # out stays 0 and lse -inf, or what other branches made of them
         is_query = is_query & (l_i > 0)
         l_i = tl.where(l_i > 0, l_i, 1.0)
     out = acc / l_i[:, None]
@@ -436,6 +445,7 @@ def backward_dq_kernel(
     OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of a block of queries of one head and segment."""
+    IS_PAPERS: tl.constexpr = VISIBLE == "all" or VISIBLE == "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
@@ -457,11 +467,11 @@ def backward_dq_kernel(
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
     is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
-    if VISIBLE != "all" and VISIBLE != "causal":
-        first_n, stop_n, _, _ = _key_range(
+    if not IS_PAPERS:
+        seen_n, stop_n, _, _ = _key_range(
             start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
         )  # fmt: skip
-        is_idle = is_idle | (first_n >= stop_n)
+        is_idle = is_idle | (seen_n >= stop_n)
     if is_idle:
         if OVERLAPS:
             gdc_wait()
@@ -480,20 +490,16 @@ def backward_dq_kernel(
     delta = tl.load(delta_ptr + offs_lse, mask=offs_m < seqlen_q, other=0.0)
     last_n = _last_keys(offs_m, diagonal, query, key, r, span, span_shift, VISIBLE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for PART in tl.static_range(0 if VISIBLE == "window" else 1, 3):  # as forward
-        part_n = begin_n if PART == 0 else full_n if PART == 1 else all_n
-        for start_n in range(part_n, full_n if PART == 0 else all_n if PART == 1 else end_n, BLOCK_N):
+    for MASKED in tl.static_range(0 if IS_PAPERS else 1, 2):  # as forward
+        first_n = all_n if IS_PAPERS and MASKED else begin_n
+        for start_n in range(first_n, end_n if MASKED else all_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, PART != 1)
+            k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, MASKED)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
-            if PART != 1:
-                mask = (offs_n < seqlen_k)[None, :]
-                if VISIBLE != "all":
-                    mask = mask & (offs_n[None, :] <= last_n[:, None])
-                if VISIBLE == "window":
-                    mask = mask & (offs_n[None, :] >= (offs_m + lower)[:, None])
-                p = tl.where(mask, p, 0.0)
-            v = _load_block(v_ptr, start_n, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, PART != 1)
+            if MASKED:
+                if (start_n < full_n) | (start_n >= all_n):
+                    p = tl.where(_is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE), p, 0.0)
+            v = _load_block(v_ptr, start_n, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, MASKED)
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= scale_log2 / _LOG2_E
