@@ -255,7 +255,7 @@ def forward_kernel(
     )  # fmt: skip
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
-    is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
+    is_idle = (start_m >= seqlen_q) | (seqlen_k <= 0)
     if not IS_PAPERS:
         seen_n, stop_n, _, _ = _key_range(
             start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
@@ -365,7 +365,7 @@ def backward_dkdv_kernel(
     key = _first_key(own_key, own, prefix, r, KEYS)
     is_idle = start_n >= seqlen_k
     if query_offsets_ptr is None:
-        is_idle = is_idle | (own == 0)
+        is_idle = is_idle | (own <= 0)
     if VISIBLE == "shifted" or VISIBLE == "segments":  # the last token of the segment may see none of these keys
         token = tl.minimum(tl.cast(segment, tl.int64) * w - phase + w, length) - 1
         seen = token - gap
@@ -466,7 +466,7 @@ def backward_dq_kernel(
     )  # fmt: skip
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
-    is_idle = (start_m >= seqlen_q) | (seqlen_k == 0)
+    is_idle = (start_m >= seqlen_q) | (seqlen_k <= 0)
     if not IS_PAPERS:
         seen_n, stop_n, _, _ = _key_range(
             start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
