@@ -399,6 +399,9 @@ def backward_dkdv_kernel(
             begin_m = (begin_m if VISIBLE == "causal" else tl.maximum(begin_m, 0)) // BLOCK_M * BLOCK_M
         if VISIBLE == "window":
             end_m = tl.minimum(seqlen_q, start_n + BLOCK_N - lower)
+        if VISIBLE != "all" and VISIBLE != "causal":
+            end_m = tl.maximum(end_m, begin_m + 1)
+            tl.assume(begin_m < end_m)  # if the loop might never run, ptxas serializes the products (C7515)
         token = column_begin + query
         head_ptr = q_ptr + batch * stride_qb + token * stride_qt + tl.cast(head, tl.int64) * stride_qh
         base = batch * stride_lb + token * heads + head
