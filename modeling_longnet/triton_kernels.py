@@ -284,7 +284,10 @@ def forward_kernel(
             k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, MASKED)
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if MASKED:
-                if (start_n < full_n) | (start_n >= all_n):
+                if IS_PAPERS:
+                    mask = _is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE)
+                    qk = tl.where(mask, qk, -float("inf"))
+                elif (start_n < full_n) | (start_n >= all_n):
                     mask = _is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE)
                     qk = tl.where(mask, qk, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(qk, 1) * scale_log2)
@@ -500,7 +503,9 @@ def backward_dq_kernel(
             k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, MASKED)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
             if MASKED:
-                if (start_n < full_n) | (start_n >= all_n):
+                if IS_PAPERS:
+                    p = tl.where(_is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE), p, 0.0)
+                elif (start_n < full_n) | (start_n >= all_n):
                     p = tl.where(_is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE), p, 0.0)
             v = _load_block(v_ptr, start_n, seqlen_k, stride_vn, BLOCK_N, D, BLOCK_D, MASKED)
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
