@@ -495,6 +495,19 @@ def test_a_model_on_a_gpu_is_that_on_a_cpu():
 # Of one call with two branches: one launch per branch forward; delta once, then two launches per branch backward.
 KERNELS = ["forward_kernel"] * 2 + ["delta_kernel"] + ["backward_dkdv_kernel", "backward_dq_kernel"] * 2
 OVERLAPS = [False, True, False, False, True, True, True]
+BEYOND = {
+    "first": [
+        ("forward_kernel", "window", 40), ("forward_kernel", "segments", 16), ("forward_kernel", "shifted", 40),
+        ("delta_kernel", None, 75),
+        ("backward_dkdv_kernel", "window", 20), ("backward_dq_kernel", "window", 40),
+        ("backward_dkdv_kernel", "segments", 8), ("backward_dq_kernel", "segments", 16),
+        ("backward_dkdv_kernel", "shifted", 10), ("backward_dq_kernel", "shifted", 40),
+    ],
+    "prefix": [
+        ("forward_kernel", "window", 40), ("forward_kernel", "segments", 16), ("forward_kernel", "shifted", 48),
+        ("forward_kernel", "window", 4), ("forward_kernel", "segments", 8), ("forward_kernel", "shifted", 8),
+    ],
+}  # fmt: skip
 PROGRAMS = {
     "causal": {"first": [40, 24, 75, 20, 40, 12, 24], "longer": [48, 24, 86, 24, 48, 12, 24]},
     "bidirectional": {"first": [24, 8, 38, 24, 24, 8, 8], "longer": [32, 12, 49, 32, 32, 12, 12]},
@@ -509,6 +522,17 @@ def test_launches_compiled_for_an_h100():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
+    # A window and two branches, in the second of which a head's queries are at one of two places: offsets and borders
+    # are data, so another layer takes the same kernels, and so does another start.
+    beyond = results.pop("beyond")
+    assert {name: call["compiled"] for name, call in beyond.items()} == {
+        "first": 9, "next layer": 0, "prefix": 3, "later": 0,
+    }  # fmt: skip
+    for name, launches in BEYOND.items():
+        assert [
+            (launch["kernel"], launch["numbers"].get("VISIBLE"), launch["grid"][0])
+            for launch in beyond[name]["launches"]
+        ] == launches
     assert set(results) == set(PROGRAMS)
     for case, calls in results.items():
         shifted, first, again, longer, elsewhere, wide = (call["launches"] for call in calls.values())
