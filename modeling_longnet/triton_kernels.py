@@ -233,7 +233,7 @@ def forward_kernel(
     PRECISION: tl.constexpr, OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attend with a block of queries of one head and segment, and merge into out and lse (LongNet, Eq. 9-10)."""
-    IS_PAPERS: tl.constexpr = VISIBLE == "all" or VISIBLE == "causal"
+    MAY_SEE_NONE: tl.constexpr = VISIBLE != "all" and VISIBLE != "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()  # the next branch may start on multiprocessors that this one leaves idle
@@ -256,7 +256,7 @@ def forward_kernel(
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
     is_idle = (start_m >= seqlen_q) | (seqlen_k <= 0)
-    if not IS_PAPERS:
+    if MAY_SEE_NONE:
         seen_n, stop_n, _, _ = _key_range(
             start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
         )  # fmt: skip
@@ -275,16 +275,16 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], -float("inf"), tl.float32)
     last_n = _last_keys(offs_m, diagonal, query, key, r, span, span_shift, VISIBLE)
-    # The paper's: blocks without a mask first, then the diagonal or the last block, which is one. Others: one loop, as
-    # with a second loop ptxas serializes the products (C7515).
-    for MASKED in tl.static_range(0 if IS_PAPERS else 1, 2):
-        first_n = all_n if IS_PAPERS and MASKED else begin_n
+    # Causal: blocks without a mask first, then the diagonal, which is one block. Others: one loop, since with a second
+    # one ptxas serializes the products (C7515).
+    for MASKED in tl.static_range(0 if VISIBLE == "causal" else 1, 2):
+        first_n = all_n if VISIBLE == "causal" and MASKED else begin_n
         for start_n in range(first_n, end_n if MASKED else all_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, MASKED)
             qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if MASKED:
-                if IS_PAPERS:
+                if VISIBLE == "causal":
                     mask = _is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE)
                     qk = tl.where(mask, qk, -float("inf"))
                 elif (start_n < full_n) | (start_n >= all_n):
@@ -292,7 +292,7 @@ def forward_kernel(
                     qk = tl.where(mask, qk, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(qk, 1) * scale_log2)
             shift = m_new
-            if not IS_PAPERS:
+            if MAY_SEE_NONE:
                 shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key yet: p and alpha are 0, not NaN
             p = tl.exp2(qk * scale_log2 - shift[:, None])
             alpha = tl.exp2(m_i - shift)
@@ -307,7 +307,7 @@ def forward_kernel(
         l_i = l_i * alpha + num_zeros * tl.exp2(-tl.maximum(m_new, 0.0))
         acc, m_i = acc * alpha[:, None], m_new
     is_query = offs_m < seqlen_q
-    if not IS_PAPERS:  # out stays 0 and lse -inf, or what other branches made of them
+    if MAY_SEE_NONE:  # out stays 0 and lse -inf, or what other branches made of them
         is_query = is_query & (l_i > 0)
         l_i = tl.where(l_i > 0, l_i, 1.0)
     out = acc / l_i[:, None]
@@ -451,7 +451,7 @@ def backward_dq_kernel(
     OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of a block of queries of one head and segment."""
-    IS_PAPERS: tl.constexpr = VISIBLE == "all" or VISIBLE == "causal"
+    MAY_SEE_NONE: tl.constexpr = VISIBLE != "all" and VISIBLE != "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
@@ -473,7 +473,7 @@ def backward_dq_kernel(
     key = _first_key(key, own, prefix, r, KEYS)
     diagonal, lower = _diagonals(query, key, r, gap, span, VISIBLE)
     is_idle = (start_m >= seqlen_q) | (seqlen_k <= 0)
-    if not IS_PAPERS:
+    if MAY_SEE_NONE:
         seen_n, stop_n, _, _ = _key_range(
             start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift, VISIBLE, BLOCK_M, BLOCK_N
         )  # fmt: skip
@@ -496,14 +496,14 @@ def backward_dq_kernel(
     delta = tl.load(delta_ptr + offs_lse, mask=offs_m < seqlen_q, other=0.0)
     last_n = _last_keys(offs_m, diagonal, query, key, r, span, span_shift, VISIBLE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for MASKED in tl.static_range(0 if IS_PAPERS else 1, 2):  # as forward
-        first_n = all_n if IS_PAPERS and MASKED else begin_n
+    for MASKED in tl.static_range(0 if VISIBLE == "causal" else 1, 2):  # as forward
+        first_n = all_n if VISIBLE == "causal" and MASKED else begin_n
         for start_n in range(first_n, end_n if MASKED else all_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _load_block(k_ptr, start_n, seqlen_k, stride_kn, BLOCK_N, D, BLOCK_D, MASKED)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
             if MASKED:
-                if IS_PAPERS:
+                if VISIBLE == "causal":
                     p = tl.where(_is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE), p, 0.0)
                 elif (start_n < full_n) | (start_n >= all_n):
                     p = tl.where(_is_seen(offs_m, offs_n, seqlen_k, last_n, lower, VISIBLE), p, 0.0)
