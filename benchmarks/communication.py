@@ -113,7 +113,7 @@ def measure(processes: int, n: int) -> dict:
 def count_pairs(begin: int, end: int, branches: tuple) -> int:
     """Pairs of a query in [begin, end) and a key that it sees, causal, over all heads and branches."""
     pairs = 0
-    for w, r, offsets in branches:
+    for w, r, offsets, *_ in branches:
         starts = np.arange(begin - begin % w, end, w)
         for offset, heads in Counter(offsets).items():
             # Kept tokens of each segment before `begin` and before `end`.

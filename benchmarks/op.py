@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from modeling_longnet import dilated_attention
-from modeling_longnet.testing import BACKENDS, TorchBackend
+from modeling_longnet.testing import BACKENDS, Pattern, TorchBackend
 
 from .measure import DTYPES, Call, Spread, launch_seconds, peak_bytes, seconds_of, spread, time_alternately
 
@@ -80,6 +80,11 @@ def parse_pattern(text: str) -> tuple[list[int], list[int]]:
     except ValueError:
         raise ValueError(f"pattern {text!r}: write pairs LENGTH/RATE, such as '512/1 2048/4'.") from None
     return list(segment_lengths), list(dilation_rates)
+
+
+def pattern_fields(text: str) -> dict:
+    """The arguments of `dilated_attention` for a pattern written as `Pattern.parse` takes it."""
+    return {name: x for name, x in Pattern.parse(text)._asdict().items() if name != "head_offsets"}
 
 
 def count_kept(length: int, heads: int, pattern: str) -> list[Counter[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, communication, decode, length, memory, op, peers, revisions, slide, stream, train
+from . import backends, communication, decode, length, memory, op, patterns, peers, revisions, slide, stream, train
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "op": op,
     "length": length,
     "backends": backends,
+    "patterns": patterns,
     "peers": peers,
     "decode": decode,
     "train": train,
@@ -23,7 +24,7 @@ BENCHMARKS = {
     "stream": stream,
     "revisions": revisions,
 }
-ON_GPU = ("op", "length", "backends", "train", "memory", "peers", "stream")
+ON_GPU = ("op", "patterns", "length", "backends", "train", "memory", "peers", "stream")
 RESULTS = ROOT / "benchmarks" / "results"
 
 

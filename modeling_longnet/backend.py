@@ -18,8 +18,8 @@ class BranchCall(NamedTuple):
     Attributes:
         keys: "chunk" for the chunk's own keys, "prefix" or "suffix" for those of the first or last segment that lie
             before or after the chunk.
-        is_causal: a query sees no later key. Without the fields of `Branch` beyond the paper, a query of the first (last)
-            segment sees all of its head's prefix (suffix); other queries see none of it.
+        is_causal: a query sees no later key. In the paper's pattern a query of the first (last) segment sees all of its
+            head's prefix (suffix), and other queries see none of it; see `Branch` for patterns beyond it.
         scale: factor of the scores, above 0.
         zero_padding: also attend to the zero keys of the released implementation (with keys="chunk" only).
         is_first: this call covers every token of the chunk and none was written yet: overwrite instead of merging.

@@ -117,26 +117,37 @@ class StridedBackend(Backend):
     Key and value may have fewer heads than the query. lse is (batch, heads, seqlen).
     """
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> list[Part]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, band: int = 0
+    ) -> list[Part]:
         """Return softmax(q k^T * scale) v and its lse, in one or several parts of the queries.
 
-        With is_causal, query and key have the same length and a query sees keys up to its own index.
+        With is_causal, query and key have the same length and a query sees keys up to its own index. With a band,
+        which only a backend that `takes_bands` gets, query i sees keys i to i + band - 1.
         """
         raise NotImplementedError
 
-    def backward(self, grad_out, query, key, value, out, lse, is_causal: bool, scale: float) -> Grads:
+    def backward(self, grad_out, query, key, value, out, lse, is_causal: bool, scale: float, band: int = 0) -> Grads:
         """Return the gradients of query, key and value; `out` and `lse` may be of a softmax over more keys.
 
         All are tensors of the shapes that `forward` takes and returns.
         """
         raise NotImplementedError
 
+    def takes_bands(self, query: Tensor) -> bool:
+        """Return True if `forward` and `backward` take a band."""
+        return False
+
     def splits_queries(self, query: Tensor, seqlen: int) -> bool:
         """Return True if causal attention over `seqlen` tokens takes several calls."""
         return False
 
+    def _products(self, call: BranchCall, query: Tensor) -> tuple[Product, ...]:
+        bands = self.takes_bands(query)
+        return branch_products(call.chunk, call.branch, query.shape[2], call.is_causal, call.keys, bands)
+
     def forward_branch(self, call, query, key, value, out, lse):
-        for product in branch_products(call.chunk, call.branch, query.shape[2], call.is_causal, call.keys):
+        for product in self._products(call, query):
             if self.is_whole(call, product, query, key):
                 # One call is the whole branch, and its result becomes the running out: no copy, no second allocation.
                 views = _whole_views(call, product, query, key, value, keys=(1, 2))
@@ -147,7 +158,7 @@ class StridedBackend(Backend):
             for (q, o, s, k, v), is_causal in calls:
                 if product.is_reversed and is_causal:
                     q, k, v = (x.flip(2) for x in (q, k, v))
-                for queries, new_out, new_lse in self.forward(q, k, v, is_causal, call.scale):
+                for queries, new_out, new_lse in self.forward(q, k, v, is_causal, call.scale, product.band):
                     if product.is_reversed and is_causal:
                         queries, new_out, new_lse = _reversed(queries, q.shape[2]), new_out.flip(2), new_lse.flip(2)
                     _write(is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
@@ -158,20 +169,30 @@ class StridedBackend(Backend):
         return out, lse
 
     def backward_branch(self, call, grad_out, query, key, value, saved, lse, grads):
-        for product in branch_products(call.chunk, call.branch, query.shape[2], call.is_causal, call.keys):
+        is_first_key = call.is_first and not call.branch.is_window
+        if call.is_first and call.branch.is_window:  # its products share keys
+            chunk = call.chunk
+            rows, columns = slice(*chunk[:2]), slice(*chunk[2:4])
+            for x in grads[1:]:
+                x[rows, columns] = 0
+        for product in self._products(call, query):
             if self.is_whole(call, product, query, key):
                 views = _whole_views(call, product, grad_out, query, key, value, saved, lse, keys=(2, 3))
                 parts = self.backward(*views, call.is_causal, call.scale)
                 return tuple(_as_tokens(part, x) for part, x in zip(parts, (query, key, value), strict=True))
             of_queries, of_keys = [query, grad_out, saved, lse, grads[0]], [key, value, *grads[1:]]
-            is_first = call.is_first and product.is_first
             for views, is_causal in _product_calls(call, product, of_queries, of_keys):
                 is_reversed = product.is_reversed and is_causal
-                q, g, o, s, dq, k, v, dk, dv = (x.flip(2) if is_reversed else x for x in views)
-                parts = self.backward(g, q, k, v, o, s, is_causal, call.scale)
-                for total, part in zip((views[4], *views[7:]), parts, strict=True):
-                    part = part.flip(2) if is_reversed else part
-                    total.copy_(part) if is_first else total.add_(part)
+                q, g, o, s, *_ = inputs = [x.flip(2) if is_reversed else x for x in views]
+                parts = self.backward(g, q, *inputs[5:7], o, s, is_causal, call.scale, product.band)
+                dq, dk, dv = (part.flip(2) if is_reversed else part for part in parts)
+                _sum(views[4], dq, call.is_first and product.is_first)
+                # The keys of neighbouring bands overlap, `step` apart.
+                step = product.queries.seqlen if product.band else dk.shape[2]
+                for begin in range(0, dk.shape[2], step):
+                    keys = slice(begin, begin + step)
+                    _sum(views[7][:, :, keys], dk[:, :, keys], is_first_key)
+                    _sum(views[8][:, :, keys], dv[:, :, keys], is_first_key)
         return grads
 
     def is_whole(self, call: BranchCall, product: Product, query: Tensor, key: Tensor) -> bool:
@@ -201,3 +222,7 @@ def _write(is_first: bool, out: Tensor, lse: Tensor, new_out: Tensor, new_lse: T
         lse.copy_(new_lse)
     else:
         merge_(out, lse, new_out, new_lse)
+
+
+def _sum(total: Tensor, part: Tensor, is_first: bool) -> None:
+    total.copy_(part) if is_first else total.add_(part)

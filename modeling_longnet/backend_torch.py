@@ -56,10 +56,16 @@ class TorchBackend(StridedBackend):
     def splits_queries(self, query, seqlen):
         return query.device.type == "cpu" and seqlen in self.split_seqlens
 
-    def forward(self, query, key, value, is_causal, scale) -> list[Part]:
+    def takes_bands(self, query):
+        return query.device.type == "cpu"
+
+    def forward(self, query, key, value, is_causal, scale, band=0) -> list[Part]:
         if query.device.type != "cpu":
             return [(slice(None), *_cuda_forward(query, key, value, is_causal, scale))]
         query, key, value = self._gather(query, key, value)
+        if band:
+            mask = _band_mask(query.shape[-2], band, query.dtype)
+            return [(slice(None), *_cpu_forward(query, key, value, False, scale, mask))]
         if not (is_causal and self.splits_queries(query, query.shape[-2])):
             return [(slice(None), *_cpu_forward(query, key, value, is_causal, scale))]
         first, others = slice(_SPLIT), slice(_SPLIT, None)
@@ -70,12 +76,13 @@ class TorchBackend(StridedBackend):
             (others, *cpu_flash(query[..., others, :], key, value, attn_mask=mask, scale=scale)),
         ]
 
-    def backward(self, grad_out, query, key, value, out, lse, is_causal, scale) -> Grads:
+    def backward(self, grad_out, query, key, value, out, lse, is_causal, scale, band=0) -> Grads:
         if query.device.type != "cpu":
             return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
         if not (is_causal and self.splits_queries(query, query.shape[-2])):
             tensors = self._gather(grad_out, query, key, value, out)
-            return cpu_flash_backward(*tensors, lse, 0.0, is_causal, scale=scale)
+            mask = _band_mask(query.shape[-2], band, query.dtype) if band else None
+            return cpu_flash_backward(*tensors, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
         first, others = slice(_SPLIT), slice(_SPLIT, None)
         g, q, o = (x[..., others, :] for x in (grad_out, query, out))
         mask = _causal_mask(query.shape[-2], query.dtype)
@@ -93,15 +100,26 @@ class TorchBackend(StridedBackend):
         return tuple([x.contiguous() for x in tensors])
 
 
-def _cpu_forward(query, key, value, is_causal, scale) -> tuple[Tensor, Tensor]:
-    out, lse = cpu_flash(query, key, value, 0.0, is_causal, scale=scale)
+def _cpu_forward(query, key, value, is_causal, scale, mask=None) -> tuple[Tensor, Tensor]:
+    out, lse = cpu_flash(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
     if key.shape[-2] < _VECTOR:
         queries, keys = ((0 * x.detach()).sum(-1) for x in (query, key))  # NaN or 0; 0 * inf is NaN
-        keys = keys.cumsum(-1) if is_causal else keys.sum(-1, keepdim=True)
+        if mask is not None:
+            keys = torch.where(mask == 0, keys[..., None, :], 0).sum(-1)
+        else:
+            keys = keys.cumsum(-1) if is_causal else keys.sum(-1, keepdim=True)
         nan = queries + keys.repeat_interleave(query.shape[1] // key.shape[1], 1)
         out += nan[..., None]
         lse += nan
     return out, lse
+
+
+@lru_cache(maxsize=8)
+def _band_mask(queries: int, band: int, dtype: torch.dtype) -> Tensor:
+    """Return the mask of queries that see keys i to i + band - 1: (queries, queries + band - 1), 0 and -inf."""
+    keys = torch.arange(queries + band - 1, device="cpu") - torch.arange(queries, device="cpu")[:, None]
+    outside = (keys < 0) | (keys >= band)
+    return torch.zeros(keys.shape, dtype=dtype, device="cpu").masked_fill_(outside, -torch.inf)
 
 
 @lru_cache(maxsize=8)

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .branches import Branch, Pattern, flatten_branch
+from .branches import Branch, flatten_branch
 from .dilated_attention import autocast_dtype
+from .pattern import Pattern
 from .saving import replacing, stamp
 
 # Attributes that are equal in all layers of a cache.
@@ -63,7 +64,10 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
         raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
     sample = tensors[names[0]]
-    expected = (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]), sample.dtype
+    expected = (
+        (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]),
+        sample.dtype,
+    )
     for name in names:
         if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
             raise ValueError(f"saved cache: {name} has shape {given}; expected {expected}.")
@@ -75,7 +79,7 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
 
 
 def _branch_table(cache) -> list[list[int]]:
-    """Return w, r and offsets of each branch if these are all there is, else `flatten_branch` of those of each layer."""
+    """Return w, r and offsets of each branch; if there is more to them, `flatten_branch` of those of each layer."""
     layers = [layer.branches for layer in cache.layers]
     plain = [Branch(b.w, b.r, b.offsets) for b in layers[0]]
     if all(list(branches) == plain for branches in layers):

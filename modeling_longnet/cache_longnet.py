@@ -21,10 +21,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention_autograd import HaloKV
 from .backend_strided import strided_view
-from .branches import Branch, Chunk, Pattern, chunk_slices
+from .branches import Branch, Chunk, chunk_slices
 from .cache_file import cache_to_tensors, load_cache_tensors
 from .configuration_longnet import LongNetConfig
 from .packing import cut_chunks
+from .pattern import Pattern
 
 
 class _Record(NamedTuple):

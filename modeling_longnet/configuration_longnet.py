@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backends import backend_names
-from .branches import LONGEST_SEGMENT, Pattern, count_work
 from .compat import refusing_damage
+from .pattern import LONGEST_SEGMENT, Pattern
 from .saving import merging
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,20 @@ def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], l
             rates.append(min(4 * rates[-1], heads))
         segments[-1] *= 4
     return segments, rates
+
+
+def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
+    """Return dense attention, and a window with branches that every query sees, for each size of the window."""
+    longest = 1 << max(4, (length - 1).bit_length())
+    patterns = [Pattern((longest,), (1,))]
+    for n in range(3, longest.bit_length() - 1):
+        window, octaves = 1 << n, longest.bit_length() - 1 - n
+        count = -(-octaves // 4)
+        # Borders evenly spaced between the window and the length; each branch shows window / count keys.
+        segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
+        rates = tuple(min(w, 1 << (w * count // (2 * window) - 1).bit_length()) for w in segments)
+        patterns.append(Pattern(segments, rates, window_size=window, query_rates=(1,) * count, keys_once=is_causal))
+    return patterns
 
 
 @strict
@@ -192,40 +206,43 @@ class LongNetConfig(PreTrainedConfig):
             super().save_pretrained(scratch, **kwargs)
 
     @classmethod
-    def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, **fields):
-        """Return a configuration whose branches suit sequences of `length` tokens; print which, and why.
+    def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, paper=False, **fields):
+        """Return a configuration whose pattern suits sequences of `length` tokens; print which, and why.
 
-        The first branch is dense (rate 1). Segments and rates then grow by 4, the last segment to `length`: each branch
-        adds a quarter of the work of the one before, and any two tokens share a segment. No rate exceeds the number of
-        key/value heads, so some head keeps each token. A rate that stops there makes its branches cost more.
+        Half of the effort goes into a window, the rest in equal parts into branches whose segments grow, by at most 16,
+        until one holds the sequence. Every query sees one key in r of a branch, the last token of each r, which has
+        read those before it; no key counts twice. Any two tokens are then a few steps apart, and the work grows with
+        L log L. If the effort allows dense attention, that is what you get.
 
         Args:
             length: tokens of the sequences.
             effort: mean number of keys that a query may see per head; `length / 2` is dense attention.
             num_attention_heads, fields: as in the constructor, but positions are "rope" by default (for any length).
+            paper: branches of the paper's kind instead: the first is dense, then segments and rates grow by 4, each
+                adds a quarter of the work of the one before, and any two tokens share a segment. Rates stop at the
+                number of key/value heads, so that some head keeps each token.
 
         Raises:
-            ValueError: the effort is too small for this length and number of heads; the message gives the least one.
+            ValueError: the effort is too small for this length (and number of heads); the message gives the least one.
         """
         heads = fields.get("num_key_value_heads") or num_attention_heads
-        fields.setdefault("position_embedding", "rope")
+        fields = {"position_embedding": "rope", "num_attention_heads": num_attention_heads} | fields
         if not (isinstance(length, int) and isinstance(effort, int) and length >= 1 and effort >= 1):
             raise ValueError(f"length={length!r}, effort={effort!r}: both must be whole numbers of at least 1.")
-        patterns = [_growing_branches(1 << n, length, heads) for n in range(4, max(5, (length - 1).bit_length() + 1))]
-        work = [count_work(*pattern, length) for pattern in patterns]
+        if paper:
+            segments = [1 << n for n in range(4, max(5, (length - 1).bit_length() + 1))]
+            patterns = [Pattern(*map(tuple, _growing_branches(first, length, heads))) for first in segments]
+        else:
+            patterns = _window_patterns(length, fields.get("is_causal", True))
+        work = [pattern.count_work(length) for pattern in patterns]
         if effort < min(work):
             raise ValueError(
                 f"effort={effort} is too small for length={length} with {heads} key/value heads: the least is "
-                f"{math.ceil(min(work))}. Give more effort or more heads."
+                f"{math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
             )
-        keys, (segments, rates) = max((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort)
-        print(
-            f"Branches {', '.join(f'({w}, {r})' for w, r in zip(segments, rates, strict=True))}: a query sees up to "
-            f"{segments[0]} tokens of its own segment, and ever fewer of farther ones; on average {keys:.0f} keys per "
-            f"head (effort {effort}; dense attention {length / 2:.0f}). Rates stop at {max(rates)}, so some of the "
-            f"{heads} heads keeps each token."
-        )
-        return cls(segment_lengths=segments, dilation_rates=rates, num_attention_heads=num_attention_heads, **fields)
+        keys, pattern = max(((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort), key=lambda x: x[0])
+        print(f"{pattern.describe()} On average {keys:.0f} keys per head (effort {effort}; dense {length / 2:.0f}).")
+        return cls(**{name: x for name, x in pattern._asdict().items() if x is not None}, **fields)
 
     @classmethod
     def _refuse_near_misses(cls, kwargs: dict, is_saved: bool = False) -> None:

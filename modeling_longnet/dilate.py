@@ -18,11 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
 from .attention_context import AttentionContext, layer_branches
 from .backends import backend_names, choose_backend
-from .branches import Branch, Pattern, prefix_lengths
+from .branches import Branch, prefix_lengths
 from .cache_longnet import LongNetCache
 from .compat import CACHE, attn_implementation
 from .dilated_attention import autocast_dtype
 from .packing import pack
+from .pattern import Pattern
 from .reference import count_branches
 from .sharding_accelerate import check_whole_sequences
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .attention_autograd import AttentionPlan, attend_chunks
 from .backends import choose_backend
-from .branches import Pattern, whole_batch
+from .branches import whole_batch
+from .pattern import Pattern
 from .reference import count_branches, dense_attention
 
 # Computed once: a graph of torch.compile cannot call it.
@@ -50,20 +51,15 @@ def dilated_attention(
     is_causal: bool = True,
     scale: float | None = None,
     head_offsets: str = "interleaved",
-    window_size: int | None = None,
-    query_rates: list[int] | tuple[int, ...] | None = None,
-    rotate_offsets: bool = False,
-    stagger_segments: bool = False,
-    keys_once: bool = False,
     layer: int = 0,
     backend: str = "auto",
+    **beyond,
 ) -> Tensor:
     """Dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3).
 
-    Branch (w, r) cuts the sequence into segments of w tokens. Key/value head g and its query heads keep the tokens
-    whose place in the segment is the head's offset modulo r, and attend to those. Branches are merged by their softmax
-    denominators (Eq. 9-10): one softmax over the keys of all branches, in which a key of two branches counts twice. Any
-    length, w and r are exact, without padding. The gradient is that of the joint softmax.
+    Branch (w, r) cuts the sequence into segments of w tokens, in which a head keeps the tokens at its offset modulo r.
+    Branches are merged by their softmax denominators (Eq. 9-10): one softmax over the keys of all, in which a key of
+    two branches counts twice. Any length, w and r are exact, without padding; the gradient is that of the softmax.
 
     Args:
         query: (B, H, L, D), floating point. (B, L, H, D) in memory, transposed, is fastest.
@@ -72,10 +68,10 @@ def dilated_attention(
         is_causal: a query sees no later key.
         scale: factor of the scores, above 0; 1 / sqrt(D) if None.
         head_offsets: "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale).
-        window_size, query_rates, rotate_offsets, stagger_segments, keys_once: beyond the paper, see `LongNetConfig`.
         layer: number of the layer, which rotated offsets and staggered segments depend on.
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's kernels), "flash_attn" (that
             package), "triton" (CUDA, D up to 256, no float64), or "auto": "triton" on a GPU, else "torch".
+        beyond: window_size, query_rates, rotate_offsets, stagger_segments and keys_once, see `LongNetConfig`.
 
     Returns:
         (B, H, L, D) in the query's dtype (autocast's under autocast), 0 for a query that no branch covers. Sums over
@@ -96,8 +92,7 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
         raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
-    beyond = window_size, query_rates, rotate_offsets, stagger_segments, keys_once
-    pattern = Pattern(segment_lengths, dilation_rates, head_offsets, *beyond)
+    pattern = Pattern(segment_lengths, dilation_rates, head_offsets, **beyond)
     pattern.check(is_causal)
     branches = pattern.branches(key.shape[1], query.shape[1], layer)
     backend = choose_backend(backend, query)

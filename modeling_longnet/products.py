@@ -10,14 +10,19 @@ from typing import NamedTuple
 
 from .branches import Branch, Chunk, Part, View, count_kept, cut_at_borders, even_runs, head_strides
 
+# Queries of a product with a band. On a CPU more compute more keys that none of them sees, fewer use vectors badly
+# (benchmarks/README.md).
+_BAND_ROWS = 64
+
 
 class Product(NamedTuple):
     """Query row i sees the first `diagonal + i` of the keys, or all of them if `diagonal` is None.
 
     Attributes:
+        band: if above 0, query row i sees keys i to i + band - 1 instead.
         is_reversed: rows are counted backwards, from the last query and the last key.
         padding: zero keys of the released implementation that each query also attends to.
-        is_first: no product of the branch before it has these queries or keys.
+        is_first: no product of the branch before it has these queries and, outside of a window, these keys.
     """
 
     queries: View
@@ -26,6 +31,7 @@ class Product(NamedTuple):
     is_reversed: bool = False
     padding: int = 0
     is_first: bool = True
+    band: int = 0
 
     def steps(self) -> Iterator[tuple[slice, slice, bool]]:
         """Yield rows, keys and whether row i of these rows sees these keys up to the i-th only (True) or all of them.
@@ -35,7 +41,7 @@ class Product(NamedTuple):
         rows, keys = self.queries.seqlen, self.keys.seqlen
         if not keys:
             return
-        if self.diagonal is None:
+        if self.diagonal is None or self.band:
             yield slice(rows), slice(keys), False
             return
         begin = min(max(0, 1 - self.diagonal), rows)  # the first row that sees a key
@@ -50,17 +56,23 @@ class Product(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def branch_products(chunk: Chunk, branch: Branch, heads: int, is_causal: bool, keys: str) -> tuple[Product, ...]:
+def branch_products(
+    chunk: Chunk, branch: Branch, heads: int, is_causal: bool, keys: str, bands: bool = False
+) -> tuple[Product, ...]:
     """Return the products that make up a branch in a chunk, for `heads` query heads.
 
-    `keys` is "chunk" for the chunk's own keys, "prefix" or "suffix" for the halo before or after it (see `HaloKV`).
+    Args:
+        keys: "chunk" for the chunk's own keys, "prefix" or "suffix" for the halo before or after it (see `HaloKV`).
+        bands: a causal window may take products with a `band`, which compute fewer keys that no query sees.
     """
-    if branch.is_window:
+    if branch.is_window and bands and is_causal and keys == "chunk" and chunk.length > branch.w:
+        products = _band_products(chunk, branch, heads)
+    elif branch.is_window:
         products = _window_products(chunk, branch, heads, is_causal, keys)
     else:
         rows = (_QueryRows(*part, chunk, branch, heads, is_causal, keys) for part in _query_parts(chunk, branch))
         products = (product for part in rows for product in part.products())
-    return tuple(x for x in products if x.queries.seqlen and (x.keys.seqlen or x.padding))
+    return tuple(x for x in products if x.queries.segments * x.queries.seqlen and (x.keys.seqlen or x.padding))
 
 
 def _query_parts(chunk: Chunk, branch: Branch) -> Iterator[tuple[Part, int, int, int | None]]:
@@ -150,6 +162,20 @@ class _QueryRows(NamedTuple):
         else:  # a chunk that begins or ends inside a segment cuts that one alone
             view = View(0, 1, 0, *of_keys[:3], 0, keys, 1)
         return Product(queries, view, diagonal, padding=padding)
+
+
+def _band_products(chunk: Chunk, branch: Branch, heads: int) -> Iterator[Product]:
+    """Yield a causal window's products: the first w tokens see all before them, blocks of later ones a band of keys."""
+    w, groups, size = branch.w, len(branch.offsets), min(branch.w, _BAND_ROWS)
+
+    def product(begin, rows, segments, keys):
+        queries = View(begin, segments, size, 0, heads, 1, 0, rows, 1)
+        return queries, View(begin + rows - keys, segments, size, 0, groups, 1, 0, keys, 1)
+
+    blocks, rest = divmod(chunk.length - w, size)
+    yield Product(*product(0, w, 1, w), 1)
+    yield Product(*product(w, size, blocks, size + w - 1), None, band=w)
+    yield Product(*product(w + blocks * size, rest, 1, rest + w - 1), None, band=w)
 
 
 def _window_products(chunk: Chunk, branch: Branch, heads: int, is_causal: bool, keys: str) -> Iterator[Product]:

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_context import layer_branches, count_zero_keys, make_context
+from .attention_context import count_zero_keys, layer_branches, make_context
 from .compat import capture_outputs
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape
@@ -278,7 +278,12 @@ class LongNetSlideEncoder(LongNetBackbone):
         return self.norm((weights.to(hidden_states.dtype)[:, None] @ hidden_states[:, 1:])[:, 0])
 
     def _make_queries(self, tokens, hidden_states: Tensor, layout: _Layout | None) -> tuple:
-        """Return the (B, Q) columns of tokens, the (B, G, Q, K) counts of what they see, and (B, G, Q) zero keys."""
+        """Return what `_attention_map` takes for these tokens.
+
+        Returns:
+            (B, Q) columns; the (B, G or H, Q, K) counts of what they see, one per layer or one for all; and the
+            (B, G, Q) zero keys, or None.
+        """
         batch, length, _ = hidden_states.shape
         columns = torch.arange(length, device=hidden_states.device).expand(batch, -1)
         if layout is None:
@@ -291,9 +296,9 @@ class LongNetSlideEncoder(LongNetBackbone):
             )
         match = (layout.tokens[:, None] == tokens[:, None]) & layout.real[:, None]  # (B, Q, K)
         found, of_queries = match.int().max(-1)  # 1 and its column, or 0 for a tile left out
-        branches = layer_branches(self.config)[0]
         # Documents: 0, or -1 for padding and for queries left out, which see nothing.
-        counts = count_branches(branches, of_queries, columns, found - 1, layout.real.int() - 1, is_causal=False)
+        given = of_queries, columns, found - 1, layout.real.int() - 1
+        counts = tuple(count_branches(x, *given, is_causal=False) for x in layer_branches(self.config))
         zero_keys = None
         if self.config.attend_zero_padding:
             packing = pack(batch, length, hidden_states.device, layout.real)
@@ -307,6 +312,7 @@ class LongNetSlideEncoder(LongNetBackbone):
         hidden_states = layer.self_attn_layer_norm(hidden_states)
         query = attention.project(_gather_columns(hidden_states, columns), attention.q_proj).transpose(1, 2)
         key = attention.project(hidden_states, attention.k_proj).transpose(1, 2)
+        counts = counts[attention.layer_idx if len(counts) > 1 else 0]
         return dense_attention(query, key, key[..., :0], counts, scale, zero_keys)[1]
 
 

@@ -24,7 +24,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
-from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.branches import Chunk
+from modeling_longnet.pattern import make_branches
 from modeling_longnet.sharding import GroupExchange, attend_sharded
 from modeling_longnet.sharding_plan import Shard, plan_exchange
 
@@ -128,6 +129,10 @@ def op(cases: str) -> None:
             close(f"{what}d{name}", part.grad, shard.cut(x.grad))
 
 
+BEYOND = {
+    "segment_lengths": [6, 12, 48], "dilation_rates": [1, 2, 4], "window_size": 5, "query_rates": [1, 1, 4],
+    "rotate_offsets": True, "stagger_segments": True,
+}  # fmt: skip
 MODELS = {
     "causal": {},
     "ragged": {"length": 61},
@@ -143,6 +148,9 @@ MODELS = {
     "padding-left": {"length": 61, "padding": "left"},
     "packed": {"length": 61, "packed": True},
     "shift-labels": {"length": 61, "shift": True},
+    "beyond-the-paper": {"length": 61, "keys_once": True, **BEYOND},
+    "beyond-the-paper-bidirectional": {"length": 61, "is_causal": False, "shift": True, **BEYOND},
+    "beyond-the-paper-packed": {"length": 61, "packed": True, "keys_once": True, "num_key_value_heads": 2, **BEYOND},
 }
 
 

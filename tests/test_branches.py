@@ -9,16 +9,9 @@ from checks import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_longnet.branches import (
-    Branch,
-    Chunk,
-    chunk_slices,
-    count_kept,
-    count_work,
-    make_branches,
-    prefix_lengths,
-    whole_batch,
-)
+from modeling_longnet.branches import Branch, Chunk, chunk_slices, count_kept, prefix_lengths, whole_batch
+from modeling_longnet.pattern import count_work, make_branches
+from modeling_longnet.products import branch_products
 from modeling_longnet.reference import count_branches, count_zero_padding
 
 
@@ -49,11 +42,11 @@ def positions_of(piece, chunk, branch):
                 yield piece.head + i * piece.head_stride, chunk.start + column
 
 
-@given(chunk_cases(), st.booleans())
-def test_views_show_each_row_of_each_head_once(case, shared_heads):
+@given(chunk_cases())
+def test_views_show_each_row_of_each_head_once(case):
     branch, chunk = case
-    w, r, offsets = branch
-    pieces = chunk_slices(chunk, branch, shared_heads)
+    w, r, offsets, *_ = branch
+    pieces = chunk_slices(chunk, branch)
     shown = Counter(p for piece in pieces for p in positions_of(piece, chunk, branch))
     expected = {
         (head, p)
@@ -64,12 +57,12 @@ def test_views_show_each_row_of_each_head_once(case, shared_heads):
     assert shown == Counter(expected)
 
 
-@given(chunk_cases(), st.booleans())
-def test_rows_outside_the_chunk_are_counted(case, shared_heads):
+@given(chunk_cases())
+def test_rows_outside_the_chunk_are_counted(case):
     branch, chunk = case
-    w, r, offsets = branch
+    w, r, offsets, *_ = branch
     end = chunk.start + chunk.length
-    for piece in chunk_slices(chunk, branch, shared_heads):
+    for piece in chunk_slices(chunk, branch):
         for head, position in positions_of(piece, chunk, branch):
             segment = range(position // w * w, min(position // w * w + w, chunk.total))
             of_head = [p for p in segment if (p % w) % r == offsets[head]]
@@ -79,12 +72,16 @@ def test_rows_outside_the_chunk_are_counted(case, shared_heads):
             assert piece.padding == math.ceil(min(w, chunk.total) / r) - len(of_head)
 
 
-@given(chunk_cases())
-def test_shared_heads_are_neighbours_with_one_offset(case):
+@given(chunk_cases(), st.integers(2, 3))
+def test_shared_heads_are_neighbours_with_one_offset(case, repeat):
     branch, chunk = case
-    for piece in chunk_slices(chunk, branch, True):
-        heads = branch.offsets[piece.head : piece.head + piece.heads]
-        assert piece.heads == 1 or (piece.head_stride == 1 and piece.first_stride == 0 and len(set(heads)) == 1)
+    for product in branch_products(chunk, branch, repeat * len(branch.offsets), True, "chunk"):
+        keys, queries = product.keys, product.queries
+        heads = branch.offsets[keys.head : keys.head + keys.heads]
+        assert (queries.head, queries.heads) == (repeat * keys.head, repeat * keys.heads)
+        assert queries.head_step == 1
+        assert queries.token_step == 0
+        assert keys.heads == 1 or (keys.head_step == 1 and keys.token_step == 0 and len(set(heads)) == 1)
 
 
 @pytest.mark.parametrize(("w", "r", "heads", "offsets", "views"), [
@@ -98,7 +95,7 @@ def test_a_whole_branch_takes_few_views(w, r, heads, offsets, views):
     """Where rows per head are equal, one view shows as many heads as strides allow: that is the speed."""
     (branch,) = make_branches((w,), (r,), heads, offsets)
     equal = w % r == 0
-    pieces = chunk_slices(Chunk(0, 1, 0, 4 * w, 0, 4 * w), branch, False)
+    pieces = chunk_slices(Chunk(0, 1, 0, 4 * w, 0, 4 * w), branch)
     assert len(pieces) <= (views if equal else 2 * views)
 
 
@@ -187,7 +184,7 @@ def test_zero_padding_of_the_reference_and_of_the_views_agree(case):
     length = chunk.total
     dense = count_zero_padding((branch,), length)
     seen = torch.zeros_like(dense)
-    for piece in chunk_slices(Chunk(0, 1, 0, length, 0, length), branch, False):
+    for piece in chunk_slices(Chunk(0, 1, 0, length, 0, length), branch):
         for head, position in positions_of(piece, chunk._replace(start=0), branch):
             seen[head, position] = piece.padding
     assert torch.equal(dense, seen)

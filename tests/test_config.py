@@ -1,6 +1,7 @@
 """Every bad field is refused where the config is made, saved or read; good ones survive the round trip."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from checks import make_config, make_model, refused
 from transformers import AutoConfig
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.branches import count_work
+from modeling_longnet.pattern import Pattern, count_work
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-*.json"))
 
@@ -181,8 +182,14 @@ def test_max_position_embeddings_is_the_longest_segment_unless_it_is_set(tmp_pat
 @pytest.mark.parametrize("length", [1, 100, 4096, 1_000_000])
 @pytest.mark.parametrize("heads", [1, 6, 16])
 @pytest.mark.parametrize("effort", [256, 4096, 1_000_000])
-def test_for_context_keeps_to_its_effort(length, heads, effort, capsys):
-    ask = {"effort": effort, "num_attention_heads": heads, "hidden_size": 8 * heads, "position_embedding": "rope"}
+def test_for_context_of_the_papers_kind_keeps_to_its_effort(length, heads, effort, capsys):
+    ask = {
+        "paper": True,
+        "effort": effort,
+        "num_attention_heads": heads,
+        "hidden_size": 8 * heads,
+        "position_embedding": "rope",
+    }
     try:
         config = LongNetConfig.for_context(length, **ask)
     except ValueError as error:
@@ -198,6 +205,31 @@ def test_for_context_keeps_to_its_effort(length, heads, effort, capsys):
     if effort >= length:
         assert config.dilation_rates == [1]
     assert f"({config.segment_lengths[0]}, 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [1, 100, 2048, 4096, 100_000, 1_000_000, 10**9])
+@pytest.mark.parametrize("effort", [16, 192, 1024, 4096])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_for_context_keeps_to_its_effort(length, effort, is_causal, capsys):
+    try:
+        config = LongNetConfig.for_context(length, effort=effort, is_causal=is_causal)
+    except ValueError as error:
+        least = int(str(error).split("the least is ")[1].split(".")[0])
+        assert least > effort
+        config = LongNetConfig.for_context(length, effort=least, is_causal=is_causal)
+        effort = least
+    pattern = Pattern.of(config)
+    assert pattern.count_work(length) <= effort
+    assert config.segment_lengths[-1] >= length
+    if effort >= length / 2:  # dense attention
+        assert (config.window_size, config.dilation_rates) == (None, [1])
+        return
+    assert (config.query_rates, config.keys_once) == ([1] * len(config.segment_lengths), is_causal)
+    # What lies between two tokens that a branch shows has been read by the branch, or the window, before it.
+    reach = [config.window_size, *config.segment_lengths]
+    assert all(r <= w for r, w in zip(config.dilation_rates, reach, strict=False))
+    assert all(longer <= 16 * w for w, longer in pairwise(reach))
+    assert f"the last {config.window_size} tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("length", "effort"), [(2.5, 64), (100, 64.0), ("100", 64), (0, 64), (100, 0)])

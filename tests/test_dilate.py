@@ -36,8 +36,9 @@ from transformers import (
 
 from examples.evaluate_perplexity import EvaluationArguments, load_model
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.attention_context import config_branches
+from modeling_longnet.attention_context import layer_branches
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
+from modeling_longnet.pattern import Pattern
 from modeling_longnet.testing import CACHE
 
 SIZES = {
@@ -472,7 +473,7 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
     with refused("xpos_scale_base=16 is too small", "[8, 1048576]", "trained model", "shorter segments"):
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
     longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 10])
-    assert config_branches(longer.config)[1].w == 1 << 10
+    assert layer_branches(longer.config)[0][1].w == 1 << 10
 
 
 def test_the_example_that_extends_a_llama(tmp_path):
@@ -494,6 +495,6 @@ def test_the_example_that_extends_a_llama(tmp_path):
     assert sorted(results) == ["dense", "dense, fine-tuned", "dilated", "dilated, fine-tuned"]
     assert all(result["contexts"] == [32, 64] for result in results.values())
     assert results["dense"]["perplexity"] != results["dilated"]["perplexity"]
-    assert use_dilated_attention(LlamaForCausalLM.from_pretrained(output / "model")).config.dilated_attention == {
-        "segment_lengths": [16, 64], "dilation_rates": [1, 4], "head_offsets": "interleaved", "backend": "auto",
-    }  # fmt: skip
+    saved = LlamaForCausalLM.from_pretrained(output / "model")
+    given = {"segment_lengths": [16, 64], "dilation_rates": [1, 4], "backend": "auto"}
+    assert use_dilated_attention(saved).config.dilated_attention == Pattern._field_defaults | given

@@ -10,7 +10,8 @@ from checks import assert_close, attend, make_config, make_halo, make_model, ref
 from fuzz.attention import compare, grads_of, rounding_terms
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetModel, dilated_attention, stream
-from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.branches import Chunk
+from modeling_longnet.pattern import make_branches
 from modeling_longnet.positions import make_rotary
 from modeling_longnet.reference import count_branches
 from modeling_longnet.testing import CACHE
@@ -93,7 +94,7 @@ def test_a_decoding_step_sums_a_million_keys(dtype):
     cache = LongNetCache(config)
     with torch.no_grad():
         cache.layers[0].update(keys[:, 1:], values[:, 1:], (Chunk(0, 1, 0, length - 1, 0, length - 1),))
-        step = cache.step(1)
+        (step,) = cache.steps()
         out = cache.layers[0].decode(torch.randn(1, 1, 1, 4).to(dtype), keys[:, :1], values[:, :1], step, 0.5)
     expected = values.double().mean(1, keepdim=True)
     assert out[0, 0, 0, 0] == 1

@@ -15,7 +15,8 @@ from sharding_worker import launch
 
 from benchmarks import communication
 from modeling_longnet import LongNetForCausalLM, SequenceSharding
-from modeling_longnet.branches import Chunk, make_branches
+from modeling_longnet.branches import Chunk
+from modeling_longnet.pattern import make_branches
 from modeling_longnet.reference import count_branches
 from modeling_longnet.sharding import _checksum
 from modeling_longnet.sharding_plan import Shard, count_received, halo_slices, plan_exchange, shard_borders

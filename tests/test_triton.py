@@ -40,7 +40,8 @@ from modeling_longnet.attention_autograd import (
 )
 from modeling_longnet.backend import BranchCall
 from modeling_longnet.backends import BACKENDS, choose_backend
-from modeling_longnet.branches import Branch, Chunk, Pattern, prefix_lengths
+from modeling_longnet.branches import Branch, Chunk, prefix_lengths
+from modeling_longnet.pattern import Pattern
 from modeling_longnet.reference import count_branches, dense_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -88,7 +88,8 @@ if __name__ == "__main__":
     driver.set_active(gpu)
     from modeling_longnet import backend_triton
     from modeling_longnet.attention_autograd import AttentionPlan, HaloKV, attend_chunks
-    from modeling_longnet.branches import Chunk, Pattern, make_branches, prefix_lengths, whole_batch
+    from modeling_longnet.branches import Chunk, prefix_lengths, whole_batch
+    from modeling_longnet.pattern import Pattern, make_branches
 
     backend_triton._can_overlap = lambda device: True
     inputs = {

@@ -116,6 +116,34 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
     return "\n".join(lines)
 
 
+def windows_table(results: dict[str, dict]) -> str:
+    """Perplexity of the patterns beyond the paper over that of each window, seed by seed, at the trained length."""
+    groups = text_groups(results, "tokens")
+    lines = ["| trained on | pattern | keys | over the window of | keys | ratio of perplexities, mean (each seed's) |"]
+    lines += ["| ---: | --- | ---: | --- | ---: | ---: |"]
+
+    def is_window(pattern: str) -> bool:
+        return pattern == "window" or (pattern.startswith("w") and pattern[1:].isdigit())
+
+    for length in sorted({length for length, _ in groups}):
+        scores = {
+            p: {r["cell"]["seed"]: _at_trained(r) for r in cells} for (n, p), cells in groups.items() if n == length
+        }
+        keys = {p: count_keys(Pattern(**groups[length, p][0]["work"]), length) for p in scores}
+        for pattern in scores:
+            if pattern in RIVALS or is_window(pattern):
+                continue
+            for window in filter(is_window, scores):
+                both = sorted(scores[pattern].keys() & scores[window].keys())
+                ratios = [scores[pattern][seed] / scores[window][seed] for seed in both]
+                if ratios:
+                    shown = f"{np.exp(np.mean(np.log(ratios))):.3f} ({', '.join(f'{x:.3f}' for x in ratios)})"
+                    ours, theirs = (f"{keys[name]:,.0f}" for name in (pattern, window))
+                    row = [f"{length:,}", f"`{pattern}`", ours, window, theirs, shown]
+                    lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def _at_trained(result: dict) -> float:
     """Perplexity under the context that the model was trained on."""
     scores = result["scores"]
@@ -208,8 +236,10 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
         if pattern == "dense":
             for length, place, seeds in zip(trained, work, losses, strict=True):
                 flops.annotate(f"{length:,}", (place, np.mean(seeds)), xytext=(4, -10), textcoords="offset points")
+    written = sorted({pattern for _, pattern in groups} - set(COLORS))
+    colors = COLORS | {pattern: f"C{4 + number}" for number, pattern in enumerate(written)}
     for (length, pattern), cells in groups.items():
-        look = {"color": COLORS[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
+        look = {"color": colors[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
         scores = [np.log(cell["scores"]["perplexity"]) for cell in cells]
         _draw(context, cells[0]["scores"]["contexts"], scores, marker=".", **look)
         by_position = [cell["loss_by_position"] for cell in cells]
@@ -310,6 +340,7 @@ def summarize(results: dict[str, dict]) -> str:
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
         "LongNet's perplexity over the others' at the trained length: mean and each seed's",
         ratio_table(results, "tokens"),
+        "## Patterns beyond the paper over windows, equal training tokens", windows_table(results),
         "## The same at the training time that LongNet took", table(results, "time"), ratio_table(results, "time"),
         "## The paper's own numbers", PAPER,
         "## Recall by distance in tokens, many passages", recall_table(results, "recall", "recall"),
@@ -351,7 +382,9 @@ def headline(results: dict[str, dict]) -> str:
         provenance(results), stages(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
         "LongNet's perplexity over the others' at the trained length, mean and each seed's; with equal tokens:",
-        ratio_table(results, "tokens"), "And with equal time:", ratio_table(results, "time"),
+        ratio_table(results, "tokens"),
+        "Patterns beyond the paper (`Pattern.parse` reads these names), over windows of several sizes:",
+        windows_table(results), "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
         "The sweeps, all of equal time, passkeys, longer texts, the paper's own numbers: "
         "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",

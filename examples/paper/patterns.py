@@ -6,6 +6,7 @@ a query sees on average, per head, at the training length; window and sparse get
 - dense: every earlier token, one branch of rate 1.
 - longnet: dilated branches.
 - window: the last `size` tokens.
+- a written pattern: the fields of `LongNetConfig` in one line, see `parse_pattern`.
 - sparse: the fixed pattern of Child et al. 2019 (arXiv 1904.10509, section 4.3): all earlier tokens of the query's
   block, and of each earlier block the last `summary` tokens.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.testing import Pattern as Branches
 from modeling_longnet.testing import count_work
 
 LONGEST = 1 << 20  # a branch that cuts no text here
@@ -35,6 +37,17 @@ class Pattern(NamedTuple):
     summary: int = 0
 
 
+def parse_pattern(words: str) -> dict:
+    """The fields of `LongNetConfig` of a written pattern (`Pattern.parse`): "w256 2048/8:1 once" is a window of 256
+    tokens, then a branch whose every eighth token all queries see, no key twice."""
+    return {name: x for name, x in Branches.parse(words)._asdict().items() if name != "head_offsets"}
+
+
+def file_name(words: str) -> str:
+    """A written pattern as a part of a file's name."""
+    return words.replace(" ", "_").replace("/", "-").replace(":", "q")
+
+
 def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], length: int) -> Pattern:
     """A pattern with the work that these branches do in a text of `length` tokens; dense does what it must."""
     if name == "dense":
@@ -49,7 +62,12 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
     if name == "sparse":  # half of the work in the own block, half in the summaries of the blocks before it
         size = max(1, round(work))
         return Pattern(name, (LONGEST,), (1,), size, summary=max(1, round(work / max(1, length / size - 1))))
-    raise ValueError(f"pattern {name!r}: allowed are {', '.join(map(repr, RIVALS))}.")
+    if any(word[:1] == "w" or word[:1].isdigit() for word in name.split()):
+        fields = parse_pattern(name)
+        return Pattern(name, fields["segment_lengths"], fields["dilation_rates"])
+    raise ValueError(
+        f"pattern {name!r}: allowed are {', '.join(map(repr, RIVALS))}, and written ones such as 'w256 2048/8:1 once'."
+    )
 
 
 def count_keys(pattern: Pattern, length: int) -> float:
@@ -58,6 +76,8 @@ def count_keys(pattern: Pattern, length: int) -> float:
         return pattern.size * (1 - pattern.size / length / 2) if length > pattern.size else length / 2
     if pattern.name == "sparse":
         return min(pattern.size, length) / 2 + pattern.summary * max(0, length / pattern.size - 1) / 2
+    if pattern.name not in RIVALS:
+        return Branches.parse(pattern.name).count_work(length)
     return count_work(pattern.segment_lengths, pattern.dilation_rates, length)
 
 
@@ -73,9 +93,11 @@ def count_computed_keys(pattern: Pattern, length: int) -> float:
 def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
     """A new model that attends so; equal seeds give equal weights whatever the pattern."""
     torch.manual_seed(seed)
-    config = LongNetConfig(
-        segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, **fields
-    )  # fmt: skip
+    if pattern.name in RIVALS:
+        own = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
+    else:
+        own = parse_pattern(pattern.name)
+    config = LongNetConfig(**own, **fields)
     model = LongNetForCausalLM(config)
     attend = {"window": attend_window, "sparse": attend_sparse}.get(pattern.name)
     if attend is not None:

@@ -29,7 +29,7 @@ from benchmarks.measure import describe_run
 
 from ..evaluate_perplexity import write_whole
 from .cells import Text, load_documents, run_base_cell, run_text_cell, sweep_score, weights_fit
-from .patterns import RIVALS
+from .patterns import RIVALS, file_name
 from .recall import run_recall_cell
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,6 +84,18 @@ FULL = {
     "far_branches": [[128, 512, 2048, 8192], [1, 2, 4, 4]],
     "recall_texts": 32,
     "passkey_texts": 96,
+    # Patterns beyond the paper, and windows of other sizes (see `patterns.parse_pattern`), at the rates below.
+    "written_seeds": [0, 1, 2],
+    "written_recall": [
+        "w128 2048/16:1 once", "w96 2048/12:1 once", "w64 2048/8:1 once", "w96 512/4:1 2048/16:1 once",
+        "w64 512/2 2048/4 rotate stagger once",
+    ],
+    "written_text": {
+        "2048": ["w256 2048/8:1 once", "w256", "w512", "w256 2048/2 8192/4 32768/8 rotate stagger once"],
+        "8192": ["w256 2048/8:1 8192/32:1 once", "w256", "w512"],
+        "16384": ["w256 2048/8:1 8192/32:1 32768/128:1 once", "w256"],
+    },
+    "written_rates": {"recall": 1e-3, "text": 1e-3},
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -117,6 +129,9 @@ QUICK = FULL | {
     "far_branches": [[32, 64, 256], [1, 4, 4]],
     "recall_texts": 2,
     "passkey_texts": 2,
+    "written_seeds": [0],
+    "written_recall": ["w16 64/4:1 once"],
+    "written_text": {"64": ["w16 64/4:1 once"], "128": ["w24"]},
 }
 
 # What of the settings is in no cell: of others, results are other results.
@@ -237,6 +252,33 @@ def recall_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     return cells | {f"recall-longnet {name}-{seed}": made("longnet") | x for name, x in variants.items()}
 
 
+def written_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """Recall of the patterns beyond the paper, and of the rivals where `recall_cells` has no such seed."""
+    rate = settings["written_rates"]["recall"]
+    patterns = [*settings["written_recall"], *(() if seed in settings["seeds"]["recall"] else ("longnet", "window"))]
+    return {f"recall-{file_name(name)}-{seed}": recall_cell(settings, "recall", name, seed, rate) for name in patterns}
+
+
+def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """The second stage of the patterns beyond the paper, and of windows of several sizes."""
+    cells = {}
+    for length, patterns in settings["written_text"].items():
+        rivals = () if seed in settings["seeds"]["table"] else ("window",)
+        for pattern in (*patterns, *rivals):
+            cells[f"tokens-{file_name(pattern)}-{length}-{seed}"] = common(
+                settings, kind="text", pattern=pattern, length=int(length), seed=seed, warmup=0.1, by_position=True,
+                rate=settings["written_rates"]["text"], tokens=settings["tokens"], contexts=settings["contexts"],
+                base=f"base-dense-{seed}.safetensors",
+            )  # fmt: skip
+    return cells
+
+
+def written_base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """The first stages that written patterns begin with: dense attention."""
+    recall, text = recall_base_cells(settings, seed), base_cells(settings, folder, seed)
+    return {name: (recall | text)[name] for name in (f"recall_base-{seed}", f"base-dense-{seed}")}
+
+
 def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The same in longer texts."""
     return {f"far-{pattern}-{seed}": best_recall_cell(settings, folder, seed, "far", pattern) for pattern in RIVALS}
@@ -317,7 +359,7 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
 def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict[str, dict]]]]:
     """What makes the cells of each part: one after the other, because learning rates and times come from results."""
     seeds = settings["seeds"]
-    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": []}
+    parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": [], "written": []}
     for number, seed in enumerate(seeds["table"]):
         parts["table"] += [partial(base_cells, settings, folder, seed)]
         parts["table"] += [partial(sweep_cells, settings)] if number == 0 else []
@@ -327,13 +369,17 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["recall"] += [partial(recall_sweep_cells, settings)] if number == 0 else []
         parts["recall"] += [partial(recall_cells, settings, folder, seed)]
     parts["recall"] += [partial(far_cells, settings, folder, seed) for seed in seeds["far"]]
+    for seed in settings["written_seeds"]:
+        parts["written"] += [partial(written_base_cells, settings, folder, seed)]
+        parts["written"] += [partial(written_recall_cells, settings, seed)]
+        parts["written"] += [partial(written_text_cells, settings, seed)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["table", "recall", "time", "all"], default="all")
+    parser.add_argument("--part", choices=["table", "recall", "time", "written", "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="toy size: shows that everything runs")
     parser.add_argument("--results", type=Path, help="folder of the JSON files; default results/full or /quick")
     parser.add_argument("--jobs", type=int, help="cells at once, one thread each; default 2")

@@ -12,7 +12,8 @@ from torch import Tensor
 from modeling_longnet import dilated_attention
 from modeling_longnet.attention_autograd import AttentionPlan, HaloKV, attend_chunks
 from modeling_longnet.backends import BACKENDS
-from modeling_longnet.branches import Branch, Chunk, Pattern, prefix_lengths
+from modeling_longnet.branches import Branch, Chunk, prefix_lengths
+from modeling_longnet.pattern import Pattern
 from modeling_longnet.reference import count_branches, count_zero_padding, dense_attention
 from modeling_longnet.sharding import attend_sharded
 from modeling_longnet.sharding_plan import Exchange, Shard, plan_exchange, shard_borders

@@ -1,0 +1,140 @@
+"""Patterns side by side: the op, a decoding step and a training step, as ratios to the first pattern.
+
+A pattern is written as in `Pattern.parse`: "w256 2048/8:1 once" is a window of 256 tokens and a branch whose every
+eighth key all queries see, no key twice. `flex 256` is FlexAttention's window of 256 tokens (forward alone on a CPU).
+The op is timed as two layers, an even and an odd one, because staggered segments and rotated offsets differ there.
+"""
+
+import argparse
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention
+from modeling_longnet.testing import Pattern
+
+from . import length as lengths_benchmark
+from . import op
+from .decode import SIZES, _fill, _stepper
+from .measure import DTYPES, Call, spread, time_alternately
+from .train import training_step
+
+PATTERNS = (
+    "512/1 2048/2 8192/4 32768/8",
+    "w256 2048/2 8192/4 32768/8 rotate stagger once",
+    "w256 2048/8:1 8192/32:1 32768/128:1 once",
+    "w256",
+)
+OP, DECODE, TRAIN = "op", "decoding step", "training step"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark; the defaults are the published run."""
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32_768, 65_536], help="of the op")
+    parser.add_argument("--train-lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 32_768], help="before the decoding steps")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
+    parser.add_argument("--seconds", type=float, default=5.0, help="no new round after so long")
+
+
+def prepare(pattern: str, case: op.Case) -> Call | None:
+    """The op's call for a pattern; None where a rival cannot."""
+    if pattern.startswith("flex "):
+        window = int(pattern.split()[1])
+        too_wide = lengths_benchmark._no_window(case) is not None
+        return None if too_wide else lengths_benchmark.prepare("window", case, f"{2 * window}/1")
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    inputs = [case.tensor(1, case.length, case.heads, case.head_dim).transpose(1, 2) for _ in range(3)]
+    fields = op.pattern_fields(pattern)
+    calls = [
+        op.differentiated(case, lambda *x, i=i: dilated_attention(*x, **fields, layer=i), inputs) for i in range(2)
+    ]
+    return lambda: [call() for call in calls]
+
+
+def make_model(pattern: str) -> LongNetForCausalLM:
+    """The small model of the other benchmarks with this pattern."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"intermediate_size": 4 * SIZES["hidden_size"], "position_embedding": "rope"}
+    return LongNetForCausalLM(LongNetConfig(**sizes, **op.pattern_fields(pattern)))
+
+
+def _decoding_step(model: LongNetForCausalLM, context: int) -> Call:
+    cache = LongNetCache(model.config)
+    _fill(model.eval(), cache, context, 8192)
+    return _stepper(model, cache)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Time every contestant of a size in turn."""
+    rows = []
+    ours = [pattern for pattern in args.patterns if not pattern.startswith("flex ")]
+
+    def measure(what: str, length: int, calls: dict[str, Call | None], **fields) -> None:
+        able = {name: call for name, call in calls.items() if call is not None}
+        samples = time_alternately(able, seconds=args.seconds, least=args.rounds)
+        for name, seconds in samples.items():
+            rows.append({"what": what, "pattern": name, "length": length, "seconds": seconds, **fields})
+
+    cases = [(n, dtype, mode) for dtype in args.dtypes for n in args.lengths for mode in op.MODES]
+    for length, dtype, mode in tqdm(cases, desc="op"):
+        case = op.Case(length, args.heads, args.head_dim, dtype, mode, args.threads, args.device)
+        measure(OP, length, {p: prepare(p, case) for p in args.patterns}, dtype=dtype, mode=mode)
+    for context in tqdm(args.contexts, desc="decode"):
+        measure(DECODE, context, {p: _decoding_step(make_model(p), context) for p in ours})
+    for length in tqdm(args.train_lengths, desc="train"):
+        measure(TRAIN, length, {p: training_step(make_model(p).train(), length) for p in ours})
+    keys = {pattern: [Pattern.parse(pattern).count_work(n) for n in args.lengths] for pattern in ours}
+    return {"patterns": list(args.patterns), "lengths": args.lengths, "keys": keys, "rows": rows}
+
+
+def _times(result: dict) -> dict[tuple, dict[str, list[float]]]:
+    groups = {}
+    for row in result["rows"]:
+        key = row["what"], row.get("dtype", "float32"), row.get("mode", ""), row["length"]
+        groups.setdefault(key, {})[row["pattern"]] = row["seconds"]
+    return groups
+
+
+def tables(result: dict) -> str:
+    """Time of each pattern divided by that of the first, round by round: median (least to most)."""
+    patterns = result["patterns"]
+    lines = ["| what | dtype | tokens | " + " | ".join(f"`{p}`" for p in patterns) + " |"]
+    lines.append("| --- | --- | ---: |" + " ---: |" * len(patterns))
+    for (what, dtype, mode, length), times in _times(result).items():
+        base, cells = times[patterns[0]], []
+        for pattern in patterns:
+            if pattern not in times:
+                cells.append("")
+                continue
+            ratio = spread([a / b for a, b in zip(times[pattern], base, strict=True)])
+            cells.append(f"{ratio.median:.2f} ({ratio.least:.2f} to {ratio.most:.2f})")
+        cells[0] = f"{spread(base).median * 1e3:,.1f} ms"
+        lines.append(f"| {what}{', ' + mode if mode else ''} | {dtype} | {length:,} | " + " | ".join(cells) + " |")
+    keys = [f"`{p}` {', '.join(f'{k:,.0f}' for k in row)}" for p, row in result["keys"].items()]
+    counted = f"Keys that a query sees on average at {', '.join(f'{n:,}' for n in result['lengths'])} tokens: "
+    return "\n".join(lines) + "\n\n" + counted + "; ".join(keys) + "."
+
+
+def headline(result: dict) -> str:
+    """The same table."""
+    return tables(result)
+
+
+def plot(result: dict, path: str) -> None:
+    """Time of the op against length, one line for each pattern."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, mode in zip(axes, op.MODES, strict=True):
+        for number, pattern in enumerate(result["patterns"]):
+            times = {k[3]: v[pattern] for k, v in _times(result).items() if k[2] == mode and pattern in v}
+            axis.plot(list(times), [spread(x).median for x in times.values()], f"C{number}.-", label=pattern)
+        axis.set(title=f"two layers, {mode}", xlabel="tokens", ylabel="seconds", xscale="log", yscale="log")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=130)

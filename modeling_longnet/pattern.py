@@ -1,0 +1,205 @@
+"""The pattern of attention: which tokens the heads of every layer keep, and which keys their queries see.
+
+The first fields of `Pattern` are the paper's (LongNet, arXiv 2307.02486, Eq. 4-8 and 13-15), the others go beyond it.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from .branches import Branch
+
+HEAD_OFFSETS = ("interleaved", "blocked")
+LONGEST_SEGMENT = 1 << 62  # positions are int64
+
+
+class Pattern(NamedTuple):
+    """Which keys a model's queries see: the branches of every layer and head. The first three fields are the paper's.
+
+    Attributes:
+        segment_lengths, dilation_rates: w and r of each branch, ascending w.
+        head_offsets: "interleaved" (g mod r, the paper's Eq. 13) or "blocked" (g // ceil(G / r), TorchScale's).
+        window_size: tokens of a sliding window before the branches, which may then be none; None for no window.
+        query_rates: a query rate for each branch, a divisor of its r: a head keeps every query_rate-th token as a
+            query. 1 lets every query see the branch (r times the work). None: r, as in the paper.
+        rotate_offsets: a head keeps queries and keys at two offsets, which turn from layer to layer, so that any two
+            tokens of a segment meet in some head or layer.
+        stagger_segments: odd layers place the borders of segments half a segment earlier.
+        keys_once: a branch leaves out the region of the branch before it, so that no key counts twice.
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    head_offsets: str = "interleaved"
+    window_size: int | None = None
+    query_rates: tuple[int, ...] | None = None
+    rotate_offsets: bool = False
+    stagger_segments: bool = False
+    keys_once: bool = False
+
+    @classmethod
+    def parse(cls, words: str) -> "Pattern":
+        """Return the pattern that one line writes: "w256 2048/8:1 512/1 rotate stagger once".
+
+        These are a window (w and its size), branches (w/r, or w/r:query_rate), and what is switched on.
+
+        Raises:
+            ValueError: names the word that is none of these.
+        """
+        flags = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
+        branches, fields = [], {}
+        for word in words.split():
+            if word in flags:
+                fields[flags[word]] = True
+            elif match := re.fullmatch(r"w(\d+)", word):
+                fields["window_size"] = int(match[1])
+            elif match := re.fullmatch(r"(\d+)/(\d+)(?::(\d+))?", word):
+                branches.append([int(x or match[2]) for x in match.groups()])
+            else:
+                raise ValueError(
+                    f"pattern {words!r}: {word!r} is no window such as w256, no branch such as 2048/4 or 2048/8:1, and "
+                    f"none of {', '.join(flags)}."
+                )
+        w, r, rates = (tuple(x) for x in zip(*branches, strict=True)) if branches else ((), (), ())
+        return cls(w, r, query_rates=None if rates == r else rates, **fields)
+
+    @classmethod
+    def of(cls, config) -> "Pattern":
+        """Return the pattern that a config, or anything with these attributes, describes."""
+        values = (getattr(config, name, default) for name, default in cls._defaults().items())
+        return cls(*(tuple(x) if isinstance(x, list) else x for x in values))
+
+    @classmethod
+    def _defaults(cls) -> dict:
+        return dict.fromkeys(cls._fields, ()) | cls._field_defaults
+
+    def check(self, is_causal: bool = True) -> None:
+        """Raise ValueError unless the fields make branches and fit each other."""
+        check_branches(self.segment_lengths, self.dilation_rates, allows_none=self.window_size is not None)
+        w, r, window = self.segment_lengths, self.dilation_rates, self.window_size
+        if self.head_offsets not in HEAD_OFFSETS:
+            raise ValueError(f"head_offsets={self.head_offsets!r}: allowed are {', '.join(map(repr, HEAD_OFFSETS))}.")
+        if window is not None and not (_is_count(window) and window <= min(w, default=LONGEST_SEGMENT)):
+            raise ValueError(
+                f"window_size={window!r} must be None or a number of tokens, at least 1 and at most the shortest "
+                f"segment ({min(w, default=LONGEST_SEGMENT)})."
+            )
+        rates = self.query_rates
+        if rates is not None and not (
+            isinstance(rates, list | tuple)
+            and len(rates) == len(r)
+            and all(_is_count(a) and b % a == 0 for a, b in zip(rates, r, strict=True))
+        ):
+            raise ValueError(
+                f"query_rates={rates!r}: give None, or for each of dilation_rates={list(r)} a divisor of it; 1 lets "
+                "every query see that branch."
+            )
+        if (self.rotate_offsets or rates is not None) and self.head_offsets != "interleaved":
+            raise ValueError("rotate_offsets and query_rates choose offsets themselves: leave head_offsets alone.")
+        if self.keys_once and any(long % short for short, long in pairwise(w)):
+            raise ValueError(
+                f"keys_once needs nested segments, each length a multiple of the one before; got {list(w)}."
+            )
+        if self.keys_once and not is_causal:
+            raise ValueError("keys_once needs causal attention (is_causal=True).")
+
+    def branches(self, num_kv_heads: int, num_heads: int | None = None, layer: int = 0) -> tuple[Branch, ...]:
+        """Return a layer's branches for these key/value and query heads (None: as many), the least dilated first.
+
+        The order affects the result by rounding only. If any branch covers every token, the first does.
+        """
+        heads, groups = num_heads or num_kv_heads, range(num_kv_heads)
+        result, rates = [], self.query_rates or self.dilation_rates
+        window, segment, phase = self.window_size or 0, 0, 0
+        if window:
+            result.append(Branch(window, 1, (0,) * num_kv_heads, is_window=True))
+        for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
+            inner, inner_phase = segment, phase
+            segment, phase = w, self._phase(w, inner, phase) if self.stagger_segments and layer % 2 else 0
+            if self.rotate_offsets:
+                offsets = tuple((g + g // r + layer) % r for g in groups)
+            elif rate < r:  # the last token of every r, as in Sparse Transformers (arXiv 1904.10509, section 4.3)
+                offsets = (r - 1,) * num_kv_heads
+            elif self.head_offsets == "interleaved":
+                offsets = tuple(g % r for g in groups)
+            else:
+                offsets = tuple(g // math.ceil(num_kv_heads / r) for g in groups)
+            queries = (0, ())  # the tokens of the keys
+            if self.rotate_offsets or rate < r:
+                queries = rate, tuple(h % rate for h in range(heads))
+            after = (window, inner, inner_phase) if self.keys_once else (0, 0, 0)
+            result.append(Branch(w, r, offsets, *queries, phase, False, *after))
+        return tuple(sorted(result, key=lambda branch: (not branch.covers_all, branch.r, branch.w)))
+
+    def describe(self) -> str:
+        """Return a sentence or two that say which keys a query sees."""
+        branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+        if self.window_size is None:
+            reach = (
+                f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"
+            )
+            return f"Branches {branches}: {reach}."
+        shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
+        return f"A query sees the last {self.window_size} tokens{shown}."
+
+    @staticmethod
+    def _phase(w: int, inner: int, inner_phase: int) -> int:
+        """Return about w / 2, so that borders of the inner segments stay borders of this one."""
+        return inner_phase + (w // 2 - inner_phase) // inner * inner if inner else w // 2
+
+    def count_work(self, length: int) -> float:
+        """Return the mean number of keys that a causal query sees per head in a sequence of `length` tokens.
+
+        A branch shows half of its region, one key in r, to one query in query_rate: sum_i min(w_i, length) /
+        (2 r_i query_rate_i); with keys_once, less the region before it. Exact up to each query's own key (half a key
+        per branch) if whole segments fill the sequence; a ragged end or staggered segments show less.
+        """
+        window = self.window_size or 0
+        work = window * (1 - window / (2 * length)) if window < length else length / 2
+        left_out, before = window if self.keys_once else 0, 0.0
+        rates = self.query_rates or self.dilation_rates
+        for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
+            tokens = min(w, length)
+            region = max(0, tokens - left_out) ** 2 / (2 * tokens)  # of the segment, before the window
+            work += (region - before) / (r * rate)
+            before = region if self.keys_once else 0.0
+        return work
+
+
+def _is_count(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= LONGEST_SEGMENT
+
+
+def check_branches(segment_lengths, dilation_rates, allows_none: bool = False) -> None:
+    """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w <= 2^62, w growing."""
+    pairs = f"segment_lengths={segment_lengths}, dilation_rates={dilation_rates}"
+    if not all(isinstance(numbers, list | tuple) for numbers in (segment_lengths, dilation_rates)):
+        raise ValueError(f"{pairs}: give two lists, such as [2048, 8192] and [1, 4].")
+    pairs = f"segment_lengths={list(segment_lengths)}, dilation_rates={list(dilation_rates)}"
+    if len(segment_lengths) < (not allows_none) or len(segment_lengths) != len(dilation_rates):
+        raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")
+    if not all(map(_is_count, (*segment_lengths, *dilation_rates))):
+        raise ValueError(
+            f"{pairs}: segment lengths and dilation rates are whole numbers of tokens, at least 1 and at most 2^62."
+        )
+    for w, r in zip(segment_lengths, dilation_rates, strict=True):
+        if r > w:
+            raise ValueError(f"{pairs}: rate {r} is larger than its segment length {w}; most heads would keep nothing.")
+    if list(segment_lengths) != sorted(set(segment_lengths)):
+        raise ValueError(f"{pairs}: segment lengths must grow; sort the pairs, of equal ones keep the smaller rate.")
+
+
+def make_branches(
+    segment_lengths: Sequence[int], dilation_rates: Sequence[int], num_heads: int, head_offsets: str
+) -> tuple[Branch, ...]:
+    """Return the paper's branches for `num_heads` key/value heads, the least dilated first."""
+    pattern = Pattern(segment_lengths, dilation_rates, head_offsets)
+    pattern.check()
+    return pattern.branches(num_heads)
+
+
+def count_work(segment_lengths, dilation_rates, length: int) -> float:
+    """Return `Pattern.count_work` of the paper's pattern."""
+    return Pattern(segment_lengths, dilation_rates).count_work(length)
