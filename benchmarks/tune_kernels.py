@@ -17,8 +17,23 @@ from modeling_longnet.testing import TritonBackend
 
 _kernels = sys.modules[TritonBackend.__module__.replace("backend_triton", "triton_kernels")]
 _LOG2_E, _kernel, gdc_launch_dependents = _kernels._LOG2_E, _kernels._kernel, _kernels.gdc_launch_dependents
-gdc_wait, _program_tokens, _key_pointers = _kernels.gdc_wait, _kernels._program_tokens, _kernels._key_pointers
+gdc_wait, _program, _kept_tokens = _kernels.gdc_wait, _kernels._program, _kernels._kept_tokens
+_key_pointers = _kernels._key_pointers
 _load_block, _add_block = _kernels._load_block, _kernels._add_block
+
+
+@triton.jit
+def _program_tokens(
+    num_blocks, heads, heads_per_kv, num_segments, first_segment, key_offsets_ptr, w, r, phase, ghost, length,
+    remaining, batch_begin, column_begin,
+):  # fmt: skip
+    """Return what a program of the paper's pattern works on: the column of its first token, and numbers of tokens."""
+    block, head, segment, batch = _program(num_blocks, heads, num_segments, first_segment, batch_begin)
+    kv_head = head // heads_per_kv
+    token, seqlen, prefix, suffix = _kept_tokens(
+        key_offsets_ptr, kv_head, segment, w, r, phase, ghost, length, remaining
+    )  # fmt: skip
+    return block, head, kv_head, batch, column_begin + token, seqlen, prefix, suffix
 
 
 @triton.jit
@@ -71,19 +86,20 @@ def _wait(seqlen, SPECIALIZED: tl.constexpr):
 def forward_candidate(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_lb,
-    heads, heads_per_kv, num_blocks, num_segments, first_segment, w, r, heads_per_offset, phase, length, remaining,
-    batch_begin, column_begin, padded_seqlen, scale_log2,
-    KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, ZERO_PADDING: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
+    heads, heads_per_kv, num_blocks, num_segments, first_segment, key_offsets_ptr, query_offsets_ptr, w, r, phase,
+    ghost, length, remaining, gap, span, span_shift, batch_begin, column_begin, padded_seqlen, scale_log2,
+    KEYS: tl.constexpr, VISIBLE: tl.constexpr, RESIDUES: tl.constexpr, IS_FIRST: tl.constexpr,
+    ZERO_PADDING: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
     TMA: tl.constexpr, LOOPS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """`forward_kernel` with other loads and loops (no zero padding)."""
+    IS_CAUSAL: tl.constexpr = VISIBLE == "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
     block, head, kv_head, batch, token, seqlen_q, prefix, suffix = _program_tokens(
-        num_blocks, heads, heads_per_kv, num_segments, first_segment, w, r, heads_per_offset, phase, length,
+        num_blocks, heads, heads_per_kv, num_segments, first_segment, key_offsets_ptr, w, r, phase, ghost, length,
         remaining, batch_begin, column_begin,
     )  # fmt: skip
     block = num_blocks - 1 - block
@@ -149,19 +165,21 @@ def forward_candidate(
 def dkdv_candidate(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_lb,
-    stride_dkb, stride_dkt, stride_dkh, heads, num_blocks, num_segments, first_segment, w, r, heads_per_offset, phase,
-    length, remaining, batch_begin, column_begin, scale_log2,
-    KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr, HEADS_PER_KV: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
+    stride_dkb, stride_dkt, stride_dkh, heads, num_blocks, num_segments, first_segment, key_offsets_ptr,
+    query_offsets_ptr, w, r, phase, ghost, length, remaining, gap, span, span_shift, batch_begin, column_begin,
+    scale_log2,
+    KEYS: tl.constexpr, VISIBLE: tl.constexpr, RESIDUES: tl.constexpr, IS_FIRST: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
     TMA: tl.constexpr, KEYS_ARE_ROWS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """`backward_dkdv_kernel` with other loads, and either shape of the scores."""
+    IS_CAUSAL: tl.constexpr = VISIBLE == "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
     block, kv_head, _, batch, token, seqlen_q, prefix, suffix = _program_tokens(
-        num_blocks, heads // HEADS_PER_KV, 1, num_segments, first_segment, w, r, heads_per_offset, phase, length,
+        num_blocks, heads // HEADS_PER_KV, 1, num_segments, first_segment, key_offsets_ptr, w, r, phase, ghost, length,
         remaining, batch_begin, column_begin,
     )  # fmt: skip
     k_ptr, stride_kn, v_ptr, stride_vn, seqlen_k = _key_pointers(
@@ -231,19 +249,20 @@ def dkdv_candidate(
 def dq_candidate(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_lb,
-    heads, heads_per_kv, num_blocks, num_segments, first_segment, w, r, heads_per_offset, phase, length, remaining,
-    batch_begin, column_begin, scale_log2,
-    KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_FIRST: tl.constexpr,
+    heads, heads_per_kv, num_blocks, num_segments, first_segment, key_offsets_ptr, query_offsets_ptr, w, r, phase,
+    ghost, length, remaining, gap, span, span_shift, batch_begin, column_begin, scale_log2,
+    KEYS: tl.constexpr, VISIBLE: tl.constexpr, RESIDUES: tl.constexpr, IS_FIRST: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr, WIDE: tl.constexpr,
     TMA: tl.constexpr, LOOPS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """`backward_dq_kernel` with other loads and loops."""
+    IS_CAUSAL: tl.constexpr = VISIBLE == "causal"
     token_stride = tl.cast(r, tl.int64) if WIDE else r
     if OVERLAPS:
         gdc_launch_dependents()
     block, head, kv_head, batch, token, seqlen_q, prefix, suffix = _program_tokens(
-        num_blocks, heads, heads_per_kv, num_segments, first_segment, w, r, heads_per_offset, phase, length,
+        num_blocks, heads, heads_per_kv, num_segments, first_segment, key_offsets_ptr, w, r, phase, ghost, length,
         remaining, batch_begin, column_begin,
     )  # fmt: skip
     block = num_blocks - 1 - block

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import Backend, BranchCall, Grads
-from .branches import Branch
+from .branches import Branch, Chunk
 from .compat import HAS_TRITON_GDC, TRITON_IS_INTERPRETED
 from .triton_kernels import TRITON_ERROR, backward_dkdv_kernel, backward_dq_kernel, delta_kernel, forward_kernel
 
@@ -97,24 +97,74 @@ def _padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _heads_per_offset(branch: Branch) -> int:
-    """Return n where key/value head g has offset (g // n) mod r."""
-    n = next((g for g, offset in enumerate(branch.offsets) if offset), len(branch.offsets)) or 1
-    if branch.offsets != tuple(g // n % branch.r for g in range(len(branch.offsets))):
-        raise ValueError(f"head offsets {branch.offsets} at rate {branch.r} are neither interleaved nor blocked.")
-    return n
+@lru_cache(maxsize=1024)
+def _offset_tables(branch: Branch, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Return the offset of each key/value head, and those of each query head: int32 on the device; None if all are 0.
+
+    None for the queries also where their offsets are those of their keys. The query offsets of a head are adjacent.
+    """
+    if branch.r == 1:
+        return None, None
+    of_queries = [i for o in branch.query_offsets for i in range(o, branch.r, branch.query_rate)]
+    tables = (torch.tensor(x, dtype=torch.int32, device=device) if x else None for x in (branch.offsets, of_queries))
+    return tuple(tables)
 
 
-def _segments(call: BranchCall) -> tuple[int, int, int, int]:
-    """Return the number of segments of a launch, the first, and the most queries and keys of a head in one of them."""
-    chunk, (w, r, _) = call.chunk, call.branch
-    phase, end = chunk.start % w, chunk.start + chunk.length
-    count, seqlen_q = -(-(phase + chunk.length) // w), -(-min(w, chunk.length) // r)
+class _Place(NamedTuple):
+    """Where a chunk lies in the segments of a branch: the kernels' arguments of these names.
+
+    `prefix` and `suffix` are the tokens before and after the chunk in its first and its last segment.
+    """
+
+    w: int
+    phase: int
+    ghost: int
+    num_segments: int
+    prefix: int
+    suffix: int
+
+    @classmethod
+    def of(cls, chunk: Chunk, branch: Branch) -> "_Place":
+        w, after = branch.w, chunk.total - chunk.start - chunk.length
+        if branch.is_window:
+            prefix, suffix = min(chunk.start, w - 1), min(after, w - 1)
+            return cls(prefix + chunk.length + suffix, prefix, 0, 1, prefix, suffix)
+        phase = (chunk.start + branch.phase) % w
+        prefix, suffix = min(chunk.start, phase), min(after, -(phase + chunk.length) % w)
+        return cls(w, phase, phase - prefix, -(-(phase + chunk.length) // w), prefix, suffix)
+
+
+def _visible(call: BranchCall) -> str:
+    """Return which keys of its segment a query sees: see VISIBLE in `triton_kernels`."""
+    branch = call.branch
+    if branch.is_window:
+        return "window"
+    if branch.after_segment:
+        return "segments"
+    if branch.after_window or (call.is_causal and call.keys == "chunk" and branch.query_offsets):
+        return "shifted"
+    return "causal" if call.is_causal and call.keys == "chunk" else "all"
+
+
+def _visibility(call: BranchCall, prefix: int) -> dict[str, object]:
+    """Return the arguments that say which keys a query sees."""
+    branch, start = call.branch, call.chunk.start
+    gap, span, shift = branch.after_window, branch.after_segment, 0
+    if branch.is_window:
+        gap, span = 0 if call.is_causal else 1 - branch.w, branch.w
+    elif span:  # not negative, so that the remainder is not, from the first token of the prefix on
+        shift = (start + branch.after_phase) % span + -(-prefix // span) * span
+    return {"VISIBLE": _visible(call), "gap": gap, "span": span, "span_shift": shift}
+
+
+def _most_tokens(call: BranchCall, place: _Place) -> tuple[int, int]:
+    """Return the most queries and keys of a head in a segment of a launch."""
+    length, r = min(place.w, call.chunk.length), call.branch.r
     if call.keys == "chunk":
-        return count, 0, seqlen_q, seqlen_q
-    if call.keys == "prefix":
-        return 1, 0, seqlen_q, -(-phase // r)
-    return 1, count - 1, seqlen_q, -(-(min(-(-end // w) * w, chunk.total) - end) // r)
+        return -(-length // r), -(-length // r)
+    if call.branch.is_window and call.keys == "prefix":
+        length = min(length, call.branch.w - 1)  # later queries see none of it
+    return -(-length // r), -(-(place.prefix if call.keys == "prefix" else place.suffix) // r)
 
 
 def _strides(**tensors: tuple[int, ...]) -> dict[str, int]:
@@ -122,44 +172,49 @@ def _strides(**tensors: tuple[int, ...]) -> dict[str, int]:
     return {f"stride_{name}{dim}": n for name, by in tensors.items() for dim, n in zip("bth", by, strict=False)}
 
 
-def _shared_arguments(call: BranchCall, layout: _Layout) -> dict[str, object]:
+def _shared_arguments(call: BranchCall, layout: _Layout, place: _Place) -> dict[str, object]:
     """Return the arguments that are the same for the three attention kernels."""
-    chunk, (w, r, _), dim = call.chunk, call.branch, layout.dim
+    chunk, branch, dim = call.chunk, call.branch, layout.dim
     precision = "tf32x3" if layout.dtype == torch.float32 else "tf32"  # ignored in half precision
     arguments = _strides(q=layout.query, k=layout.key, v=layout.value)
     arguments |= {"stride_lb": layout.length * layout.heads, "heads": layout.heads}
-    arguments |= {"w": w, "r": r, "heads_per_offset": _heads_per_offset(call.branch), "phase": chunk.start % w}
+    arguments |= dict(zip(("key_offsets_ptr", "query_offsets_ptr"), _offset_tables(branch, layout.device), strict=True))
+    arguments |= {"RESIDUES": branch.r // (branch.query_rate or branch.r)}
+    arguments |= {"w": place.w, "r": branch.r, "phase": place.phase, "ghost": place.ghost}
     arguments |= {"length": chunk.length, "remaining": chunk.total - chunk.start}
     arguments |= {"batch_begin": chunk.batch_begin, "column_begin": chunk.column_begin}
     arguments |= {"scale_log2": call.scale * math.log2(math.e), "D": dim, "BLOCK_D": _padded_dim(dim)}
-    arguments |= {"KEYS": call.keys, "IS_CAUSAL": call.is_causal and call.keys == "chunk", "IS_FIRST": call.is_first}
+    arguments |= {"KEYS": call.keys, "IS_FIRST": call.is_first, **_visibility(call, place.prefix)}
+    arguments |= {"num_segments": place.num_segments if call.keys == "chunk" else 1}
+    arguments |= {"first_segment": place.num_segments - 1 if call.keys == "suffix" else 0}
     return arguments | {"PRECISION": precision, "OVERLAPS": _can_overlap(layout.device)}
 
 
 @lru_cache(maxsize=4096)
 def _launch(kernel: str, call: BranchCall, layout: _Layout) -> _Launch | None:
     """Return the launch of a kernel ("forward", "dkdv" or "dq"), None if there are no keys."""
-    num_segments, first_segment, seqlen_q, seqlen_k = _segments(call)
-    if not seqlen_k:
+    place = _Place.of(call.chunk, call.branch)
+    seqlen_q, seqlen_k = _most_tokens(call, place)
+    if not (seqlen_q and seqlen_k):
         return None
-    (w, r, _), heads_per_kv = call.branch, layout.heads // layout.kv_heads
+    branch, heads_per_kv = call.branch, layout.heads // layout.kv_heads
     block_m, block_n, num_warps, num_stages = block_sizes(kernel, layout.dtype, layout.dim)
-    arguments = _shared_arguments(call, layout)
+    arguments = _shared_arguments(call, layout, place)
     if kernel == "dkdv":
         num_blocks, heads = -(-seqlen_k // block_n), layout.kv_heads
         arguments |= {"HEADS_PER_KV": heads_per_kv, **_strides(dk=layout.grad_key)}
     else:
-        num_blocks, heads = -(-seqlen_q // block_m), layout.heads
+        num_blocks, heads = -(-seqlen_q // block_m), layout.heads * arguments["RESIDUES"]
         arguments |= {"heads_per_kv": heads_per_kv}
     if kernel == "forward":
         zero_padding = call.zero_padding and call.keys == "chunk"
-        arguments |= {"padded_seqlen": -(-min(w, call.chunk.total) // r), "ZERO_PADDING": zero_padding}
+        padded_seqlen = -(-min(branch.w, call.chunk.total) // branch.r)
+        arguments |= {"padded_seqlen": padded_seqlen, "ZERO_PADDING": zero_padding}
     if arguments["OVERLAPS"]:
         arguments["launch_pdl"] = call.overlaps or kernel == "dq"  # dq follows dk and dv, of the same inputs
-    arguments |= {"num_blocks": num_blocks, "num_segments": num_segments, "first_segment": first_segment}
-    arguments |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "WIDE": layout.is_wide(r, seqlen_q)}
-    arguments |= {"num_warps": num_warps, "num_stages": num_stages}
-    programs = num_blocks * heads * num_segments * call.chunk.batch
+    arguments |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "WIDE": layout.is_wide(branch.r, seqlen_q)}
+    arguments |= {"num_blocks": num_blocks, "num_warps": num_warps, "num_stages": num_stages}
+    programs = num_blocks * heads * arguments["num_segments"] * call.chunk.batch
     return _Launch(_KERNELS[kernel], programs, arguments, layout.device)
 
 

@@ -8,7 +8,9 @@ import os
 import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -39,6 +41,8 @@ from modeling_longnet.attention_autograd import (
 from modeling_longnet.backend import BranchCall
 from modeling_longnet.backends import BACKENDS, choose_backend
 from modeling_longnet.branches import Branch, Chunk, prefix_lengths
+from modeling_longnet.pattern import Pattern
+from modeling_longnet.reference import count_branches, dense_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 3e-6  # float32 against float64, a few hundred additions
@@ -62,6 +66,68 @@ def make_plan(case: Case, *chunks: Chunk, backend="triton", zero_padding=False):
 def make_halo(keys, values):
     """Join each branch's (B, G, P, D) keys and values, as `halo_keys` returns them."""
     return HaloKV(torch.cat(keys, 2), torch.cat(values, 2), tuple(x.shape[2] for x in keys))
+
+
+class Beyond(NamedTuple):
+    """Sizes and pattern of one call, as `Case` for the paper's pattern."""
+
+    length: int
+    heads: int
+    groups: int
+    dim: int
+    pattern: Pattern
+    layer: int = 1
+    is_causal: bool = True
+
+    @property
+    def branches(self):
+        self.pattern.check(self.is_causal)
+        return self.pattern.branches(self.groups, self.heads, self.layer)
+
+
+EVERYTHING = Pattern((16, 48), (2, 6), "interleaved", 5, (2, 3), True, True, True)
+SUMMARIES = Pattern((24,), (4,), "interleaved", 4, (1,), keys_once=True)
+STAGGERED = Pattern((12, 30), (1, 3), rotate_offsets=True, stagger_segments=True)
+ONCE = Pattern((17, 51), (1, 2), stagger_segments=True, keys_once=True)
+SYMMETRIC = Pattern((20,), (4,), "interleaved", 7, (2,), True, True)
+
+
+def beyond_inputs(case: Beyond, dtype=torch.float64, batch=1):
+    """q (B, L, H, D), k, v (B, L, G, D) and the gradient of out."""
+    torch.manual_seed(case.length)
+    sizes = case.heads, case.groups, case.groups, case.heads
+    return [torch.randn(batch, case.length, n, case.dim).to(DEVICE, dtype) for n in sizes]
+
+
+def dense(case: Beyond, inputs, cuts=()):
+    """out, dq, dk and dv of the dense reference in the dtype of the inputs; the sequence is cut into documents."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    ends = [*cuts, case.length]
+    sizes = [end - begin for begin, end in zip([0, *cuts], ends, strict=True)]
+    positions = torch.cat([torch.arange(size) for size in sizes])[None].to(DEVICE)
+    documents = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[None].to(DEVICE)
+    counts = count_branches(case.branches, positions, positions, documents, documents, case.is_causal)
+    out, _, _ = dense_attention(*(x.transpose(1, 2) for x in leaves), counts, case.dim**-0.5)
+    grads = torch.autograd.grad(out, leaves, inputs[3].transpose(1, 2))
+    return dict(zip(NAMES, (out.detach().transpose(1, 2), *grads), strict=True))
+
+
+def halo_slots(case: Beyond, x, start, end, side="prefix"):
+    """Each branch's (B, G, P, D) tokens before (after) a chunk in its first (last) segment; other slots stay NaN."""
+    border, outside = (start, range(start)) if side == "prefix" else (end - 1, range(end, case.length))
+    result = []
+    for branch in case.branches:
+        w, r, offsets, *_ = branch
+        segments = {p: (p + branch.phase) // w for p in range(case.length)}
+        near = [p for p in outside if (abs(p - border) < w if branch.is_window else segments[p] == segments[border])]
+        kept = [[p for p in near if branch.is_window or (p + branch.phase) % w % r == o] for o in offsets]
+        slots = x.new_full((len(x), len(offsets), max(map(len, kept)) + 1, case.dim), torch.nan) + 0 * x.sum()
+        for head, tokens in enumerate(kept):
+            if tokens:
+                index = torch.arange(len(x))[:, None], torch.tensor(head), torch.arange(len(tokens))
+                slots = slots.index_put(index, x[:, tokens, head])
+        result.append(slots)
+    return tuple(result)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -130,36 +196,35 @@ def test_chunks_with_a_prefix(groups):
     assert_all_close({name: x.transpose(1, 2) for name, x in actual.items()}, exact(case, inputs), TOLERANCE)
 
 
-@pytest.mark.parametrize("zero_padding", [False, True])
-def test_a_bidirectional_chunk_between_its_neighbours(zero_padding):
+@pytest.mark.parametrize(("case", "zero_padding"), [
+    (Case(2, 45, 4, 2, 7, (10, 40), (1, 3), False, "interleaved"), False),
+    (Case(2, 45, 4, 2, 7, (10, 40), (1, 3), False, "interleaved"), True),
+    (Beyond(45, 4, 2, 7, SYMMETRIC, 3, False), False),
+], ids=["", "zero padding", "beyond the paper"])  # fmt: skip
+def test_a_bidirectional_chunk_between_its_neighbours(case, zero_padding):
     """What a shard of a sequence computes: its own keys, those before it and those after it."""
-    case, start, end = Case(2, 45, 4, 2, 7, (10, 40), (1, 3), False, "interleaved"), 13, 31
-    query, key, value, grad_out = (x.transpose(1, 2).contiguous() for x in make_inputs(case, torch.float64))
-    grad_out[:, :start] = grad_out[:, end:] = 0
-    whole = [x.detach().requires_grad_() for x in (query, key, value)]
+    batch, start, end = 2, 13, 31
+    made = beyond_inputs(case, torch.float64, batch)
+    made[3][:, :start] = made[3][:, end:] = 0
     if zero_padding:
+        whole = [x.cpu().requires_grad_() for x in made[:3]]
         expected = dense_with_padding(case, *whole)
+        grads = torch.autograd.grad(expected, whole, made[3].cpu())
+        expected = dict(zip(NAMES, (expected.detach(), *grads), strict=True))
     else:
-        expected = dilated_attention(
-            *(x.transpose(1, 2) for x in whole), case.lengths, case.rates, is_causal=False, backend="eager"
-        ).transpose(1, 2)
-    grads = torch.autograd.grad(expected, whole, grad_out)
+        expected = {name: x.cpu() for name, x in dense(case, made).items()}
 
-    chunk = Chunk(0, case.batch, 0, end - start, start, case.length)
+    chunk = Chunk(0, batch, 0, end - start, start, case.length)
     plan = make_plan(case, chunk, zero_padding=zero_padding)
-    query, key, value, grad_out = (x.to(DEVICE, torch.float32) for x in (query, key, value, grad_out))
+    query, key, value, grad_out = (x.float() for x in made)
     q, k, v, g = (x[:, start:end].contiguous() for x in (query, key, value, grad_out))
     leaves = [x.detach().requires_grad_() for x in (key, value)]
-    starts, ends = [start] * case.batch, [end] * case.batch
     out, lse = forward_chunks(q, k, v, plan)
-    halos = {
-        side: make_halo(*(halo_keys(x, case, starts, ends, side == "suffix") for x in leaves))
-        for side in ("prefix", "suffix")
-    }
+    halos = {side: make_halo(*(halo_slots(case, x, start, end, side) for x in leaves)) for side in ("prefix", "suffix")}
     detached = {side: HaloKV(halo.key.detach(), halo.value.detach(), halo.slots) for side, halo in halos.items()}
     for side, halo in detached.items():
         forward_halo(q, out, lse, halo, plan, side)
-    assert_close("out", out.cpu(), expected.detach()[:, start:end], TOLERANCE)
+    assert_close("out", out.cpu(), expected["out"][:, start:end], TOLERANCE)
 
     saved = TRITON.prepare_backward(out, g)
     dq, dk, dv = backward_chunks(g, q, k, v, saved, lse, plan)
@@ -170,9 +235,9 @@ def test_a_bidirectional_chunk_between_its_neighbours(zero_padding):
         parts = torch.autograd.grad((halo.key, halo.value), leaves, found)
         for total, part in zip(totals, parts, strict=True):
             total += part
-    assert_close("dq", dq.cpu(), grads[0][:, start:end], TOLERANCE)
-    assert_close("dk", totals[0].cpu(), grads[1], TOLERANCE)
-    assert_close("dv", totals[1].cpu(), grads[2], TOLERANCE)
+    assert_close("dq", dq.cpu(), expected["dq"][:, start:end], TOLERANCE)
+    assert_close("dk", totals[0].cpu(), expected["dk"], TOLERANCE)
+    assert_close("dv", totals[1].cpu(), expected["dv"], TOLERANCE)
 
 
 def both_backends(made):
@@ -325,9 +390,69 @@ def test_delta_of_an_empty_shard():
     assert TRITON.prepare_backward(empty, empty).shape == (2, 0, 3)
 
 
-def test_unknown_head_offsets_are_refused():
-    with refused("(1, 0)", "neither interleaved"):
-        backend_triton._heads_per_offset(Branch(4, 2, (1, 0)))
+@pytest.mark.usefixtures("_new_launches")
+@pytest.mark.parametrize(("case", "blocks"), [
+    pytest.param(Beyond(53, 4, 2, 16, EVERYTHING), (16, 32), id="everything, shared heads"),
+    pytest.param(Beyond(49, 2, 2, 5, SUMMARIES), (16, 16), id="summaries"),
+    pytest.param(Beyond(57, 3, 3, 64, STAGGERED), (16, 16), id="rotated and staggered"),
+    pytest.param(Beyond(60, 2, 1, 16, ONCE), (32, 16), id="keys once without a window"),
+    pytest.param(Beyond(75, 2, 1, 16, Pattern((), (), window_size=37)), (16, 16), id="a window"),
+    pytest.param(Beyond(61, 4, 2, 16, SYMMETRIC, 3, False), (16, 32), id="bidirectional"),
+])  # fmt: skip
+def test_patterns_beyond_the_paper(case, blocks, monkeypatch):
+    monkeypatch.setattr(backend_triton, "block_sizes", lambda kernel, dtype, dim: (*blocks, 4, 2))
+    if case.length % 2 == 0:
+        monkeypatch.setattr(backend_triton, "_INT32_ELEMENTS", 0)  # 64-bit offsets
+    inputs = beyond_inputs(case, torch.float32)
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = attend_chunks(*leaves, make_plan(case, Chunk(0, 1, 0, case.length, 0, case.length)))
+    actual = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs[3])), strict=True))
+    assert_all_close(actual, dense(case, [x.double() for x in inputs]), TOLERANCE)
+
+
+@pytest.mark.usefixtures("_new_launches")
+@pytest.mark.parametrize("is_packed", [False, True], ids=["with prefixes", "packed"])
+@pytest.mark.parametrize(("case", "cuts"), [
+    pytest.param(Beyond(53, 2, 2, 16, EVERYTHING), (13, 30), id="everything"),
+    pytest.param(Beyond(40, 2, 2, 16, SUMMARIES), (3, 30), id="summaries"),
+])  # fmt: skip
+def test_chunks_of_patterns_beyond_the_paper(case, cuts, is_packed, monkeypatch):
+    """Chunks of one sequence with their prefixes, whose gradients count too, or of one document each."""
+    monkeypatch.setattr(backend_triton, "block_sizes", lambda kernel, dtype, dim: (16, 16, 4, 2))
+    inputs = beyond_inputs(case, torch.float32)
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    parts = []
+    for a, b in pairwise([0, *cuts, case.length]):
+        chunk = Chunk(0, 1, 0, b - a, 0, b - a) if is_packed else Chunk(0, 1, 0, b - a, a, b)
+        prefix = None if is_packed else make_halo(*(halo_slots(case, x, a, b) for x in leaves[1:]))
+        parts.append(attend_chunks(*(x[:, a:b] for x in leaves), make_plan(case, chunk), prefix))
+    out = torch.cat(parts, 1)
+    actual = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs[3])), strict=True))
+    assert_all_close(actual, dense(case, [x.double() for x in inputs], cuts if is_packed else ()), TOLERANCE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes too long")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize(("pattern", "is_causal"), [
+    pytest.param(Pattern((256, 1024), (1, 4), "interleaved", 128, None, True, True, True), True, id="everything"),
+    pytest.param(Pattern((2048,), (8,), "interleaved", 256, (1,), keys_once=True), True, id="summaries"),
+    pytest.param(Pattern((300, 700), (2, 6), "interleaved", 100, (1, 3), True, True), False, id="bidirectional"),
+])  # fmt: skip
+def test_patterns_beyond_the_paper_on_a_gpu(pattern, is_causal, dim, dtype):
+    """Many blocks of the sizes that are launched, twice: the second call gives the same bits."""
+    case = Beyond(1500, 8, 4, dim, pattern, 1, is_causal)
+    inputs, plan = beyond_inputs(case, dtype, batch=2), make_plan(case, Chunk(0, 2, 0, case.length, 0, case.length))
+    results = []
+    for _ in range(2):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        out = attend_chunks(*leaves, plan)
+        grads = torch.autograd.grad(out, leaves, inputs[3])
+        results.append(dict(zip(NAMES, (out.detach(), *grads), strict=True)))
+    rounded, exact_results = dense(case, inputs), dense(case, [x.double() for x in inputs])
+    for name, expected in exact_results.items():
+        assert torch.equal(results[0][name], results[1][name]), name
+        assert_low_precision(name, results[0][name], rounded[name], expected)
 
 
 def test_compiles_into_one_graph():
@@ -371,6 +496,19 @@ def test_a_model_on_a_gpu_is_that_on_a_cpu():
 # Of one call with two branches: one launch per branch forward; delta once, then two launches per branch backward.
 KERNELS = ["forward_kernel"] * 2 + ["delta_kernel"] + ["backward_dkdv_kernel", "backward_dq_kernel"] * 2
 OVERLAPS = [False, True, False, False, True, True, True]
+BEYOND = {
+    "first": [
+        ("forward_kernel", "window", 40), ("forward_kernel", "segments", 16), ("forward_kernel", "shifted", 40),
+        ("delta_kernel", None, 75),
+        ("backward_dkdv_kernel", "window", 20), ("backward_dq_kernel", "window", 40),
+        ("backward_dkdv_kernel", "segments", 8), ("backward_dq_kernel", "segments", 16),
+        ("backward_dkdv_kernel", "shifted", 10), ("backward_dq_kernel", "shifted", 40),
+    ],
+    "prefix": [
+        ("forward_kernel", "window", 40), ("forward_kernel", "segments", 16), ("forward_kernel", "shifted", 48),
+        ("forward_kernel", "window", 4), ("forward_kernel", "segments", 8), ("forward_kernel", "shifted", 8),
+    ],
+}  # fmt: skip
 PROGRAMS = {
     "causal": {"first": [40, 24, 75, 20, 40, 12, 24], "longer": [48, 24, 86, 24, 48, 12, 24]},
     "bidirectional": {"first": [24, 8, 38, 24, 24, 8, 8], "longer": [32, 12, 49, 32, 32, 12, 12]},
@@ -385,6 +523,17 @@ def test_launches_compiled_for_an_h100():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
+    # A window and two branches, in the second of which a head's queries are at one of two places: offsets and borders
+    # are data, so another layer takes the same kernels, and so does another start.
+    beyond = results.pop("beyond")
+    assert {name: call["compiled"] for name, call in beyond.items()} == {
+        "first": 9, "next layer": 0, "prefix": 3, "later": 0,
+    }  # fmt: skip
+    for name, launches in BEYOND.items():
+        assert [
+            (launch["kernel"], launch["numbers"].get("VISIBLE"), launch["grid"][0])
+            for launch in beyond[name]["launches"]
+        ] == launches
     assert set(results) == set(PROGRAMS)
     for case, calls in results.items():
         shifted, first, again, longer, elsewhere, wide = (call["launches"] for call in calls.values())

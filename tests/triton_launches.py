@@ -57,15 +57,24 @@ class Driver:
         return TARGET
 
 
-def attend(query, key, value, is_causal):
-    """Run forward and backward; return the launches and how many kernels were compiled for them."""
+def attend(query, key, value, is_causal, branches=None, start=None):
+    """Run forward and backward; return the launches and how many kernels were compiled for them.
+
+    With a `start`, the tokens from there on have those before it as a prefix, and nothing is differentiated.
+    """
     launches.clear()
     loaded = gpu.utils.loaded
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    branches = make_branches([128, 512], [1, 3], key.shape[2], "interleaved")
-    plan = AttentionPlan(whole_batch(*query.shape[:2]), branches, is_causal, query.shape[-1] ** -0.5, "triton", False)
-    out = attend_chunks(*leaves, plan)
-    torch.autograd.grad(out, leaves, torch.ones_like(out))
+    leaves = [x.detach().requires_grad_(start is None) for x in (query, key, value)]
+    branches = branches or make_branches([128, 512], [1, 3], key.shape[2], "interleaved")
+    chunks, prefix = whole_batch(*query.shape[:2]), None
+    if start is not None:
+        slots, length = prefix_lengths(branches, start), query.shape[1]
+        chunks = (Chunk(0, len(query), 0, length, start, start + length),)
+        prefix = HaloKV(*(x[:, :1].transpose(1, 2).repeat(1, 1, sum(slots), 1) for x in leaves[1:]), slots)
+    plan = AttentionPlan(chunks, branches, is_causal, query.shape[-1] ** -0.5, "triton", False)
+    out = attend_chunks(*leaves, plan, prefix)
+    if start is None:
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
     return {"launches": list(launches), "compiled": gpu.utils.loaded - loaded}
 
 
@@ -78,9 +87,9 @@ if __name__ == "__main__":
     gpu = Driver()
     driver.set_active(gpu)
     from modeling_longnet import backend_triton
-    from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
-    from modeling_longnet.branches import whole_batch
-    from modeling_longnet.pattern import make_branches
+    from modeling_longnet.attention_autograd import AttentionPlan, HaloKV, attend_chunks
+    from modeling_longnet.branches import Chunk, prefix_lengths, whole_batch
+    from modeling_longnet.pattern import Pattern, make_branches
 
     backend_triton._can_overlap = lambda device: True
     inputs = {
@@ -103,4 +112,13 @@ if __name__ == "__main__":
         result[name]["wide"] = attend(q, k, v, is_causal)
         backend_triton._INT32_ELEMENTS = 1 << 31
         backend_triton._launch.cache_clear()
+    pattern = Pattern((128, 512), (2, 4), "interleaved", 64, (1, 4), True, True, True)
+    even, odd = (pattern.branches(2, 4, layer) for layer in (0, 1))
+    q, k, v = inputs["causal"][0]
+    result["beyond"] = {
+        "first": attend(q, k, v, True, even),
+        "next layer": attend(q, k, v, True, odd),
+        "prefix": attend(q, k, v, True, even, start=100),
+        "later": attend(q, k, v, True, odd, start=1100),
+    }
     print(json.dumps(result))
