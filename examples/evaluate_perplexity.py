@@ -67,6 +67,10 @@ class EvaluationArguments:
         },
     )
     dilation_rates: list[int] | None = field(default=None, metadata={"help": "One for each segment length."})
+    pattern: str | None = field(
+        default=None,
+        metadata={"help": "The same for a whole pattern, as parse_pattern reads it: 'w256 4096/16:1 once'."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the folder's own code."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
     device: str = field(
@@ -384,12 +388,16 @@ def load_model(arguments: EvaluationArguments) -> PreTrainedModel:
     trust = {"trust_remote_code": arguments.trust_remote_code}
     given = {"segment_lengths": arguments.segment_lengths, "dilation_rates": arguments.dilation_rates}
     branches = {name: value for name, value in given.items() if value is not None}
+    if arguments.pattern is not None:
+        # Not imported above: it would take the place of the code that a LongNet's folder brings.
+        from modeling_longnet import parse_pattern
+
+        branches |= parse_pattern(arguments.pattern)
     config = AutoConfig.from_pretrained(arguments.model, **trust)
     if config.model_type == "longnet":
         return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **trust, **branches)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **trust)
     if branches or hasattr(config, "dilated_attention"):
-        # Not imported above: it would take the place of the code that a LongNet's folder brings.
         from modeling_longnet import use_dilated_attention
 
         use_dilated_attention(model, **branches)
@@ -413,6 +421,7 @@ def main() -> None:
         blocks=arguments.blocks,
     )
     branches = {"segment_lengths": arguments.segment_lengths, "dilation_rates": arguments.dilation_rates}
+    branches |= {"pattern": arguments.pattern} if arguments.pattern is not None else {}
     write_results({"model": arguments.model, **branches, **results}, Path(arguments.output))
 
 
