@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from .pattern import Pattern
 from .saving import merging
 
 DIGEST = "longnet_card"
@@ -120,7 +121,7 @@ def make_model_card(model, previous: str | None = None) -> ModelCard | None:
         config=config,
         kind="causal decoder" if config.is_causal else "bidirectional encoder",
         parameters=model.num_parameters(),
-        branches=", ".join(map(str, zip(config.segment_lengths, config.dilation_rates, strict=True))),
+        branches=_branches(config),
         auto_class=auto_class,
     )
     pipeline = PIPELINES.get(auto_class, "feature-extraction")
@@ -135,6 +136,15 @@ def make_model_card(model, previous: str | None = None) -> ModelCard | None:
             text += card.text  # the digest no longer matches: kept from now on
     data = ModelCardData(**metadata | own | {"tags": [*TAGS, *metadata.get("tags", [])]})
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _branches(config) -> str:
+    """Return the branches, and what of their pattern goes beyond the paper."""
+    pattern = Pattern.of(config)
+    names = ("window_size", "query_rates", "rotate_offsets", "stagger_segments", "keys_once")
+    beyond = {name: getattr(pattern, name) for name in names if getattr(pattern, name) not in (None, False)}
+    pairs = map(str, zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
+    return ", ".join([*pairs, *(f"{name} {x}" for name, x in beyond.items())])
 
 
 def _parse(text: str) -> ModelCard | None:

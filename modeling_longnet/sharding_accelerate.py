@@ -146,5 +146,6 @@ class SequenceSharded:
         group = self.sequence_group()
         if group is None or batch is None or batch.dim() < 2:
             return None
-        borders = shard_borders(batch.shape[1], dist.get_world_size(group), min(self.config.segment_lengths))
+        shortest = min(self.config.segment_lengths, default=1)
+        borders = shard_borders(batch.shape[1], dist.get_world_size(group), shortest)
         return Shard(group, dist.get_rank(group), borders)
