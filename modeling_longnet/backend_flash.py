@@ -27,13 +27,13 @@ class FlashAttentionBackend(StridedBackend):
             return f"flash-attn takes head dimensions that are multiples of 8 up to 256, not {query.shape[-1]}"
         return None
 
-    def forward(self, query, key, value, is_causal, scale, band=0) -> list[Part]:
+    def forward(self, query, key, value, is_causal, scale) -> list[Part]:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
         options = {"causal": is_causal, "return_softmax": False} | _NO_WINDOW
         out, lse, *_ = flash_attn_forward(query, key, value, 0.0, scale, **options)
         return [(slice(None), out.transpose(1, 2), lse)]
 
-    def backward(self, grad_out, query, key, value, out, lse, is_causal, scale, band=0) -> Grads:
+    def backward(self, grad_out, query, key, value, out, lse, is_causal, scale) -> Grads:
         grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
         inputs = (grad_out, query, key, value, out, lse.contiguous(), *grads, 0.0, scale)

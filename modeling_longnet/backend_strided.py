@@ -158,7 +158,7 @@ class StridedBackend(Backend):
             for (q, o, s, k, v), is_causal in calls:
                 if product.is_reversed and is_causal:
                     q, k, v = (x.flip(2) for x in (q, k, v))
-                for queries, new_out, new_lse in self.forward(q, k, v, is_causal, call.scale, product.band):
+                for queries, new_out, new_lse in self.forward(q, k, v, is_causal, call.scale, **product.mask()):
                     if product.is_reversed and is_causal:
                         queries, new_out, new_lse = _reversed(queries, q.shape[2]), new_out.flip(2), new_lse.flip(2)
                     _write(is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
@@ -184,7 +184,7 @@ class StridedBackend(Backend):
             for views, is_causal in _product_calls(call, product, of_queries, of_keys):
                 is_reversed = product.is_reversed and is_causal
                 q, g, o, s, *_ = inputs = [x.flip(2) if is_reversed else x for x in views]
-                parts = self.backward(g, q, *inputs[5:7], o, s, is_causal, call.scale, product.band)
+                parts = self.backward(g, q, *inputs[5:7], o, s, is_causal, call.scale, **product.mask())
                 dq, dk, dv = (part.flip(2) if is_reversed else part for part in parts)
                 _sum(views[4], dq, call.is_first and product.is_first)
                 # The keys of neighbouring bands overlap, `step` apart.

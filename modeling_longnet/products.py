@@ -33,6 +33,10 @@ class Product(NamedTuple):
     is_first: bool = True
     band: int = 0
 
+    def mask(self) -> dict[str, int]:
+        """Return the band, if any, as the keyword argument of a `StridedBackend` that takes it."""
+        return {"band": self.band} if self.band else {}
+
     def steps(self) -> Iterator[tuple[slice, slice, bool]]:
         """Yield rows, keys and whether row i of these rows sees these keys up to the i-th only (True) or all of them.
 
