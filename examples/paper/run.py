@@ -96,6 +96,14 @@ FULL = {
         "16384": ["w256 2048/8:1 8192/32:1 32768/128:1 once", "w256"],
     },
     "written_rates": {"recall": 1e-3, "text": 1e-3},
+    # One stage at full length: what reaches beyond a short first stage's length is not new to these.
+    "full_text": {
+        "2048": [
+            "w256 2048/8:1 once", "w256", "w384", "512/1 2048/2 8192/4 32768/8",
+            "w256 2048/2 8192/4 32768/8 rotate stagger once", "1048576/1",
+        ],
+    },
+    "full_tokens": 3 << 19,
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -132,6 +140,8 @@ QUICK = FULL | {
     "written_seeds": [0],
     "written_recall": ["w16 64/4:1 once"],
     "written_text": {"64": ["w16 64/4:1 once"], "128": ["w24"]},
+    "full_text": {"64": ["w16 64/4:1 once", "w16"]},
+    "full_tokens": 1 << 9,
 }
 
 # What of the settings is in no cell: of others, results are other results.
@@ -273,6 +283,19 @@ def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
     return cells
 
 
+def full_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """One stage at full length, from nothing, at the first stage's best learning rate with dense attention."""
+    rate = best_rate("sweep-base-dense", settings["base_rates"], folder)
+    return {
+        f"full-{file_name(pattern)}-{length}-{seed}": common(
+            settings, kind="base", pattern=pattern, length=int(length), seed=seed, rate=rate,
+            tokens=settings["full_tokens"],
+        )
+        for length, patterns in settings["full_text"].items()
+        for pattern in patterns
+    }  # fmt: skip
+
+
 def written_base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """The first stages that written patterns begin with: dense attention."""
     recall, text = recall_base_cells(settings, seed), base_cells(settings, folder, seed)
@@ -372,6 +395,7 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
     for seed in settings["written_seeds"]:
         parts["written"] += [partial(written_base_cells, settings, folder, seed)]
         parts["written"] += [partial(written_recall_cells, settings, seed)]
+        parts["written"] += [partial(full_cells, settings, folder, seed)]
         parts["written"] += [partial(written_text_cells, settings, seed)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
