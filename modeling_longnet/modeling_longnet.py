@@ -405,7 +405,8 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
             cache, shard = LongNetCache(self.config), None
         targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs, return_dict=True)
+        # Accelerate may strip the decorator that takes return_dict out of kwargs.
+        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs | {"return_dict": True})
         hidden_states = outputs.last_hidden_state
         if logits_to_keep is None and targets is None and shard is not None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
@@ -550,7 +551,7 @@ class LongNetClassifier(LongNetPreTrainedModel):
     def _encode(self, input_ids: Tensor | None, **inputs) -> BaseModelOutputWithPast:
         if self.sequence_group() is not None:
             raise ValueError("processes that share sequences cannot classify them; give each process its own ones.")
-        return self.model(input_ids, **{"use_cache": False} | inputs, return_dict=True)
+        return self.model(input_ids, **{"use_cache": False} | inputs | {"return_dict": True})
 
 
 class LongNetForSequenceClassification(LongNetClassifier):

@@ -143,6 +143,13 @@ def test_a_good_assistant_drafts_over_segment_borders(drafts, seed):
     assert torch.equal(generate(model, prompt, new=60, do_sample=False, assistant_model=assistant), expected)
 
 
+def test_a_model_without_its_decorators_generates(model, prompts):
+    """As Accelerate leaves it after `unwrap_model(keep_fp32_wrapper=False)`."""
+    expected = generate(model, {"input_ids": prompts[0][None]})
+    model.forward = type(model).forward.__wrapped__.__get__(model)
+    assert torch.equal(generate(model, {"input_ids": prompts[0][None]}), expected)
+
+
 def test_early_exit_leaves_the_model_whole():
     """Also if the draft holds the pad token, and if it is interrupted."""
     model = make_model(LongNetForCausalLM, num_hidden_layers=4, pad_token_id=0)
