@@ -20,9 +20,11 @@ from modeling_longnet.testing import Pattern
 from .measure import ROOT
 from .run import BENCHMARKS, RESULTS, describe
 
+# Files of one comparison that do not name their model themselves.
+LABELS = {"demo_paper": "the paper's pattern", "demo": "window of 512, summaries, keys once"}
 # What examples/ wrote: files of `--docs` by the name of their markers.
 EXAMPLES = {
-    "demo": ["demo.json"],
+    "demo": ["demo_paper.json", "demo.json"],
     "extend_llama": ["extend_llama.json"],
     "long_documents": ["long_documents.json"],
     "segments": ["same_segments.json", "longer_segments.json"],
@@ -33,8 +35,8 @@ def tabulate_example(paths: list[Path]) -> str:
     """Perplexity by context of the models in one comparison, or of each file's one model, and where it comes from."""
     reports = [json.loads(path.read_text()) for path in paths]
     models = {}
-    for report in reports:
-        models |= report.get("results") or {_branches(report): report}
+    for path, report in zip(paths, reports, strict=True):
+        models |= report.get("results") or {LABELS.get(path.stem) or _branches(report): report}
     contexts = next(iter(models.values()))["contexts"]
     lines = ["| context | " + " | ".join(f"{context:,}" for context in contexts) + " |"]
     lines.append("| --- |" + " ---: |" * len(contexts))
