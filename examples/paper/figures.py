@@ -11,6 +11,7 @@ if not __package__:
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +56,7 @@ def _mean(values: list[float]) -> str:
 
 def text_groups(results: dict[str, dict], budget: str) -> dict[tuple[int, str], list[dict]]:
     """The seeds' results of each trained length and pattern, of cells with equal `tokens` or equal `time`."""
-    cells = [result for name, result in results.items() if name.startswith(budget + "-")]
+    cells = [r for name, r in results.items() if name.startswith(budget + "-") and r["cell"]["pattern"] in RIVALS]
     if budget == "time":  # which is the time that LongNet takes for equal tokens
         seeds = {cell["cell"]["seed"] for cell in cells}
         cells += [r for name, r in results.items() if name.startswith("tokens-longnet-") and r["cell"]["seed"] in seeds]
@@ -116,32 +117,37 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
     return "\n".join(lines)
 
 
-def windows_table(results: dict[str, dict]) -> str:
-    """Perplexity of the patterns beyond the paper over that of each window, seed by seed, at the trained length."""
-    groups = text_groups(results, "tokens")
-    lines = ["| trained on | pattern | keys | over the window of | keys | ratio of perplexities, mean (each seed's) |"]
-    lines += ["| ---: | --- | ---: | --- | ---: | ---: |"]
+def written_table(results: dict[str, dict], part: str) -> str:
+    """Perplexity of written patterns at their trained length, mean and each seed's, and over that of each window.
 
-    def is_window(pattern: str) -> bool:
-        return pattern == "window" or (pattern.startswith("w") and pattern[1:].isdigit())
-
-    for length in sorted({length for length, _ in groups}):
-        scores = {
-            p: {r["cell"]["seed"]: _at_trained(r) for r in cells} for (n, p), cells in groups.items() if n == length
-        }
-        keys = {p: count_keys(Pattern(**groups[length, p][0]["work"]), length) for p in scores}
-        for pattern in scores:
-            if pattern in RIVALS or is_window(pattern):
-                continue
-            for window in filter(is_window, scores):
-                both = sorted(scores[pattern].keys() & scores[window].keys())
-                ratios = [scores[pattern][seed] / scores[window][seed] for seed in both]
-                if ratios:
-                    shown = f"{np.exp(np.mean(np.log(ratios))):.3f} ({', '.join(f'{x:.3f}' for x in ratios)})"
-                    ours, theirs = (f"{keys[name]:,.0f}" for name in (pattern, window))
-                    row = [f"{length:,}", f"`{pattern}`", ours, window, theirs, shown]
-                    lines.append("| " + " | ".join(row) + " |")
+    The part is `full`, one stage at that length, or `tokens`, a second stage after one of dense attention at 512 tokens.
+    """
+    groups = defaultdict(dict)
+    for name, result in results.items():
+        cell = result["cell"]
+        if name.startswith(part + "-") and cell["pattern"] not in RIVALS:
+            perplexity = math.exp(result["loss"]) if part == "full" else _at_trained(result)
+            groups[cell["length"], cell["pattern"]][cell["seed"]] = perplexity
+    if not groups:
+        return "No such cell has been run."
+    windows = sorted({p for _, p in groups if p[1:].isdigit()}, key=lambda p: int(p[1:]))
+    header = ["trained on", "pattern", "keys", "perplexity (each seed's)", *(f"over {w}" for w in windows)]
+    lines = ["| " + " | ".join(header) + " |", "| ---: | --- | ---: |" + " ---: |" * (len(windows) + 1)]
+    for (length, pattern), seeds in sorted(groups.items(), key=lambda x: (x[0][0], np.mean(list(x[1].values())))):
+        keys = count_keys(make_pattern(pattern, ((), ()), length), length)
+        row = [f"{length:,}", f"`{pattern}`", f"{keys:,.0f}", _each([seeds[seed] for seed in sorted(seeds)], ".2f")]
+        for window in windows:
+            theirs = groups.get((length, window), {})
+            ratios = [seeds[seed] / theirs[seed] for seed in sorted(seeds.keys() & theirs.keys())]
+            row.append(_each(ratios, ".3f") if ratios and window != pattern else "")
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def _each(values: list[float], form: str) -> str:
+    """The geometric mean, and each value where there are several."""
+    mean = f"{np.exp(np.mean(np.log(values))):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{x:{form}}' for x in values)})"
 
 
 def _at_trained(result: dict) -> float:
@@ -236,10 +242,8 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
         if pattern == "dense":
             for length, place, seeds in zip(trained, work, losses, strict=True):
                 flops.annotate(f"{length:,}", (place, np.mean(seeds)), xytext=(4, -10), textcoords="offset points")
-    written = sorted({pattern for _, pattern in groups} - set(COLORS))
-    colors = COLORS | {pattern: f"C{4 + number}" for number, pattern in enumerate(written)}
     for (length, pattern), cells in groups.items():
-        look = {"color": colors[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
+        look = {"color": COLORS[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
         scores = [np.log(cell["scores"]["perplexity"]) for cell in cells]
         _draw(context, cells[0]["scores"]["contexts"], scores, marker=".", **look)
         by_position = [cell["loss_by_position"] for cell in cells]
@@ -340,7 +344,8 @@ def summarize(results: dict[str, dict]) -> str:
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
         "LongNet's perplexity over the others' at the trained length: mean and each seed's",
         ratio_table(results, "tokens"),
-        "## Patterns beyond the paper over windows, equal training tokens", windows_table(results),
+        "## Patterns beyond the paper, one stage at full length", written_table(results, "full"),
+        "## Patterns beyond the paper, after a first stage of 512 tokens", written_table(results, "tokens"),
         "## The same at the training time that LongNet took", table(results, "time"), ratio_table(results, "time"),
         "## The paper's own numbers", PAPER,
         "## Recall by distance in tokens, many passages", recall_table(results, "recall", "recall"),
@@ -383,8 +388,7 @@ def headline(results: dict[str, dict]) -> str:
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
         "LongNet's perplexity over the others' at the trained length, mean and each seed's; with equal tokens:",
         ratio_table(results, "tokens"),
-        "Patterns beyond the paper (`Pattern.parse` reads these names), over windows of several sizes:",
-        windows_table(results), "And with equal time:", ratio_table(results, "time"),
+        "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
         "The sweeps, all of equal time, passkeys, longer texts, the paper's own numbers: "
         "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
@@ -395,7 +399,10 @@ def beyond_headline(results: dict[str, dict]) -> str:
     """What the page of patterns shows."""
     return "\n\n".join([
         provenance({name: r for name, r in results.items() if r["cell"].get("pattern", "") not in RIVALS}),
-        stages(results), "Ratio of perplexities at the trained length, equal training tokens:", windows_table(results),
+        "Perplexity of held-out text at the trained length, one stage of training at that length:",
+        written_table(results, "full"),
+        f"The same after a first stage of dense attention on 512 tokens. {stages(results)}",
+        written_table(results, "tokens"),
         "Share recalled by distance in tokens, many passages:", recall_table(results, "recall", "recall"),
         "One passage:", recall_table(results, "recall", "passkey"),
     ])  # fmt: skip
