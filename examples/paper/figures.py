@@ -120,7 +120,7 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
 def written_table(results: dict[str, dict], part: str) -> str:
     """Perplexity of written patterns at their trained length, mean and each seed's, and over that of each window.
 
-    The part is `full`, one stage at that length, or `tokens`, a second stage after one of dense attention at 512 tokens.
+    The part is `full`, one stage at that length, or `tokens`, a second one after dense attention at 512 tokens.
     """
     groups = defaultdict(dict)
     for name, result in results.items():
