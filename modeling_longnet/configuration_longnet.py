@@ -23,7 +23,8 @@ MOST_LAYERS = 10_000  # more are no plan but a damaged file, and would be built 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 # Names that TorchScale and other models give to these fields.
 _OTHER_NAMES = {
-    "segment_lengths": "segment_length sliding_window",
+    "segment_lengths": "segment_length",
+    "window_size": "window sliding_window",
     "dilation_rates": "dilated_ratio",
     "position_embedding": "xpos_rel_pos",
     "hidden_size": "decoder_embed_dim encoder_embed_dim d_model",

@@ -27,6 +27,7 @@ from modeling_longnet import (
     LongNetSlideConfig,
     LongNetSlideEncoder,
     dilated_attention,
+    parse_pattern,
     stream,
 )
 from modeling_longnet.attention_context import layer_branches
@@ -492,6 +493,25 @@ def test_crop_is_exact_or_refused(remedy):
     assert min(outcomes["exact"], outcomes["refused"]) > 0
 
 
+def test_a_crop_that_one_layer_refuses_changes_none():
+    """With staggered segments an odd layer passes a border where an even one does not."""
+    fields = {"stagger_segments": True, "segment_lengths": [8], "dilation_rates": [1], "num_hidden_layers": 2}
+    model, ids = make_model(LongNetModel, **fields, position_embedding="rope"), torch.randint(0, 29, (1, 40))
+    partly = 0
+    with torch.no_grad():
+        for length in range(8, 24):
+            cache = LongNetCache(model.config)
+            hidden(model, ids[:, :length], **{CACHE: cache})
+            if not crop(cache, 2):
+                continue
+            alone = LongNetCache(model.config)
+            hidden(model, ids[:, :length], **{CACHE: alone})
+            partly += not crop(alone.layers[0], 2)
+            found, whole = hidden(model, ids[:, length:], **{CACHE: cache}), hidden(model, ids)[:, length:]
+            assert_close(f"{length} tokens", found, whole)
+    assert partly
+
+
 def test_the_cache_holds_the_papers_rows_and_the_window():
     model, paper = make_lm(), make_lm(**dict.fromkeys(("window_size", "query_rates")), keys_once=False)
     sizes = []
@@ -712,6 +732,16 @@ def test_a_switched_decoder_generates_and_loads_again(tmp_path):
     use_dilated_attention(model, window_size=5)
     with refused("another config"):
         model(ids, **{CACHE: cache})
+
+
+def test_a_switched_decoder_takes_the_papers_pattern_again():
+    """None removes a window and query rates; what is not given stays."""
+    model = use_dilated_attention(make_llama(), **parse_pattern("w8 64/4:1 once"))
+    use_dilated_attention(model, **parse_pattern("8/1 32/4"))
+    again = use_dilated_attention(make_llama(), [8, 32], [1, 4])
+    assert model.config.dilated_attention == again.config.dilated_attention
+    with pytest.raises(TypeError, match="use_dilated_attention has no argument 'windowsize'; it takes .*window_size"):
+        use_dilated_attention(model, windowsize=8)
 
 
 def test_a_switch_of_an_earlier_version_is_the_papers():
