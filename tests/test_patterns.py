@@ -335,7 +335,7 @@ COUNTS = {"op": 300, "packed": 30, "sharded": 30, "chunked": 30}
 def test_equals_the_dense_reference(remedy, kind, monkeypatch):
     drawn = []
 
-    def draw_one(draw: Draw, is_causal: bool) -> Pattern:
+    def draw_one(draw: Draw, is_causal: bool, length: int = 0) -> Pattern:
         drawn.append(draw_pattern(draw, remedy, is_causal))
         return drawn[-1]
 
