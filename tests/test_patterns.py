@@ -35,7 +35,7 @@ from modeling_longnet.branches import Chunk, flatten_branch, unflatten_branches
 from modeling_longnet.conversion import convert, export_checkpoint, to_torchscale
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
 from modeling_longnet.pattern import LONGEST_SEGMENT, Pattern
-from modeling_longnet.products import Product, View, branch_products
+from modeling_longnet.products import Product, View, _QueryRows, branch_products
 from modeling_longnet.reference import count_branches
 from modeling_longnet.testing import CACHE
 
@@ -299,6 +299,16 @@ def test_products_show_each_pair_once(case, start, length, after, bands):
 @given(patterns(is_causal=False), st.integers(0, 60), st.integers(1, 45), st.integers(0, 40))
 def test_bidirectional_products_show_each_pair_once(case, start, length, after):
     check_products(case, start, length, after, False)
+
+
+def test_the_products_of_a_million_tokens_take_no_loop_over_queries(monkeypatch):
+    """However large the rate: in each of 256 inner segments at most three runs of queries per head."""
+    branch = Pattern((4096, 1 << 20), (1, 16384), window_size=512, query_rates=(1, 1), keys_once=True).branches(2)[-1]
+    calls, spec = [], _QueryRows._spec
+    monkeypatch.setattr(_QueryRows, "_spec", lambda *x: calls.append(x) or spec(*x))
+    products = branch_products(Chunk(0, 1, 0, 1 << 20, 0, 1 << 20), branch, 2, True, "chunk")
+    assert 0 < len(products) <= len(calls) <= 256 * 3 * 2
+    assert sum(x.queries.heads * x.queries.seqlen for x in products) <= 2 << 20
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -740,7 +750,7 @@ def test_a_switched_decoder_takes_the_papers_pattern_again():
     use_dilated_attention(model, **parse_pattern("8/1 32/4"))
     again = use_dilated_attention(make_llama(), [8, 32], [1, 4])
     assert model.config.dilated_attention == again.config.dilated_attention
-    with pytest.raises(TypeError, match="use_dilated_attention has no argument 'windowsize'; it takes .*window_size"):
+    with pytest.raises(TypeError, match=r"no argument .windowsize.; it takes .*window_size"):
         use_dilated_attention(model, windowsize=8)
 
 
