@@ -244,8 +244,8 @@ class LongNetConfig(PreTrainedConfig):
         work = [pattern.count_work(length) for pattern in patterns]
         if effort < min(work):
             raise ValueError(
-                f"effort={effort} is too small for length={length} with {heads} key/value heads: the least is "
-                f"{math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
+                f"effort={effort} is too small for length={length}{f' with {heads} key/value heads' if paper else ''}: "
+                f"the least is {math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
             )
         keys, pattern = max(
             ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort),

@@ -75,7 +75,7 @@ def dilated_attention(
     Returns:
         (B, H, L, D) in the query's dtype (autocast's under autocast), 0 for a query that no branch covers. Sums over
         keys and branches are taken in at least float32. In half precision the sum over branches is stored in that
-        precision if the least dilated branch has r = 1 and sum(1 / r) of the others is at most 1: one more rounding.
+        precision if the first branch has r = 1 and sum(1 / query rate) of the others is at most 1: one more rounding.
 
     Raises:
         ValueError: branches, shapes, dtypes or names that do not fit, or a named backend that cannot run.

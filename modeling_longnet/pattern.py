@@ -136,6 +136,8 @@ class Pattern(NamedTuple):
     def describe(self) -> str:
         """Return a sentence or two that say which keys a query sees."""
         branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+        if self.window_size is None and self.dilation_rates == (1,):
+            return f"Dense attention: branch {branches}."
         if self.window_size is None:
             reach = (
                 f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"

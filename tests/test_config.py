@@ -226,6 +226,7 @@ def test_for_context_keeps_to_its_effort(length, effort, is_causal, capsys):
     assert config.segment_lengths[-1] >= length
     if effort >= length / 2:  # dense attention
         assert (config.window_size, config.dilation_rates) == (None, [1])
+        assert "Dense attention" in capsys.readouterr().out
         return
     assert (config.query_rates, config.keys_once) == ([1] * len(config.segment_lengths), is_causal)
     # What lies between two tokens that a branch shows has been read by the branch, or the window, before it.
