@@ -820,6 +820,16 @@ def test_patterns_that_do_not_fit_are_refused(fields, words):
         dilated_attention(*torch.randn(3, 1, 4, 9, 4), **(base | fields))
 
 
+@pytest.mark.parametrize("fields", [
+    {"rotate_offsets": "no"}, {"stagger_segments": 1}, {"keys_once": None}, {"layer": 1.5}, {"layer": -1},
+], ids=str)  # fmt: skip
+def test_the_op_takes_switches_and_a_layer(fields):
+    """The config's fields are typed; those of the op are not."""
+    [(name, value)] = fields.items()
+    with refused(f"{name}={value!r} must be"):
+        dilated_attention(*torch.randn(3, 1, 4, 9, 4), [8], [2], **fields)
+
+
 @pytest.mark.parametrize("fields", [{"window_size": 4}, {"stagger_segments": True}], ids=lambda x: next(iter(x)))
 def test_xpos_is_refused_where_positions_never_repeat(fields):
     with refused('position_embedding="xpos"', "window_size or stagger_segments", '"rope"'):
