@@ -217,20 +217,30 @@ class LongNetCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: keys before those columns were discarded at the end of their segment.
         """
+        back = self.check_crop(max_length)
+        if back and self._can_replay(back):
+            self._replay(self._record, self.columns - back)
+        else:
+            self.lengths = [t - back for t in self.lengths]
+            self.columns -= back
+        self._record = None
+
+    def check_crop(self, max_length: int) -> int:
+        """Return how many columns `crop` removes; raise its ValueErrors."""
         self.check_whole()
         target = int(max_length)
         back = max(0, self.columns - target) if target > 0 else -target
         if back > self.columns:
             raise ValueError(f"crop({max_length}): the cache holds only {self.columns} columns.")
-        kept = self.columns - back
-        if back and self._record is not None and self._record.before["columns"] <= kept:
-            self._replay(self._record, kept)
-        elif back:
-            self._remove(back, max_length)
-        self._record = None
+        if back and not self._can_replay(back):
+            self._check_removal(back, max_length)
+        return back
 
-    def _remove(self, back: int, max_length: int) -> None:
-        """Remove the last columns, if no key before them was discarded since."""
+    def _can_replay(self, back: int) -> bool:
+        return self._record is not None and self._record.before["columns"] <= self.columns - back
+
+    def _check_removal(self, back: int, max_length: int) -> None:
+        """Raise ValueError if a key before the last `back` columns was discarded since."""
         if self.ends_in_padding:
             raise ValueError(
                 f"crop({max_length}): padding followed the tokens of a row, and in which of the last {back} columns "
@@ -242,14 +252,12 @@ class LongNetCacheLayer(CacheLayerMixin):
                 "remove; keep a copy of the cache from before that row began."
             )
         for t, b in product(self.lengths, self.branches):
-            if back and _is_discarded(b, t - back, t):
+            if _is_discarded(b, t - back, t):
                 raise ValueError(
                     f"crop({max_length}): removing {back} of {t} tokens needs keys of a "
                     f"{'window' if b.is_window else 'segment'} of {b.w} tokens, which were discarded since; restore a "
                     "copy of the cache from then, or feed the text again."
                 )
-        self.lengths = [t - back for t in self.lengths]
-        self.columns -= back
 
     def _replay(self, record: _Record, kept: int) -> None:
         """Return to the start of the record and store again what leaves `kept` columns."""
@@ -429,6 +437,12 @@ class LongNetCache(Cache):
         if len({(layer.columns, layer.capacity) for layer in self.layers}) > 1:
             raise ValueError("an earlier forward was interrupted and left the cache's layers unequal; start a new one.")
         self.layers[0].check_whole()
+
+    def crop(self, max_length: int) -> None:
+        """As `LongNetCacheLayer.crop`; if any layer refuses, none is changed."""
+        for layer in self.layers:  # layers differ in their segments (`stagger_segments`)
+            layer.check_crop(max_length)
+        super().crop(max_length)
 
     @property
     def lengths(self) -> list[int]:

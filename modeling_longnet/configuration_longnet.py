@@ -23,7 +23,8 @@ MOST_LAYERS = 10_000  # more are no plan but a damaged file, and would be built 
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 # Names that TorchScale and other models give to these fields.
 _OTHER_NAMES = {
-    "segment_lengths": "segment_length sliding_window",
+    "segment_lengths": "segment_length",
+    "window_size": "window sliding_window",
     "dilation_rates": "dilated_ratio",
     "position_embedding": "xpos_rel_pos",
     "hidden_size": "decoder_embed_dim encoder_embed_dim d_model",
@@ -243,8 +244,8 @@ class LongNetConfig(PreTrainedConfig):
         work = [pattern.count_work(length) for pattern in patterns]
         if effort < min(work):
             raise ValueError(
-                f"effort={effort} is too small for length={length} with {heads} key/value heads: the least is "
-                f"{math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
+                f"effort={effort} is too small for length={length}{f' with {heads} key/value heads' if paper else ''}: "
+                f"the least is {math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
             )
         keys, pattern = max(
             ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort),

@@ -71,7 +71,7 @@ def use_dilated_attention(
         beyond: window_size, query_rates, rotate_offsets, stagger_segments and keys_once, as in `LongNetConfig`. With a
             window and keys_once, texts of up to window_size tokens get exactly the model's dense attention.
 
-    Whatever is omitted keeps its stored value.
+    Whatever is omitted keeps its stored value; window_size=None and query_rates=None remove them.
 
     Raises:
         ValueError: names the part of the model, or the argument, that does not fit.
@@ -83,9 +83,11 @@ def use_dilated_attention(
     config = model.config
     _check_model(model)
     setting = _DEFAULTS | (getattr(config, "dilated_attention", None) or {})
+    if unknown := sorted(set(beyond) - set(_DEFAULTS)):
+        raise TypeError(f"use_dilated_attention has no argument {unknown[0]!r}; it takes {', '.join(_DEFAULTS)}.")
     given = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "head_offsets": head_offsets}
-    given |= beyond | {"backend": backend}
-    setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given.items() if x is not None}
+    given = {name: x for name, x in (given | {"backend": backend}).items() if x is not None} | beyond
+    setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given.items()}
     _check_setting(**setting)
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)

@@ -75,7 +75,7 @@ def dilated_attention(
     Returns:
         (B, H, L, D) in the query's dtype (autocast's under autocast), 0 for a query that no branch covers. Sums over
         keys and branches are taken in at least float32. In half precision the sum over branches is stored in that
-        precision if the least dilated branch has r = 1 and sum(1 / r) of the others is at most 1: one more rounding.
+        precision if the first branch has r = 1 and sum(1 / query rate) of the others is at most 1: one more rounding.
 
     Raises:
         ValueError: branches, shapes, dtypes or names that do not fit, or a named backend that cannot run.
@@ -91,6 +91,8 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
         raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
+    if not (isinstance(layer, int) and layer >= 0):
+        raise ValueError(f"layer={layer!r} must be a whole number of at least 0.")
     pattern = Pattern(segment_lengths, dilation_rates, **pattern)
     pattern.check(is_causal)
     branches, backend = pattern.branches(key.shape[1], query.shape[1], layer), choose_backend(backend, query)

@@ -96,6 +96,9 @@ class Pattern(NamedTuple):
                 f"query_rates={rates!r}: give None, or for each of dilation_rates={list(r)} a divisor of it; 1 lets "
                 "every query see that branch."
             )
+        for name in ("rotate_offsets", "stagger_segments", "keys_once"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if (self.rotate_offsets or rates is not None) and self.head_offsets != "interleaved":
             raise ValueError("rotate_offsets and query_rates choose offsets themselves: leave head_offsets alone.")
         if self.keys_once and any(long % short for short, long in pairwise(w)):
@@ -136,6 +139,8 @@ class Pattern(NamedTuple):
     def describe(self) -> str:
         """Return a sentence or two that say which keys a query sees."""
         branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+        if self.window_size is None and self.dilation_rates == (1,):
+            return f"Dense attention: branch {branches}."
         if self.window_size is None:
             reach = (
                 f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"

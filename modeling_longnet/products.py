@@ -6,6 +6,7 @@ says how many of the keys each query sees.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from .branches import Branch, Chunk, Part, View, count_kept, cut_at_borders, even_runs, head_strides
@@ -121,15 +122,37 @@ class _QueryRows(NamedTuple):
                 yield self._product(specs[g], of_queries, (g, count, stride, key_step))
             return
         for g in range(groups):
-            specs = sorted(
-                (h, *self._spec(g, offset))
-                for h in range(g * repeat, (g + 1) * repeat)
-                for offset in range(branch.query_offsets[h], r, branch.query_rate)
-            )
+            heads = range(g * repeat, (g + 1) * repeat)
+            if branch.query_rate < r:
+                for head in heads:
+                    for spec, count in self._offset_runs(g, head):
+                        yield self._product(spec, (head, count, 0, branch.query_rate), (g, 1, 1, 0))
+                continue
+            specs = sorted((h, *self._spec(g, branch.query_offsets[h])) for h in heads)
             _, runs = even_runs(specs, [1], r)
             for i, count, head_step, step in runs:
                 head, *spec = specs[i]
                 yield self._product(tuple(spec), (head, count, head_step, step), (g, 1, 1, 0))
+
+    def _offset_runs(self, group: int, head: int) -> list[tuple[tuple, int]]:
+        """Return the specs of the first of a head's query offsets that differ in no count, and how many these are.
+
+        Only two offsets begin a run: that with one query fewer, and that which sees one key more. There may be
+        thousands of them.
+        """
+        branch, r, rate = self.branch, self.branch.r, self.branch.query_rate
+        begin, runs = (branch.query_offsets[head] - self.place) % rate, []
+        cuts = sorted({0, self.length % r, (branch.after_window + branch.offsets[group] - self.place) % r, r})
+        for low, high in pairwise(cuts):
+            firsts = range(begin + -(-(low - begin) // rate) * rate, high, rate)
+            if not firsts:
+                continue
+            spec = self._spec(group, (self.place + firsts[0]) % r)
+            if runs and runs[-1][0][2:] == spec[2:]:
+                runs[-1] = runs[-1][0], runs[-1][1] + len(firsts)
+            else:
+                runs.append((spec, len(firsts)))
+        return runs
 
     def _spec(self, group: int, offset: int) -> tuple:
         """Return what queries at this offset see of a key/value head.

@@ -107,7 +107,8 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
 @pytest.mark.parametrize(("keyword", "meant"), [
     ("segment_length", "segment_lengths"),
     ("segments_lengths", "segment_lengths"),
-    ("sliding_window", "segment_lengths"),
+    ("sliding_window", "window_size"),
+    ("window", "window_size"),
     ("rope_parameters", "rope_theta"),
     ("head_dim", "num_attention_heads"),
     ("dilation_rate", "dilation_rates"),
@@ -225,6 +226,7 @@ def test_for_context_keeps_to_its_effort(length, effort, is_causal, capsys):
     assert config.segment_lengths[-1] >= length
     if effort >= length / 2:  # dense attention
         assert (config.window_size, config.dilation_rates) == (None, [1])
+        assert "Dense attention" in capsys.readouterr().out
         return
     assert (config.query_rates, config.keys_once) == ([1] * len(config.segment_lengths), is_causal)
     # What lies between two tokens that a branch shows has been read by the branch, or the window, before it.

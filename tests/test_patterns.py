@@ -27,6 +27,7 @@ from modeling_longnet import (
     LongNetSlideConfig,
     LongNetSlideEncoder,
     dilated_attention,
+    parse_pattern,
     stream,
 )
 from modeling_longnet.attention_context import layer_branches
@@ -34,7 +35,7 @@ from modeling_longnet.branches import Chunk, flatten_branch, unflatten_branches
 from modeling_longnet.conversion import convert, export_checkpoint, to_torchscale
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
 from modeling_longnet.pattern import LONGEST_SEGMENT, Pattern
-from modeling_longnet.products import Product, View, branch_products
+from modeling_longnet.products import Product, View, _QueryRows, branch_products
 from modeling_longnet.reference import count_branches
 from modeling_longnet.testing import CACHE
 
@@ -300,6 +301,16 @@ def test_bidirectional_products_show_each_pair_once(case, start, length, after):
     check_products(case, start, length, after, False)
 
 
+def test_the_products_of_a_million_tokens_take_no_loop_over_queries(monkeypatch):
+    """However large the rate: in each of 256 inner segments at most three runs of queries per head."""
+    branch = Pattern((4096, 1 << 20), (1, 16384), window_size=512, query_rates=(1, 1), keys_once=True).branches(2)[-1]
+    calls, spec = [], _QueryRows._spec
+    monkeypatch.setattr(_QueryRows, "_spec", lambda *x: calls.append(x) or spec(*x))
+    products = branch_products(Chunk(0, 1, 0, 1 << 20, 0, 1 << 20), branch, 2, True, "chunk")
+    assert 0 < len(products) <= len(calls) <= 256 * 3 * 2
+    assert sum(x.queries.heads * x.queries.seqlen for x in products) <= 2 << 20
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("window", "length"), [(70, 71), (70, 200), (64, 257), (130, 259)])
 def test_windows_longer_than_a_block(window, length, is_causal):
@@ -334,7 +345,7 @@ COUNTS = {"op": 300, "packed": 30, "sharded": 30, "chunked": 30}
 def test_equals_the_dense_reference(remedy, kind, monkeypatch):
     drawn = []
 
-    def draw_one(draw: Draw, is_causal: bool) -> Pattern:
+    def draw_one(draw: Draw, is_causal: bool, length: int = 0) -> Pattern:
         drawn.append(draw_pattern(draw, remedy, is_causal))
         return drawn[-1]
 
@@ -490,6 +501,25 @@ def test_crop_is_exact_or_refused(remedy):
             whole = hidden(model, torch.cat([ids[:, : length - back], new], 1))[:, length - back :]
         assert_close(f"seed {seed}", torch.cat(parts, 1), whole, EXACT)
     assert min(outcomes["exact"], outcomes["refused"]) > 0
+
+
+def test_a_crop_that_one_layer_refuses_changes_none():
+    """With staggered segments an odd layer passes a border where an even one does not."""
+    fields = {"stagger_segments": True, "segment_lengths": [8], "dilation_rates": [1], "num_hidden_layers": 2}
+    model, ids = make_model(LongNetModel, **fields, position_embedding="rope"), torch.randint(0, 29, (1, 40))
+    partly = 0
+    with torch.no_grad():
+        for length in range(8, 24):
+            cache = LongNetCache(model.config)
+            hidden(model, ids[:, :length], **{CACHE: cache})
+            if not crop(cache, 2):
+                continue
+            alone = LongNetCache(model.config)
+            hidden(model, ids[:, :length], **{CACHE: alone})
+            partly += not crop(alone.layers[0], 2)
+            found, whole = hidden(model, ids[:, length:], **{CACHE: cache}), hidden(model, ids)[:, length:]
+            assert_close(f"{length} tokens", found, whole)
+    assert partly
 
 
 def test_the_cache_holds_the_papers_rows_and_the_window():
@@ -714,6 +744,16 @@ def test_a_switched_decoder_generates_and_loads_again(tmp_path):
         model(ids, **{CACHE: cache})
 
 
+def test_a_switched_decoder_takes_the_papers_pattern_again():
+    """None removes a window and query rates; what is not given stays."""
+    model = use_dilated_attention(make_llama(), **parse_pattern("w8 64/4:1 once"))
+    use_dilated_attention(model, **parse_pattern("8/1 32/4"))
+    again = use_dilated_attention(make_llama(), [8, 32], [1, 4])
+    assert model.config.dilated_attention == again.config.dilated_attention
+    with pytest.raises(TypeError, match=r"no argument .windowsize.; it takes .*window_size"):
+        use_dilated_attention(model, windowsize=8)
+
+
 def test_a_switch_of_an_earlier_version_is_the_papers():
     """Its config stores no fields beyond the paper."""
     model, ids = use_dilated_attention(make_llama(), [8, 32], [1, 4]), torch.randint(3, 37, (2, 30))
@@ -778,6 +818,16 @@ def test_patterns_that_do_not_fit_are_refused(fields, words):
         LongNetConfig(**(base | {"position_embedding": "rope"} | fields))
     with refused(*words):
         dilated_attention(*torch.randn(3, 1, 4, 9, 4), **(base | fields))
+
+
+@pytest.mark.parametrize("fields", [
+    {"rotate_offsets": "no"}, {"stagger_segments": 1}, {"keys_once": None}, {"layer": 1.5}, {"layer": -1},
+], ids=str)  # fmt: skip
+def test_the_op_takes_switches_and_a_layer(fields):
+    """The config's fields are typed; those of the op are not."""
+    [(name, value)] = fields.items()
+    with refused(f"{name}={value!r} must be"):
+        dilated_attention(*torch.randn(3, 1, 4, 9, 4), [8], [2], **fields)
 
 
 @pytest.mark.parametrize("fields", [{"window_size": 4}, {"stagger_segments": True}], ids=lambda x: next(iter(x)))

@@ -364,6 +364,7 @@ def main() -> None:
     waiting = context.Queue()
     for cell in missing:
         waiting.put(cell)
+    waiting.cancel_join_thread()  # else cells left over keep this process from ending
     options = (waiting, arguments.output, arguments.text, arguments.device, until)
     if arguments.jobs == 1:
         work(*options)
