@@ -50,17 +50,19 @@ class Pattern(NamedTuple):
         """
         flags = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
         branches, fields = [], {}
+        if not isinstance(words, str):
+            raise ValueError(f"pattern {words!r}: give one line of text, such as 'w256 2048/8:1 once'.")
         for word in words.split():
             if word in flags:
                 fields[flags[word]] = True
-            elif match := re.fullmatch(r"w(\d+)", word):
+            elif (match := re.fullmatch(r"w(\d+)", word)) and "window_size" not in fields:
                 fields["window_size"] = int(match[1])
             elif match := re.fullmatch(r"(\d+)/(\d+)(?::(\d+))?", word):
                 branches.append([int(x or match[2]) for x in match.groups()])
             else:
                 raise ValueError(
-                    f"pattern {words!r}: {word!r} is no window such as w256, no branch such as 2048/4 or 2048/8:1, and "
-                    f"none of {', '.join(flags)}."
+                    f"pattern {words!r}: {word!r} is no (first) window such as w256, no branch such as 2048/4 or "
+                    f"2048/8:1, and none of {', '.join(flags)}."
                 )
         w, r, rates = (tuple(x) for x in zip(*branches, strict=True)) if branches else ((), (), ())
         return cls(w, r, query_rates=None if rates == r else rates, **fields)

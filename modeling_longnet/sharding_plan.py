@@ -159,7 +159,7 @@ def _received(shard: Shard, needs: list[HaloSlice], shape: tuple[int, int], size
     return np.concatenate(slots)[np.argsort(np.concatenate(owners), kind="stable")]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # layers may have patterns of their own
 def plan_exchange(
     shard: Shard,
     chunks: tuple[Chunk, ...],
