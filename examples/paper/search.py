@@ -260,7 +260,7 @@ def run_cell(cell: dict, folder: Path, text: dict | None, device: str) -> None:
 def work(cells: "multiprocessing.Queue", folder: Path, text_file: Path | None, device: str, until: float) -> None:
     """A process: take cells until there are none or the time is up."""
     text = read_text(text_file) if text_file else None
-    while time.time() < until:
+    while time.monotonic() < until:
         try:
             cell = cells.get(timeout=1)
         except queue.Empty:
@@ -358,7 +358,7 @@ def main() -> None:
     cells = list_cells(arguments.plan, QUICK if arguments.quick else {})
     missing = [c for c in cells if not (arguments.output / f"{c['name']}.json").exists()]
     missing = [c for c in missing if arguments.text or "recall" in c["task"]]
-    until = time.time() + 60 * arguments.minutes
+    until = time.monotonic() + 60 * arguments.minutes
     print(f"{len(missing)} of {len(cells)} cells to run on {arguments.device}, {arguments.jobs} at once.", flush=True)
     context = multiprocessing.get_context("spawn")
     waiting = context.Queue()
