@@ -1,5 +1,6 @@
-"""The wheel and the sdist, and the files that state the version, the citation and the workflow."""
+"""The wheel and the sdist, and the files that state versions, the citation and the workflow."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+import matrix
 import pytest
 import yaml
 
@@ -122,3 +124,24 @@ def test_issue_form_is_well_formed(name):
     assert all(element["type"] in ("input", "textarea", "dropdown", "checkboxes") for element in fields)
     assert all(element["attributes"]["label"] for element in fields)
     assert len({element["id"] for element in fields}) == len(fields)
+
+
+def test_support_page_is_current():
+    results = json.loads(matrix.FILE.read_text()) if matrix.FILE.exists() else {}
+    page = matrix.PAGE.read_text()
+    assert matrix.render(page, results, matrix.REPORTS) == page, "run `python -m tests.matrix --page`"
+
+
+def test_support_table_counts_errors_as_failures():
+    row = {"python": "3.10.1", "torch": "2.11.0", "transformers": "5.17.0", "tests": "all", "date": "2026-11-28T01:02",
+           "passed": 7, "failed": 2, "error": 1, "skipped": 5}  # fmt: skip
+    (line,) = [line for line in matrix.tabulate_rows({"Python 3.10": row}).splitlines() if "3.10.1" in line]
+    assert [cell.strip() for cell in line.split("|")[5:8]] == ["7", "3", "5"]
+
+
+def test_matrix_skips_a_python_that_does_not_start(tmp_path, monkeypatch):
+    """A version manager's shim is on the path and fails."""
+    (tmp_path / "python3.10").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "python3.10").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert "not_run" in matrix.run_row("Python 3.10", [], "1")
