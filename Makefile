@@ -62,9 +62,10 @@ paper-quick: $(READY) ## the same at toy size, in a minute: shows that every ste
 figures: $(READY) ## rebuild every table and plot from the JSON files of benchmarks/ and examples/paper/
 	$(RUN) benchmarks.figures $(ARGS)
 	$(RUN) examples.paper.figures
+	$(RUN) tests.matrix --page
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-ecosystem .venv-transformers-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
 
 .venv-ecosystem/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ecosystem
