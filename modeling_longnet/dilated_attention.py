@@ -91,8 +91,6 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
         raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
-    if not (isinstance(layer, int) and layer >= 0):
-        raise ValueError(f"layer={layer!r} must be a whole number of at least 0.")
     pattern = Pattern(segment_lengths, dilation_rates, **pattern)
     pattern.check(is_causal)
     branches, backend = pattern.branches(key.shape[1], query.shape[1], layer), choose_backend(backend, query)

@@ -115,6 +115,8 @@ class Pattern(NamedTuple):
 
         The order affects the result by rounding only. If any branch covers every token, the first does.
         """
+        if not (isinstance(layer, int) and layer >= 0):
+            raise ValueError(f"layer={layer!r} must be a whole number of at least 0.")
         heads, groups = num_heads or num_kv_heads, range(num_kv_heads)
         result, rates = [], self.query_rates or self.dilation_rates
         window, segment, phase = self.window_size or 0, 0, 0
