@@ -46,8 +46,10 @@ def prepare(pattern: str, case: op.Case) -> Call | None:
     """The op's call for a pattern; None where a rival cannot."""
     if pattern.startswith("flex "):
         window = int(pattern.split()[1])
-        too_wide = lengths_benchmark._no_window(case) is not None
-        return None if too_wide else lengths_benchmark.prepare("window", case, f"{2 * window}/1")
+        if lengths_benchmark._no_window(case) is not None:
+            return None
+        call = lengths_benchmark.prepare("window", case, f"{2 * window}/1")
+        return lambda: [call(), call()]
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     inputs = [case.tensor(1, case.length, case.heads, case.head_dim).transpose(1, 2) for _ in range(3)]
