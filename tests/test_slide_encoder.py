@@ -262,6 +262,17 @@ def test_some_hidden_states(wanted, kept):
         assert torch.equal(state, every[i]) if i in kept else state is None
 
 
+def test_a_compiled_encoder_keeps_its_hidden_states():
+    """Dynamo drops forward hooks; these states are taken without."""
+    encoder, slides = make_encoder(), make_slides(7, 5)
+    with torch.no_grad():
+        expected = encoder(*slides, output_hidden_states=True).hidden_states
+        found = torch.compile(encoder, backend="eager")(*slides, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) > 1
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attention_weights_of_every_tile(implementation):
     """What the layers of the dense reference attend with; 0 for tiles left out."""
