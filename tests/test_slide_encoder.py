@@ -262,15 +262,16 @@ def test_some_hidden_states(wanted, kept):
         assert torch.equal(state, every[i]) if i in kept else state is None
 
 
-def test_a_compiled_encoder_keeps_its_hidden_states():
-    """Dynamo drops forward hooks; these states are taken without."""
+def test_a_compiled_encoder_returns_its_states_and_weights():
+    """They are taken without forward hooks, which a graph may drop."""
     encoder, slides = make_encoder(), make_slides(7, 5)
+    options = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
-        expected = encoder(*slides, output_hidden_states=True).hidden_states
-        found = torch.compile(encoder, backend="eager")(*slides, output_hidden_states=True).hidden_states
-    assert len(found) == len(expected) > 1
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y)
+        expected, found = (call(*slides, **options) for call in (encoder, torch.compile(encoder, backend="eager")))
+    for name in ("hidden_states", "attentions"):
+        assert len(found[name]) == len(expected[name]) > 1
+        for x, y in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
