@@ -14,6 +14,7 @@ from .cache_longnet import DecodingStep, LongNetCache, cache_pattern
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import autocast_dtype
 from .packing import Packing, pack
+from .pattern import layer_branches
 from .positions import Rotary, make_rotary
 from .reference import count_branches, count_zero_padding, dense_attention
 from .sharding import GroupExchange, attend_sharded
@@ -80,10 +81,9 @@ class AttentionContext:
         return out.transpose(1, 2), weights
 
 
-def layer_branches(config: LongNetConfig) -> tuple[tuple[Branch, ...], ...]:
+def plan_branches(config: LongNetConfig) -> tuple[tuple[Branch, ...], ...]:
     """Return the branches of each layer of a model of this config; one entry if all layers have the same."""
-    pattern, groups, heads = cache_pattern(config)
-    layers = tuple(pattern.branches(groups, heads, i) for i in range(config.num_hidden_layers))
+    layers = layer_branches(*cache_pattern(config), config.num_hidden_layers)
     return layers if len(set(layers)) > 1 else layers[:1]
 
 
@@ -144,7 +144,7 @@ def make_sharded_context(
 
 def _plans(config: LongNetConfig, packing: Packing, backend: str) -> tuple[AttentionPlan, ...]:
     options = config.is_causal, config.head_dim**-0.5, backend, config.attend_zero_padding
-    return tuple(AttentionPlan(packing.chunks, branches, *options) for branches in layer_branches(config))
+    return tuple(AttentionPlan(packing.chunks, branches, *options) for branches in plan_branches(config))
 
 
 def _count_keys(plan: AttentionPlan, packing: Packing, cache: LongNetCache | None, layer_idx: int) -> Tensor:
@@ -164,5 +164,5 @@ def count_zero_keys(config: LongNetConfig, packing: Packing, embeds: Tensor) -> 
     """Return (B, G, L): the zero keys of the released implementation that each query attends to."""
     result = torch.zeros(len(embeds), config.num_key_value_heads, embeds.shape[1], dtype=torch.int64)
     for first, last, begin, end, *_ in packing.chunks:
-        result[first:last, :, begin:end] = count_zero_padding(layer_branches(config)[0], end - begin)
+        result[first:last, :, begin:end] = count_zero_padding(plan_branches(config)[0], end - begin)
     return result.to(embeds.device)

@@ -25,7 +25,7 @@ from .branches import Branch, Chunk, chunk_slices
 from .cache_file import cache_to_tensors, load_cache_tensors
 from .configuration_longnet import LongNetConfig
 from .packing import cut_chunks
-from .pattern import Pattern
+from .pattern import Pattern, layer_branches
 
 
 class _Record(NamedTuple):
@@ -416,8 +416,8 @@ class LongNetCache(Cache):
 
     def __init__(self, config: LongNetConfig, max_length: int | None = None, offloading: bool = False):
         self.pattern = cache_pattern(config)
-        pattern, groups, self.num_heads = self.pattern
-        layers = (pattern.branches(groups, self.num_heads, i) for i in range(config.num_hidden_layers))
+        self.num_heads = config.num_attention_heads
+        layers = layer_branches(*self.pattern, config.num_hidden_layers)
         super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for branches in layers])
 
     def check(self, config: LongNetConfig, batch: int) -> None:

@@ -161,9 +161,8 @@ class TorchScaleFormat(CheckpointFormat):
         lists = config.segment_lengths, config.dilation_rates, heads
         if groups != heads:
             raise ValueError(f"num_key_value_heads={groups} of {heads}: {self.title} has no shared key/value heads.")
-        pattern, defaults = Pattern.of(config)._asdict(), Pattern._field_defaults
-        if beyond := [x for x in defaults if x != "head_offsets" and pattern[x] != defaults[x]]:
-            given = ", ".join(f"{name}={pattern[name]!r}" for name in beyond)
+        if beyond := Pattern.of(config).beyond:
+            given = ", ".join(f"{name}={x!r}" for name, x in beyond.items())
             raise ValueError(f"{given}: {self.title} has the paper's pattern alone.")
         if make_branches(*lists, config.head_offsets) != make_branches(*lists, "blocked"):
             raise ValueError(f"head_offsets={config.head_offsets!r} keeps other tokens than TorchScale's 'blocked'.")

@@ -284,11 +284,12 @@ class LongNetConfig(PreTrainedConfig):
         pad, size = self.pad_token_id, self.vocab_size
         if pad is not None and size is not None and not 0 <= pad < size:
             raise ValueError(f"pad_token_id={pad} must be an id below vocab_size={size}, or None.")
-        Pattern.of(self).check(self.is_causal)
-        if self.attend_zero_padding and Pattern.of(self)[3:] != Pattern((), ())[3:]:
+        pattern = Pattern.of(self)
+        pattern.check(self.is_causal)
+        if self.attend_zero_padding and pattern.beyond:
             raise ValueError(
                 "attend_zero_padding=True is for checkpoints of the released implementation, which has the paper's "
-                "pattern alone: leave out window_size, query_rates, rotate_offsets, stagger_segments and keys_once."
+                f"pattern alone: leave out {', '.join(Pattern._fields[3:])}."
             )
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
         self._check_name("attention_backend", [name for name in backend_names() if name != "eager"])

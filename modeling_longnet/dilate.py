@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_autograd import AttentionPlan, HaloKV, attend_chunks
-from .attention_context import AttentionContext, layer_branches
+from .attention_context import AttentionContext, plan_branches
 from .backends import backend_names, choose_backend
 from .branches import Branch, prefix_lengths
 from .cache_longnet import LongNetCache
@@ -229,7 +229,7 @@ def _make_context(
     """
     check_whole_sequences("a model of use_dilated_attention")
     rows, _, length, head_dim = sample.shape
-    device, layers, is_bounded = sample.device, layer_branches(pattern), isinstance(cache, DilatedCache)
+    device, layers, is_bounded = sample.device, plan_branches(pattern), isinstance(cache, DilatedCache)
     if mask is not None:
         _check_columns("the attention mask", mask.shape, (rows, past + length))
         mask = mask != 0

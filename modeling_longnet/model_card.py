@@ -142,10 +142,8 @@ def make_model_card(model, previous: str | None = None) -> ModelCard | None:
 def _branches(config) -> str:
     """Return the branches, and what of their pattern goes beyond the paper."""
     pattern = Pattern.of(config)
-    names = ("window_size", "query_rates", "rotate_offsets", "stagger_segments", "keys_once")
-    beyond = {name: getattr(pattern, name) for name in names if getattr(pattern, name) not in (None, False)}
     pairs = map(str, zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
-    return ", ".join([*pairs, *(f"{name} {x}" for name, x in beyond.items())])
+    return ", ".join([*pairs, *(f"{name} {x}" for name, x in pattern.beyond.items())])
 
 
 def _parse(text: str) -> ModelCard | None:

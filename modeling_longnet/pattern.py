@@ -6,6 +6,7 @@ The first fields of `Pattern` are the paper's (LongNet, arXiv 2307.02486, Eq. 4-
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -72,6 +73,12 @@ class Pattern(NamedTuple):
         """Return the pattern that a config, or anything with these attributes, describes."""
         values = (getattr(config, name, default) for name, default in cls._defaults().items())
         return cls(*(tuple(x) if isinstance(x, list) else x for x in values))
+
+    @property
+    def beyond(self) -> dict[str, object]:
+        """The fields beyond the paper that are set, by name."""
+        fields = zip(self._fields[3:], self[3:], strict=True)
+        return {name: x for name, x in fields if x != self._field_defaults[name]}
 
     @classmethod
     def _defaults(cls) -> dict:
@@ -175,6 +182,14 @@ class Pattern(NamedTuple):
             work += (region - before) / (r * rate)
             before = region if self.keys_once else 0.0
         return work
+
+
+@lru_cache(maxsize=64)  # every forward pass needs them, every decoding step too
+def layer_branches(
+    pattern: Pattern, num_kv_heads: int, num_heads: int, num_layers: int
+) -> tuple[tuple[Branch, ...], ...]:
+    """Return the branches of each layer of a model with these key/value and query heads."""
+    return tuple(pattern.branches(num_kv_heads, num_heads, layer) for layer in range(num_layers))
 
 
 def parse_pattern(words: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_context import count_zero_keys, layer_branches, make_context
+from .attention_context import count_zero_keys, make_context, plan_branches
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, LongNetBlock, check_shape
 from .packing import pack
@@ -309,7 +309,7 @@ class LongNetSlideEncoder(LongNetBackbone):
         found, of_queries = match.int().max(-1)  # 1 and its column, or 0 for a tile left out
         # Documents: 0, or -1 for padding and for queries left out, which see nothing.
         given = of_queries, columns, found - 1, layout.real.int() - 1
-        counts = tuple(count_branches(x, *given, is_causal=False) for x in layer_branches(self.config))
+        counts = tuple(count_branches(x, *given, is_causal=False) for x in plan_branches(self.config))
         zero_keys = None
         if self.config.attend_zero_padding:
             packing = pack(batch, length, hidden_states.device, layout.real)

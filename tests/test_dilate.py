@@ -33,7 +33,7 @@ from transformers import (
 
 from examples.evaluate_perplexity import EvaluationArguments, load_model
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
-from modeling_longnet.attention_context import layer_branches
+from modeling_longnet.attention_context import plan_branches
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
 from modeling_longnet.testing import CACHE
 
@@ -582,4 +582,4 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
     with refused("xpos_scale_base=16 is too small", "[8, 1048576]", "trained model", "shorter segments"):
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
     longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 10])
-    assert layer_branches(longer.config)[0][1].w == 1 << 10
+    assert plan_branches(longer.config)[0][1].w == 1 << 10

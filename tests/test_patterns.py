@@ -30,7 +30,7 @@ from modeling_longnet import (
     parse_pattern,
     stream,
 )
-from modeling_longnet.attention_context import layer_branches
+from modeling_longnet.attention_context import plan_branches
 from modeling_longnet.branches import Chunk, flatten_branch, unflatten_branches
 from modeling_longnet.conversion import convert, export_checkpoint, to_torchscale
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
@@ -657,7 +657,7 @@ def test_slides_of_any_pattern(implementation):
     assert_close("pooler_output", out.pooler_output, alone.pooler_output)
     assert_close("pooler_output", out.pooler_output, dense.pooler_output, EXACT)
     assert_close("maps", out.attention_maps, torch.stack(dense.attentions)[..., queries, :], EXACT)
-    assert len(set(layer_branches(config))) == 3
+    assert len(set(plan_branches(config))) == 3
 
 
 # Decoders of Transformers.
