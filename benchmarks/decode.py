@@ -56,7 +56,7 @@ def dense_model(sizes: dict) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def _fill(model, cache, length: int, chunk: int) -> list[tuple[int, float]]:
+def read_tokens(model, cache, length: int, chunk: int) -> list[tuple[int, float]]:
     """Feed `length` random tokens; (tokens so far, seconds of the chunk) for each chunk."""
     times = []
     for begin in range(0, length, chunk):
@@ -67,7 +67,7 @@ def _fill(model, cache, length: int, chunk: int) -> list[tuple[int, float]]:
     return times
 
 
-def _stepper(model, cache, batch: int = 1):
+def make_step(model, cache, batch: int = 1):
     token = torch.zeros(batch, 1, dtype=torch.int64)
 
     @torch.no_grad()
@@ -116,17 +116,17 @@ def run(args: argparse.Namespace) -> dict:
     for length in args.contexts:
         cache = LongNetCache(ours.config)
         print(f"reading {length:,} tokens ...", flush=True)
-        fill = _fill(ours, cache, length, CHUNK)
-        alone[f"longnet {length}"] = _stepper(ours, cache)
+        fill = read_tokens(ours, cache, length, CHUNK)
+        alone[f"longnet {length}"] = make_step(ours, cache)
         if length == max(args.dense_contexts):
             alone[f"products {length}"] = _products(ours, length)
-            together[f"longnet {length} x {args.batch}"] = _stepper(ours, _repeated(cache, args.batch), args.batch)
+            together[f"longnet {length} x {args.batch}"] = make_step(ours, _repeated(cache, args.batch), args.batch)
     for length in args.dense_contexts:
         cache = DynamicCache(config=dense.config)
-        _fill(dense, cache, length, 1024)
-        alone[f"dense {length}"] = _stepper(dense, cache)
+        read_tokens(dense, cache, length, 1024)
+        alone[f"dense {length}"] = make_step(dense, cache)
         if length == max(args.dense_contexts):
-            together[f"dense {length} x {args.batch}"] = _stepper(dense, _repeated(cache, args.batch), args.batch)
+            together[f"dense {length} x {args.batch}"] = make_step(dense, _repeated(cache, args.batch), args.batch)
     samples = time_alternately(alone, seconds=0, least=args.steps, most=args.steps)
     samples |= time_alternately(together, seconds=0, least=args.steps // 16, most=args.steps // 16)
     context = multiprocessing.get_context("spawn")

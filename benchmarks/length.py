@@ -85,7 +85,7 @@ def _measure(who: str, case: op.Case, pattern: str) -> dict:
     return {"who": who, **case._asdict(), "flops": flops, "seconds": [seconds]}
 
 
-def _no_window(case: op.Case) -> str | None:
+def why_no_window(case: op.Case) -> str | None:
     """Why FlexAttention cannot serve as the window, None if it can."""
     if case.backward and case.device == "cpu":
         return "PyTorch has no backward of FlexAttention on a CPU"
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> dict:
                 key = (who, mode, length)
                 if (who, mode) in dropped and key not in rows:
                     continue
-                if who == "window" and (reason := _no_window(case)):
+                if who == "window" and (reason := why_no_window(case)):
                     dropped[who, mode] = reason
                     continue
                 if (estimate := _estimate(who, case, rows.get((who, mode, length // 2)))) > args.limit:

@@ -80,7 +80,7 @@ def train(args: argparse.Namespace) -> list[dict]:
         model = LongNetForCausalLM(config).to(getattr(torch, args.dtype))
     recorder = Recorder(args.length)
     settings = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=1, learning_rate=args.rate,
+        output_dir=tempfile.gettempdir(), max_steps=args.steps, per_device_train_batch_size=1, learning_rate=args.rate,
         warmup_steps=2, lr_scheduler_type="cosine", logging_steps=1, save_strategy="no", report_to="none",
         gradient_checkpointing=True, use_cpu=args.device == "cpu", dataloader_num_workers=0, disable_tqdm=True,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from modeling_longnet.testing import Pattern
 
 from . import length as lengths_benchmark
 from . import op
-from .decode import SIZES, _fill, _stepper
+from .decode import SIZES, make_step, read_tokens
 from .measure import DTYPES, Call, spread, time_alternately
 from .train import training_step
 
@@ -46,7 +46,7 @@ def prepare(pattern: str, case: op.Case) -> Call | None:
     """The op's call for a pattern; None where a rival cannot."""
     if pattern.startswith("flex "):
         window = int(pattern.split()[1])
-        if lengths_benchmark._no_window(case) is not None:
+        if lengths_benchmark.why_no_window(case) is not None:
             return None
         call = lengths_benchmark.prepare("window", case, f"{2 * window}/1")
         return lambda: [call(), call()]
@@ -69,8 +69,8 @@ def make_model(pattern: str) -> LongNetForCausalLM:
 
 def _decoding_step(model: LongNetForCausalLM, context: int) -> Call:
     cache = LongNetCache(model.config)
-    _fill(model.eval(), cache, context, 8192)
-    return _stepper(model, cache)
+    read_tokens(model.eval(), cache, context, 8192)
+    return make_step(model, cache)
 
 
 def run(args: argparse.Namespace) -> dict:

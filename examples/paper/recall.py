@@ -58,15 +58,21 @@ def make_texts(
     return tokens, distances
 
 
+def distance_edges(least: int, length: int) -> list[int]:
+    """Edges of the distances that are scored together: each twice the one before, the last one the text's length."""
+    return [*(least * 2**i for i in range(int(np.log2(length / least)))), length]
+
+
 @torch.inference_mode()
-def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int]) -> dict:
-    """Share of the tokens to be told that the model names, by distance: from each edge to the next."""
+def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int], device: str = "cpu") -> dict:
+    """Count the tokens asked for and those that the model names, by distance: from each edge to the next."""
     model.eval()
     right, asked = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
     for row, distance in zip(tokens, distances, strict=True):
         places = np.flatnonzero(distance)
-        logits = model(torch.from_numpy(row[None]), use_cache=False, logits_to_keep=torch.from_numpy(places)).logits
-        told = logits[0].argmax(-1).numpy() == row[places + 1]
+        ids, kept = (torch.from_numpy(x).to(device) for x in (row[None], places))
+        logits = model(ids, use_cache=False, logits_to_keep=kept).logits
+        told = logits[0].argmax(-1).cpu().numpy() == row[places + 1]
         bucket = np.digitize(distance[places], edges) - 1
         np.add.at(right, bucket, told)
         np.add.at(asked, bucket, 1)
@@ -86,7 +92,7 @@ def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     result = train(model, tokens, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
     if "weights" in cell:
         save_weights(model, folder / cell["weights"], cell)
-    edges = [*(cell["least"] * 2**i for i in range(int(np.log2(cell["length"] / cell["least"])))), cell["length"]]
+    edges = distance_edges(cell["least"], cell["length"])
     seed = cell.get("held_out_seed", 10**6)
     for task, passages in (("recall", None), ("passkey", 1)):
         held_out = make_texts(settings[f"{task}_texts"], cell["length"], cell["least"], seed, passages)

@@ -35,7 +35,7 @@ from ..evaluate_perplexity import write_whole
 from ..optimizer import MuonAndAdamW
 from .cells import cut, load_documents
 from .patterns import LONGEST, Pattern, count_keys, file_name, make_model, make_pattern
-from .recall import KEYS, PASSAGE, VOCABULARY, make_texts
+from .recall import VOCABULARY, distance_edges, make_texts, score
 from .run import FULL
 
 DENSE = f"{LONGEST}/1"
@@ -200,23 +200,13 @@ def _recall_texts(tokens: int, length: int, least: int, seed: int) -> tuple[np.n
     return texts, np.where(distances > 0, following, -100)
 
 
-@torch.inference_mode()
 def score_recall(model, task: dict, device: str) -> dict:
     """Share of the asked tokens that the model names, by distance."""
-    model.eval()
-    length, least = task["length"], task["least"]
-    edges = [*(least * 2**i for i in range(int(np.log2(length / least)))), length]
-    tokens, distances = make_texts(task["texts"], length, least, 10**6)
-    right, asked = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
-    for rows in np.array_split(np.arange(len(tokens)), max(1, len(tokens) * length >> 15)):
-        ids = torch.from_numpy(tokens[rows]).to(device)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-            told = model(ids, use_cache=False).logits.argmax(-1).cpu().numpy()
-        places = np.nonzero(distances[rows])
-        bucket = np.digitize(distances[rows][places], edges) - 1
-        np.add.at(right, bucket, told[places] == tokens[rows][places[0], places[1] + 1])
-        np.add.at(asked, bucket, 1)
-    return {"edges": edges, "recall": (right / np.maximum(asked, 1)).tolist()}
+    edges = distance_edges(task["least"], task["length"])
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        scored = score(model, *make_texts(task["texts"], task["length"], task["least"], 10**6), edges, device)
+    shares = [right / max(1, asked) for right, asked in zip(scored["right"], scored["asked"], strict=True)]
+    return {"edges": edges, "recall": shares}
 
 
 def run_text(cell: dict, text: dict, device: str) -> dict:
@@ -336,7 +326,6 @@ QUICK |= {"sizes": {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_s
 QUICK["sizes"] |= {"num_attention_heads": 4, "position_embedding": "rope", "tie_word_embeddings": True}
 QUICK["base"] = {"length": 64, "batch": 2, "tokens": 256, "rate": 2e-3, "least": 8}
 QUICK_PLAN = [(task, 1, (1e-3,), ["16/1 64/4", "w8 64/4:1 once", "sparse 16 2"]) for task in ("recall", "text-2k")]
-assert KEYS >= PASSAGE
 
 
 def main() -> None:
