@@ -113,7 +113,6 @@ class Slice(NamedTuple):
         first, first_stride: head i keeps token `first + i * first_stride` of a segment, then every r-th one.
         seqlen: kept tokens per head and segment.
         prefix, suffix: kept tokens per head of the same segment that lie before and after the chunk.
-        padding: zero keys per head that the released implementation adds (see `attend_zero_padding`).
     """
 
     begin: int
@@ -126,7 +125,6 @@ class Slice(NamedTuple):
     seqlen: int
     prefix: int
     suffix: int
-    padding: int
 
     def view(self, branch: Branch) -> View:
         """Return the view that shows the slice in a chunk's tensor."""
@@ -180,6 +178,14 @@ class Part(NamedTuple):
         """Return how many tokens of the segment before place `end` exist and are kept."""
         return count_kept(end, offset, r) - count_kept(self.ghost, offset, r) if end > self.ghost else 0
 
+    def counts(self, chunk: Chunk, branch: Branch, offset: int) -> tuple[int, int, int]:
+        """Return how many keys of the segment are kept before the chunk, up to its end, and in all of the sequence."""
+        segment_end = min(branch.w, chunk.total - (chunk.start + self.begin - self.place))
+        before, seen, kept = (
+            self.count(end, offset, branch.r) for end in (self.place, self.place + self.length, segment_end)
+        )
+        return before, seen, kept
+
 
 def cut_at_borders(chunk: Chunk, branch: Branch) -> list[Part]:
     """Cut a chunk at the borders of a branch's segments."""
@@ -228,15 +234,11 @@ def head_strides(heads: int, r: int) -> list[int]:
 
 
 def _key_specs(chunk: Chunk, branch: Branch, part: Part) -> list[tuple[int, ...]]:
-    """Return (first, 0, seqlen, prefix, suffix, padding) per key/value head for one part."""
-    w, r, offsets = branch[:3]
-    segment_end = min(w, chunk.total - (chunk.start + part.begin - part.place))
-    padded = -(-min(w, chunk.total) // r)
-    ends = part.place, part.place + part.length, segment_end
+    """Return (first, 0, seqlen, prefix, suffix) per key/value head for one part."""
     specs = []
-    for o in offsets:
-        prefix, seen, kept = (part.count(end, o, r) for end in ends)
-        specs.append(((o - part.place) % r, 0, seen - prefix, prefix, kept - seen, padded - kept))
+    for o in branch.offsets:
+        before, seen, kept = part.counts(chunk, branch, o)
+        specs.append(((o - part.place) % branch.r, 0, seen - before, before, kept - seen))
     return specs
 
 
@@ -255,5 +257,5 @@ def chunk_slices(chunk: Chunk, branch: Branch) -> tuple[Slice, ...]:
             slices.append(Slice(part.begin, part.segments, head, heads, stride, first, step, *counts))
     if branch.is_window:
         halo = min(chunk.start, branch.w - 1), min(chunk.total - chunk.start - chunk.length, branch.w - 1)
-        slices = [Slice(0, 1, 0, len(branch.offsets), 1, 0, 0, chunk.length, *halo, 0)]
+        slices = [Slice(0, 1, 0, len(branch.offsets), 1, 0, 0, chunk.length, *halo)]
     return tuple(piece for piece in slices if piece.seqlen or branch.query_offsets)

@@ -163,9 +163,7 @@ class _QueryRows(NamedTuple):
         part, branch, r, o = self.part, self.branch, self.branch.r, self.branch.offsets[group]
         seqlen = count_kept(self.place + self.length, offset, r) - count_kept(self.place, offset, r)
         first = (offset - self.place) % r
-        chunk_end = part.place + part.length
-        segment_end = min(branch.w, self.chunk.total - (self.chunk.start + part.begin - part.place))
-        before, own, all_keys = (part.count(end, o, r) for end in (part.place, chunk_end, segment_end))
+        before, own, all_keys = part.counts(self.chunk, branch, o)
         seen = all_keys if self.end is None else part.count(self.end, o, r)
         diagonal = None
         if self.is_causal and (self.end is None or branch.after_window):

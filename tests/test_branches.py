@@ -42,6 +42,16 @@ def positions_of(piece, chunk, branch):
                 yield piece.head + i * piece.head_stride, chunk.start + column
 
 
+def query_positions(product, chunk):
+    """(head, position in the document) of each query of a product."""
+    view = product.queries
+    for i in range(view.heads):
+        for segment in range(view.segments):
+            for j in range(view.seqlen):
+                token = view.first + segment * view.segment_step + i * view.token_step + j * view.rate
+                yield view.head + i * view.head_step, chunk.start + token
+
+
 @given(chunk_cases())
 def test_views_show_each_row_of_each_head_once(case):
     branch, chunk = case
@@ -69,7 +79,11 @@ def test_rows_outside_the_chunk_are_counted(case):
             assert piece.prefix == sum(p < chunk.start for p in of_head)
             assert piece.suffix == sum(p >= end for p in of_head)
             assert piece.prefix + piece.seqlen + piece.suffix == len(of_head)
-            assert piece.padding == math.ceil(min(w, chunk.total) / r) - len(of_head)
+    for product in branch_products(chunk, branch, len(offsets), False, "chunk"):
+        for head, position in query_positions(product, chunk):
+            segment = range(position // w * w, min(position // w * w + w, chunk.total))
+            of_head = [p for p in segment if (p % w) % r == offsets[head]]
+            assert product.padding == math.ceil(min(w, chunk.total) / r) - len(of_head)
 
 
 @given(chunk_cases(), st.integers(2, 3))
@@ -184,9 +198,10 @@ def test_zero_padding_of_the_reference_and_of_the_views_agree(case):
     length = chunk.total
     dense = count_zero_padding((branch,), length)
     seen = torch.zeros_like(dense)
-    for piece in chunk_slices(Chunk(0, 1, 0, length, 0, length), branch):
-        for head, position in positions_of(piece, chunk._replace(start=0), branch):
-            seen[head, position] = piece.padding
+    whole = Chunk(0, 1, 0, length, 0, length)
+    for product in branch_products(whole, branch, len(branch.offsets), False, "chunk"):
+        for head, position in query_positions(product, whole):
+            seen[head, position] = product.padding
     assert torch.equal(dense, seen)
 
 
