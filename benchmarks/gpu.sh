@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What wants a GPU, from the repository's root, part by part; the most valuable first. A part goes on where it stopped.
+# What wants a GPU, from the repository's root, in parts, the most valuable first. A part that is
+# run again skips what it has measured.
 #     bash benchmarks/gpu.sh FOLDER [PART ...]        # default: proof kernels patterns train
 # Parts and their most seconds on an H100:
 #     proof 150     the tests of the kernels and of flash-attn (if installed)

@@ -4,7 +4,7 @@
     python -m benchmarks.million --text FILE --device cuda --output million.json
     python -m benchmarks.million --text FILE --length 4096 --steps 2 --config configuration/longnet-demo.json   # CPU
 
-The documents of the text, one after another in the order of their names, are cut into sequences of `--length`. Weights
+The documents, concatenated in the order of their names, are cut into sequences of `--length` tokens. Weights
 and activations are in `--dtype`, with gradient checkpointing.
 """
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The search for the best pattern on a GPU, in one call of at most 8 minutes, from the repository's root; call it again
-# to go on. The most valuable cells come first (`PLAN` in search.py).
+# The search for the best pattern on a GPU, in one call of at most 8 minutes, from the repository's root; a second call
+# resumes. The most valuable cells come first (`PLAN` in search.py).
 #     bash examples/paper/gpu.sh TEXT_FILE [FOLDER] [MINUTES]
 # TEXT_FILE is made beforehand, on any machine: python -m examples.paper.search --text TEXT_FILE --prepare
 set -euo pipefail

@@ -257,7 +257,7 @@ def work(cells: "multiprocessing.Queue", folder: Path, text_file: Path | None, d
             return
         try:
             run_cell(cell, folder, text, device)
-        except Exception as error:  # the others go on, and the cell is run again next time
+        except Exception as error:  # the others continue; the next run tries this cell again
             print(f"{cell['name']}: {type(error).__name__}: {error}", flush=True)
 
 
