@@ -24,7 +24,7 @@ from benchmarks.figures import fill_markers, map_attention
 from benchmarks.run import describe
 
 from .cells import sweep_score
-from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern
+from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, file_name, make_pattern
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FULL = ROOT / "examples" / "paper" / "results" / "full"
@@ -170,23 +170,29 @@ def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
     return groups
 
 
-def recall_table(results: dict[str, dict], part: str, task: str) -> str:
-    """Share recalled by distance, one line for each pattern; the task is `recall` or `passkey`."""
+def recall_table(results: dict[str, dict], part: str, task: str, variants: bool = True) -> str:
+    """Share recalled by distance, one line for each pattern and training, and the mean over the distances.
+
+    The task is `recall` or `passkey`; variants are other branches and offsets of the paper's pattern.
+    """
     groups = recall_groups(results, part)
     if not groups:
         return "This task has not been run."
     edges = next(iter(groups.values()))[0][task]["edges"]
-    lines = [
-        "| pattern | keys a query | tokens a processor second | seeds | "
-        + " | ".join(f"{a:,} to {b:,}" for a, b in pairwise(edges))
-        + " |"
-    ]
-    lines.append("| --- |" + " ---: |" * (len(edges) + 2))
+    header = ["pattern", "keys a query", "tokens a processor second", "seeds"]
+    header += [*(f"{a:,} to {b:,}" for a, b in pairwise(edges)), "mean"]
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for name, cells in groups.items():
+        pattern = cells[0]["cell"]["pattern"]
+        model = name.removeprefix(file_name(pattern))
+        if not variants and pattern == "longnet" and model:
+            continue
         shares = [_shares(cell[task]) for cell in cells]
         keys = count_keys(Pattern(**cells[0]["work"]), cells[0]["cell"]["length"])
-        row = [name, f"{keys:,.0f}", f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}", str(len(cells))]
-        lines.append("| " + " | ".join(row + [_mean(list(s)) for s in zip(*shares, strict=True)]) + " |")
+        row = [(pattern if pattern in RIVALS else f"`{pattern}`") + model, f"{keys:,.0f}"]
+        row += [f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}", str(len(cells))]
+        row += [_mean(list(s)) for s in zip(*shares, strict=True)] + [_mean([np.mean(s) for s in shares])]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -403,8 +409,9 @@ def beyond_headline(results: dict[str, dict]) -> str:
         written_table(results, "full"),
         f"The same after a first stage of dense attention on 512 tokens. {stages(results)}",
         written_table(results, "tokens"),
-        "Share recalled by distance in tokens, many passages:", recall_table(results, "recall", "recall"),
-        "One passage:", recall_table(results, "recall", "passkey"),
+        "Share recalled by distance in tokens, many passages:",
+        recall_table(results, "recall", "recall", variants=False),
+        "One passage:", recall_table(results, "recall", "passkey", variants=False),
     ])  # fmt: skip
 
 

@@ -83,6 +83,7 @@ def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     """Train on such texts, one stage, and score others."""
     pattern = make_pattern(cell["pattern"], cell["branches"], cell["length"])
     sizes = settings["recall_sizes"] | {"vocab_size": VOCABULARY, "head_offsets": cell["head_offsets"]}
+    sizes |= cell.get("sizes", {})
     model = make_model(pattern, cell["seed"], **sizes)
     if "base" in cell:
         load_model(model, folder / cell["base"])

@@ -90,9 +90,16 @@ FULL = {
         "w128 2048/16:1 once", "w96 2048/12:1 once", "w64 2048/8:1 once", "w96 512/4:1 2048/16:1 once",
         "w64 512/2 2048/4 rotate stagger once",
     ],
+    # The same trained longer: until then recall beyond the window still grows.
+    "long_recall": {"tokens": 1 << 22, "patterns": ["w64 2048/8:1 once", "w136 2048/16:1 once", "sparse", "window"]},
+    # Other models of about that size, one seed.
+    "recall_models": {
+        "4 layers": {"sizes": {"num_hidden_layers": 4}, "patterns": ["w64 2048/8:1 once"]},
+        "8 heads": {"sizes": {"num_attention_heads": 8}, "patterns": ["w64 2048/8:1 once"]},
+    },
     "written_text": {
         "2048": ["w256 2048/8:1 once", "w256", "w512", "w256 2048/2 8192/4 32768/8 rotate stagger once"],
-        "8192": ["w256 2048/8:1 8192/32:1 once", "w256", "w512"],
+        "8192": ["w256 2048/8:1 8192/32:1 once", "w256"],
         "16384": ["w256 2048/8:1 8192/32:1 32768/128:1 once", "w256"],
     },
     "written_rates": {"recall": 1e-3, "text": 1e-3},
@@ -139,6 +146,8 @@ QUICK = FULL | {
     "passkey_texts": 2,
     "written_seeds": [0],
     "written_recall": ["w16 64/4:1 once"],
+    "long_recall": {"tokens": 1 << 10, "patterns": ["w16 64/4:1 once", "window"]},
+    "recall_models": {"4 layers": {"sizes": {"num_hidden_layers": 4}, "patterns": ["w16 64/4:1 once"]}},
     "written_text": {"64": ["w16 64/4:1 once"], "128": ["w24"]},
     "full_text": {"64": ["w16 64/4:1 once", "w16"]},
     "full_tokens": 1 << 9,
@@ -265,8 +274,38 @@ def recall_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 def written_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     """Recall of the patterns beyond the paper, and of the rivals where `recall_cells` has no such seed."""
     rate = settings["written_rates"]["recall"]
-    patterns = [*settings["written_recall"], *(() if seed in settings["seeds"]["recall"] else ("longnet", "window"))]
+    patterns = [*settings["written_recall"], *(() if seed in settings["seeds"]["recall"] else RIVALS[1:])]
     return {f"recall-{file_name(name)}-{seed}": recall_cell(settings, "recall", name, seed, rate) for name in patterns}
+
+
+def long_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """Recall of written patterns and their best rivals with more training."""
+    rate, longer = settings["written_rates"]["recall"], settings["long_recall"]
+    return {
+        f"recall-{file_name(name)} trained 4 times as long-{seed}": recall_cell(settings, "recall", name, seed, rate)
+        | {"tokens": longer["tokens"]}
+        for name in longer["patterns"]
+    }
+
+
+def other_base_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """The first stage of recall in models of other sizes: dense attention."""
+    cell = recall_base_cells(settings, seed)[f"recall_base-{seed}"]
+    return {
+        f"recall_base {name}-{seed}": cell | {"sizes": x["sizes"], "weights": f"recall_base {name}-{seed}.safetensors"}
+        for name, x in settings["recall_models"].items()
+    }
+
+
+def other_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """Recall in models of other sizes."""
+    rate, cells = settings["written_rates"]["recall"], {}
+    for model, x in settings["recall_models"].items():
+        own = {"sizes": x["sizes"], "base": f"recall_base {model}-{seed}.safetensors"}
+        for name in x["patterns"]:
+            cell = recall_cell(settings, "recall", name, seed, rate) | own
+            cells[f"recall-{file_name(name)}, {model}-{seed}"] = cell
+    return cells
 
 
 def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
@@ -395,8 +434,10 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
     for seed in settings["written_seeds"]:
         parts["written"] += [partial(written_base_cells, settings, folder, seed)]
         parts["written"] += [partial(written_recall_cells, settings, seed)]
+        parts["written"] += [partial(long_recall_cells, settings, seed)]
         parts["written"] += [partial(full_cells, settings, folder, seed)]
         parts["written"] += [partial(written_text_cells, settings, seed)]
+    parts["written"] += [partial(other_base_cells, settings, 0), partial(other_recall_cells, settings, 0)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
 
