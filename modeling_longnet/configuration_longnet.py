@@ -1,5 +1,6 @@
 """The configuration of LongNet: every field with its unit and equation, and all validation."""
 
+import bisect
 import difflib
 import logging
 import math
@@ -63,13 +64,21 @@ def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
     for n in range(3, longest.bit_length() - 1):
         window, octaves = 1 << n, longest.bit_length() - 1 - n
         count = -(-octaves // 4)
-        # Borders evenly spaced between the window and the length; each branch shows window / count keys.
+        # Borders evenly spaced between the window and the length.
         segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
-        rates = tuple(min(w, 1 << (w * count // (2 * window) - 1).bit_length()) for w in segments)
-        # The tokens between two keys of a branch must have been read by what lies before the branch.
-        if all(r <= before for r, before in zip(rates, (window, *segments), strict=False)):
-            patterns.append(Pattern(segments, rates, "interleaved", window, (1,) * count, keys_once=is_causal))
+        for keys in (window, window // 2):  # of all branches together
+            rates = tuple(min(w, 1 << (w * count // (2 * keys) - 1).bit_length()) for w in segments)
+            # The tokens between two keys of a branch must have been read by what lies before the branch.
+            if all(r <= before for r, before in zip(rates, (window, *segments), strict=False)):
+                patterns.append(Pattern(segments, rates, "interleaved", window, (1,) * count, keys_once=is_causal))
     return patterns
+
+
+def _widen_window(pattern: Pattern, length: int, effort: int) -> Pattern:
+    """Return the pattern with the longest window, in steps of 8 tokens up to twice its size, that fits the effort."""
+    sizes = range(pattern.window_size, min(2 * pattern.window_size, pattern.segment_lengths[0]), 8)
+    fits = bisect.bisect_right(sizes, effort, key=lambda size: pattern._replace(window_size=size).count_work(length))
+    return pattern._replace(window_size=sizes[fits - 1])
 
 
 @strict
@@ -216,10 +225,10 @@ class LongNetConfig(PreTrainedConfig):
     def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, paper=False, **fields):
         """Return a configuration whose pattern suits sequences of `length` tokens; print which, and why.
 
-        Half of the effort goes into a window, the rest in equal parts into branches whose segments grow, by at most 16,
-        until one holds the sequence. Every query sees one key in r of a branch, the last token of each r, which has
-        read those before it; no key counts twice. Any two tokens are then a few steps apart, and the work grows with
-        L log L. If the effort allows dense attention, that is what you get.
+        Half of the effort or more goes into a window, the rest in equal parts into branches whose segments grow, by at
+        most 16, until one holds the sequence. Every query sees one key in r of a branch, the last token of each r,
+        which has read those before it; no key counts twice. Any two tokens are then a few steps apart, and the work
+        grows with L log L. If the effort allows dense attention, that is what you get.
 
         Args:
             length: tokens of the sequences.
@@ -247,10 +256,13 @@ class LongNetConfig(PreTrainedConfig):
                 f"effort={effort} is too small for length={length}{f' with {heads} key/value heads' if paper else ''}: "
                 f"the least is {math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
             )
-        keys, pattern = max(
+        _, pattern = max(
             ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort),
             key=lambda x: (not x[1].window_size, x[0]),
         )
+        if pattern.window_size:
+            pattern = _widen_window(pattern, length, effort)
+        keys = pattern.count_work(length)
         print(f"{pattern.describe()} On average {keys:.0f} keys per head (effort {effort}; dense {length / 2:.0f}).")
         return cls(**{name: x for name, x in pattern._asdict().items() if x is not None}, **fields)
 
