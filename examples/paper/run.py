@@ -292,7 +292,7 @@ def other_base_cells(settings: dict, seed: int) -> dict[str, dict]:
     """The first stage of recall in models of other sizes: dense attention."""
     cell = recall_base_cells(settings, seed)[f"recall_base-{seed}"]
     return {
-        f"recall_base {name}-{seed}": cell | {"sizes": x["sizes"], "weights": f"recall_base {name}-{seed}.safetensors"}
+        f"recall_base-{name}-{seed}": cell | {"sizes": x["sizes"], "weights": f"recall_base-{name}-{seed}.safetensors"}
         for name, x in settings["recall_models"].items()
     }
 
@@ -301,7 +301,7 @@ def other_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     """Recall in models of other sizes."""
     rate, cells = settings["written_rates"]["recall"], {}
     for model, x in settings["recall_models"].items():
-        own = {"sizes": x["sizes"], "base": f"recall_base {model}-{seed}.safetensors"}
+        own = {"sizes": x["sizes"], "base": f"recall_base-{model}-{seed}.safetensors"}
         for name in x["patterns"]:
             cell = recall_cell(settings, "recall", name, seed, rate) | own
             cells[f"recall-{file_name(name)}, {model}-{seed}"] = cell
