@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures clean
+.PHONY: help coverage demo fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it
 
 test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
+
+coverage: $(READY) ## the tests, and which lines of the package they run; under 95 % is an error
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(ARGS)
 
 test-distributed: $(READY) ## run the whole matrix of sequences shared among processes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/sharding_matrix.py $(ARGS)

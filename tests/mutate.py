@@ -28,7 +28,9 @@ EQUIVALENT = Path(__file__).with_name("mutants_equivalent.json")
 # The tests that see each module; together they take seconds.
 TARGETS = {
     "branches": ["test_branches.py"],
-    "packing": ["test_packing.py"],
+    "pattern": ["test_config.py", "test_patterns.py"],
+    "products": ["test_patterns.py"],
+    "packing": ["test_packing.py", "test_cache.py"],
     "positions": ["test_positions.py"],
     "sharding_plan": ["test_sharding.py"],
     "attention_autograd": ["test_dilated_attention.py"],
