@@ -405,8 +405,9 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
             cache, shard = LongNetCache(self.config), None
         targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        # Accelerate may strip the decorator that takes return_dict out of kwargs.
-        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs | {"return_dict": True})
+        # A loss needs no cache. Accelerate may strip the decorator that takes return_dict out of kwargs.
+        kwargs = ({} if targets is None or cache is not None else {"use_cache": False}) | kwargs | {"return_dict": True}
+        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs)
         hidden_states = outputs.last_hidden_state
         if logits_to_keep is None and targets is None and shard is not None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
