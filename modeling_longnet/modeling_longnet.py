@@ -281,7 +281,8 @@ class LongNetModel(LongNetBackbone):
                 )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
         else:
-            if cache is None and use_cache and self.config.is_causal:
+            # torch.export takes no cache in or out: its lengths are Python numbers, which a program would freeze.
+            if cache is None and use_cache and self.config.is_causal and not torch.compiler.is_exporting():
                 cache = LongNetCache(self.config)
             if cache is not None:
                 self._check_cache(cache, len(embeds))

@@ -70,17 +70,19 @@ def pack(
 
 def _pack_in_graph(batch, length, device, mask: Tensor | None, position_ids: Tensor | None) -> Packing:
     """As `pack`, as part of a graph, which sees no values: an operator checks the inputs and finds the chunks."""
-    columns = torch.arange(length, device=device).expand(batch, length)
-    real = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.to(device) != 0
-    begins = real & (columns == 0)
-    begins[:, 1:] |= real[:, 1:] & ~real[:, :-1]
+    shape = batch, length
+    real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device) != 0
+    begins, positions = real.clone(), real.cumsum(1) - 1
+    begins[:, 1:] &= ~real[:, :-1]
     if position_ids is not None:
-        ids = position_ids.to(device).expand(batch, length)
-        begins[:, 1:] |= ids[:, 1:] != ids[:, :-1] + 1
-    first = (begins * columns).cummax(1).values  # the column in which a token's document begins
-    documents = first + length * torch.arange(batch, device=device)[:, None]
+        ids = position_ids.to(device).expand(shape)
+        begins[:, 1:] |= real[:, 1:] & (ids[:, 1:] != ids[:, :-1] + 1)
+    numbers = begins.cumsum(1)  # of the documents in each row, from 1
+    if position_ids is not None:  # the first document's may count columns
+        positions = ids - (numbers == 1) * ids.gather(1, real.int().argmax(1, keepdim=True))
+    documents = numbers + length * torch.arange(batch, device=device)[:, None]
     chunks = find_chunks(mask, position_ids, batch, length)
-    return Packing(chunks, (columns - first).where(real, 0), documents.where(real, -1))
+    return Packing(chunks, positions.where(real, 0), documents.where(real, -1))
 
 
 def _find_chunks(mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int) -> Tensor:
