@@ -481,6 +481,14 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
         finally:
             self.config.num_hidden_layers = count
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse `generate_batch` and Transformers' other entries to continuous batching, which end here."""
+        raise ValueError(
+            "continuous batching (generate_batch) keeps every key in pages, under masks that know no branches; LongNet "
+            "would need pages of each branch's slots, and an attention that reads them. Use generate() on batches of "
+            "prompts padded on the left: its cache is bounded."
+        )
+
     def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, generation_config, *args) -> Tensor:
         """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those behind other tokens."""
         if generation_config.is_assistant:  # the caller's mask is passed on unless it is all ones

@@ -137,6 +137,15 @@ def test_splitting_a_layer_or_the_stack_is_refused(model_and_inputs, sizes, tmp_
     type(model).from_pretrained(tmp_path, distributed_config={"tp_size": 1, "fsdp_size": 1, "pp_size": 1})
 
 
+def test_continuous_batching_is_refused():
+    """Transformers would return empty texts, with an error in each result."""
+    model = make_text(LongNetForCausalLM)
+    with refused("continuous batching", "generate() on batches"):
+        model.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=3)
+    with refused("continuous batching"), model.continuous_batching_context_manager():
+        pass
+
+
 def test_a_foreign_attention_is_refused(model_and_inputs):
     """An inference server sets its own by name before it builds the model, whatever the flags say."""
     model, inputs = model_and_inputs
