@@ -417,7 +417,9 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
                 "with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get the logits of "
                 "this rank's shard (gather_sequence concatenates them)."
             )
-        if logits_to_keep is None and (targets is None or (shard is None and self._returns_logits())):
+        # Trainer passes skip_logits in evaluations with use_liger_kernel that need the loss alone.
+        returns_logits = self._returns_logits() and not kwargs.get("skip_logits")
+        if logits_to_keep is None and (targets is None or (shard is None and returns_logits)):
             logits_to_keep = 0
         loss = logits = None
         if logits_to_keep is not None:
