@@ -164,8 +164,8 @@ def backward_halo(
 _names = ("longnet", *(f"longnet_{i}" for i in range(2, 1000)))
 _namespace = next(name for name in _names if not hasattr(getattr(torch.ops, name), "dilated_attention"))
 _library = torch.library.Library(_namespace, "FRAGMENT")
-_PLAN = "SymInt[] chunks, int[] branches, bool is_causal, float scale, str backend, bool zero_padding"
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? halo_value, Tensor? table"
+_PLAN = "Tensor? table, SymInt[] chunks, int[] branches, bool is_causal, float scale, str backend, bool zero_padding"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? halo_value"
 
 
 def register_operator(schema: str, function: Callable, fake: Callable) -> Callable:
@@ -188,8 +188,8 @@ def _check_prefix(plan: AttentionPlan, slots: list[int]) -> None:
             )
 
 
-def _forward(query, key, value, halo_key, halo_value, table, slots, *plan):
-    plan = AttentionPlan.unflatten(table, *plan)
+def _forward(query, key, value, halo_key, halo_value, slots, *plan):
+    plan = AttentionPlan.unflatten(*plan)
     _check_prefix(plan, slots)
     out, lse = forward_chunks(query, key, value, plan)
     if halo_key is not None:
@@ -197,8 +197,8 @@ def _forward(query, key, value, halo_key, halo_value, table, slots, *plan):
     return out.to(query.dtype), lse
 
 
-def _backward(grad_out, query, key, value, halo_key, halo_value, table, out, lse, slots, *plan):
-    plan = AttentionPlan.unflatten(table, *plan)
+def _backward(grad_out, query, key, value, halo_key, halo_value, out, lse, slots, *plan):
+    plan = AttentionPlan.unflatten(*plan)
     grad_out, out, lse = (x.contiguous() for x in (grad_out, out, lse))  # under vmap they may be expanded
     saved = BACKENDS[plan.backend].prepare_backward(out, grad_out)
     dq, dk, dv = backward_chunks(grad_out, query, key, value, saved, lse, plan)
@@ -252,12 +252,12 @@ class _DilatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, halo_key, halo_value, table, slots, plan):
-        return _attend(query, key, value, halo_key, halo_value, table, slots, *plan)
+        return _attend(query, key, value, halo_key, halo_value, slots, table, *plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.slots, ctx.plan = inputs
-        ctx.save_for_backward(*tensors, *output)
+        *tensors, table, ctx.slots, ctx.plan = inputs
+        ctx.save_for_backward(*tensors, *output, table)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -276,8 +276,9 @@ class _DilatedAttentionBackward(torch.autograd.Function):
     """The gradients as a function of their own: differentiating it raises NotImplementedError."""
 
     @staticmethod
-    def forward(grad_out, query, key, value, halo_key, halo_value, table, out, lse, slots, plan):
-        return _attend_backward(grad_out, query, key, value, halo_key, halo_value, table, out, lse, slots, *plan)
+    def forward(*inputs):
+        *tensors, table, slots, plan = inputs
+        return _attend_backward(*tensors, slots, table, *plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -33,7 +33,7 @@ def loss_and_gradients(model, call, **inputs):
     return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("inputs, fields", [
+@pytest.mark.parametrize(("inputs", "fields"), [
     pytest.param({"num_items_in_batch": torch.tensor(7)}, {"tie_word_embeddings": True}, id="items, tied"),
     pytest.param({"position_ids": PACKED}, {"position_embedding": "rope"}, id="packed"),
     pytest.param({"attention_mask": RAGGED, "position_ids": BOTH}, {}, id="mask, packed"),

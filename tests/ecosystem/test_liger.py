@@ -32,7 +32,7 @@ def train(folder, use_liger_kernel, seen):
 
 
 def test_the_switch(tmp_path, caplog):
-    """use_liger_kernel: Liger logs that it has no kernels for a LongNet; training is the same, evaluation frees logits"""
+    """use_liger_kernel: Liger logs that it has no kernels for a LongNet; an evaluation keeps no logits"""
     plain, flat = [], []
     expected = train(tmp_path / "plain", False, plain)
     with caplog.at_level(logging.INFO, logger="liger_kernel.transformers.monkey_patch"):
