@@ -8,7 +8,7 @@ are (B, L, H, D).
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, chain, repeat
 from typing import NamedTuple
 
@@ -24,10 +24,10 @@ class AttentionPlan(NamedTuple):
     """What the op computes: which chunks of the tensors' rows, over which branches, and how.
 
     `zero_padding` attends to the zero keys of the released implementation (bidirectional only). Tokens in no chunk get
-    out 0.
+    out 0. In a compiled graph that reads a mask the chunks are a tensor, a row for each (`packing.find_chunks`).
     """
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] | Tensor
     branches: tuple[Branch, ...]
     is_causal: bool
     scale: float
@@ -36,12 +36,14 @@ class AttentionPlan(NamedTuple):
 
     def flatten(self) -> tuple:
         """Return the plan as the operators' schema takes it."""
-        return [*chain(*self.chunks)], [*chain(*map(flatten_branch, self.branches))], *self[2:]
+        chunks = () if isinstance(self.chunks, Tensor) else self.chunks
+        return [*chain(*chunks)], [*chain(*map(flatten_branch, self.branches))], *self[2:]
 
     @classmethod
-    def unflatten(cls, chunks: list[int], branches: list[int], *others) -> "AttentionPlan":
-        """Return the plan from what `flatten` made of it."""
+    def unflatten(cls, table: Tensor | None, chunks: list[int], branches: list[int], *others) -> "AttentionPlan":
+        """Return the plan from what `flatten` made of it, and the chunks if they are a tensor."""
         size = len(Chunk._fields)
+        chunks = chunks if table is None else table[table[:, 0] < table[:, 1]].flatten().tolist()
         chunks = tuple(Chunk(*chunks[i : i + size]) for i in range(0, len(chunks), size))
         return cls(chunks, unflatten_branches(tuple(branches)), *others)
 
@@ -162,14 +164,17 @@ def backward_halo(
 _names = ("longnet", *(f"longnet_{i}" for i in range(2, 1000)))
 _namespace = next(name for name in _names if not hasattr(getattr(torch.ops, name), "dilated_attention"))
 _library = torch.library.Library(_namespace, "FRAGMENT")
-_PLAN = "SymInt[] chunks, int[] branches, bool is_causal, float scale, str backend, bool zero_padding"
+_PLAN = "Tensor? table, SymInt[] chunks, int[] branches, bool is_causal, float scale, str backend, bool zero_padding"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? halo_value"
-_library.define(f"dilated_attention({_INPUTS}, SymInt[] slots, {_PLAN}) -> (Tensor, Tensor)")
-_library.define(
-    f"dilated_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, SymInt[] slots, {_PLAN}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_ops = getattr(torch.ops, _namespace)
+
+
+def register_operator(schema: str, function: Callable, fake: Callable) -> Callable:
+    """Return the operator that runs `function`, and for a compiler `fake`, which gives the results' sizes alone."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_namespace}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, _namespace), name)
 
 
 def _check_prefix(plan: AttentionPlan, slots: list[int]) -> None:
@@ -214,16 +219,21 @@ def _fake_backward(grad_out, query, key, value, halo_key, halo_value, *others):
     return *(x.new_empty(x.shape) for x in (query, key, value)), *halo
 
 
-_library.impl("dilated_attention", _forward, "CompositeExplicitAutograd")
-_library.impl("dilated_attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{_namespace}::dilated_attention", _fake_forward, lib=_library)
-torch.library.register_fake(f"{_namespace}::dilated_attention_backward", _fake_backward, lib=_library)
+_attend = register_operator(
+    f"dilated_attention({_INPUTS}, SymInt[] slots, {_PLAN}) -> (Tensor, Tensor)", _forward, _fake_forward
+)
+_attend_backward = register_operator(
+    f"dilated_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, SymInt[] slots, {_PLAN}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
 
 
 def _vmap(function, info, dims, *inputs):
     """Apply one of the functions below under vmap: its dimension joins the batch, and the chunks are repeated."""
     *tensors, slots, plan = inputs
-    size, plan = info.batch_size, AttentionPlan.unflatten(*plan)
+    size, plan = info.batch_size, AttentionPlan.unflatten(None, *plan)
     for i, (x, dim) in enumerate(zip(tensors, dims, strict=False)):
         if x is not None:
             tensors[i] = (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
@@ -241,13 +251,13 @@ class _DilatedAttention(torch.autograd.Function):
     """The out and lse of the chunks and their prefix; lse is not differentiable."""
 
     @staticmethod
-    def forward(query, key, value, halo_key, halo_value, slots, plan):
-        return _ops.dilated_attention(query, key, value, halo_key, halo_value, slots, *plan)
+    def forward(query, key, value, halo_key, halo_value, table, slots, plan):
+        return _attend(query, key, value, halo_key, halo_value, slots, table, *plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.slots, ctx.plan = inputs
-        ctx.save_for_backward(*tensors, *output)
+        *tensors, table, ctx.slots, ctx.plan = inputs
+        ctx.save_for_backward(*tensors, *output, table)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -255,7 +265,7 @@ class _DilatedAttention(torch.autograd.Function):
         # A compiled graph is never differentiated again.
         run = _DilatedAttentionBackward.forward if torch.compiler.is_compiling() else _DilatedAttentionBackward.apply
         grads = run(grad_out.contiguous(), *ctx.saved_tensors, ctx.slots, ctx.plan)
-        return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+        return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 3
 
     @staticmethod
     def vmap(info, dims, *inputs):
@@ -266,10 +276,9 @@ class _DilatedAttentionBackward(torch.autograd.Function):
     """The gradients as a function of their own: differentiating it raises NotImplementedError."""
 
     @staticmethod
-    def forward(grad_out, query, key, value, halo_key, halo_value, out, lse, slots, plan):
-        return _ops.dilated_attention_backward(
-            grad_out, query, key, value, halo_key, halo_value, out, lse, slots, *plan
-        )
+    def forward(*inputs):
+        *tensors, table, slots, plan = inputs
+        return _attend_backward(*tensors, slots, table, *plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -315,4 +324,5 @@ def attend_chunks(
     """
     *halo, slots = prefix or (None, None, ())
     tensors = [None if x is None else _strided(x) for x in (query, key, value, *halo)]
-    return _DilatedAttention.apply(*tensors, slots, plan.flatten())[0]
+    table = plan.chunks if isinstance(plan.chunks, Tensor) else None
+    return _DilatedAttention.apply(*tensors, table, slots, plan.flatten())[0]

@@ -163,6 +163,7 @@ def _count_keys(plan: AttentionPlan, packing: Packing, cache: LongNetCache | Non
 def count_zero_keys(config: LongNetConfig, packing: Packing, embeds: Tensor) -> Tensor:
     """Return (B, G, L): the zero keys of the released implementation that each query attends to."""
     result = torch.zeros(len(embeds), config.num_key_value_heads, embeds.shape[1], dtype=torch.int64)
-    for first, last, begin, end, *_ in packing.chunks:
+    chunks = packing.chunks
+    for first, last, begin, end, *_ in chunks.tolist() if isinstance(chunks, Tensor) else chunks:
         result[first:last, :, begin:end] = count_zero_padding(plan_branches(config)[0], end - begin)
     return result.to(embeds.device)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from .attention_autograd import register_operator
 from .compat import transforms_are_active
+from .dilated_attention import autocast_dtype
 
 # Logits per chunk: enough tokens that adding to the head's gradient is cheap, few enough that a CPU reuses memory.
 _MIN_TOKENS = 512
@@ -99,7 +101,65 @@ def _tokens_per_chunk(x: Tensor, vocabulary: int) -> int:
     return max(_MIN_TOKENS, (_CPU_LOGITS if x.device.type == "cpu" else _CUDA_LOGITS) // vocabulary)
 
 
-@torch.compiler.disable
+def _linear_forward(hidden, targets, weight, bias, size, needed):
+    """Return the sum of a linear head's losses and, where `needed`, the gradients of hidden, weight and bias."""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    total, grad_hidden, *sums = _linear_fake(hidden, targets, weight, bias, size, needed)
+    for x in (total, grad_hidden, *sums):
+        x.zero_()
+    for rows in (targets != -100).nonzero().flatten().split(size):
+        part, target = hidden[rows], targets[rows, None]
+        logits = nn.functional.linear(part, weight, bias).to(precise)
+        lse = logits.logsumexp(1, keepdim=True)
+        total += (lse - logits.gather(1, target)).sum()
+        if any(needed):  # softmax - one_hot(target)
+            grad = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse)).to(hidden.dtype)
+        if needed[0]:
+            grad_hidden[rows] = grad @ weight
+        if needed[1]:
+            sums[0] += grad.T @ part
+        if needed[2]:
+            sums[1] += grad.sum(0)
+    return total, grad_hidden, *sums
+
+
+def _linear_fake(hidden, targets, weight, bias, size, needed):
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    shapes = [x.shape if is_needed else 0 for x, is_needed in zip((hidden, weight, bias), needed, strict=True)]
+    dtypes = hidden.dtype, precise, precise
+    grads = (hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    return hidden.new_empty((), dtype=precise), *grads
+
+
+_linear_loss = register_operator(
+    "linear_cross_entropy(Tensor hidden, Tensor targets, Tensor weight, Tensor? bias, SymInt size, bool[] needed) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _linear_forward,
+    _linear_fake,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`_ChunkedCrossEntropy` of a linear head as one operator of a graph, which cannot call any module's gradient."""
+
+    @staticmethod
+    def forward(hidden, targets, weight, bias, size, needed):
+        return _linear_loss(hidden, targets, weight, bias, size, needed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        ctx.needed = inputs[5]
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        saved, dtype = ctx.saved_tensors, ctx.saved_tensors[0].dtype
+        grads = ((grad * x).to(dtype) if needed else None for x, needed in zip(saved, ctx.needed, strict=True))
+        hidden, weight, bias = grads
+        return hidden, None, weight, bias, None, None
+
+
 def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, ignore_index: int = -100) -> Tensor:
     """Return the sum of -log softmax(head(hidden))[target] over the tokens whose target is not `ignore_index`.
 
@@ -111,6 +171,18 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
     Returns:
         A scalar in at least float32, differentiable once in `hidden` and the head's parameters.
     """
+    # Hooks and other heads (adapters, quantized weights, FSDP2) end a graph instead.
+    is_plain = type(head) is nn.Linear and not (head._forward_pre_hooks or head._forward_hooks or head._backward_hooks)
+    if not torch.compiler.is_compiling() or not is_plain or type(head.weight) is not nn.Parameter:
+        return _chunked_cross_entropy(hidden, targets, head, ignore_index)
+    dtype, targets = autocast_dtype(hidden), targets.masked_fill(targets == ignore_index, -100)
+    given = [None if x is None else x.to(dtype) for x in (hidden, head.weight, head.bias)]
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given]
+    return _LinearCrossEntropy.apply(given[0], targets, *given[1:], tokens_per_chunk(hidden, head), needed)[0]
+
+
+@torch.compiler.disable
+def _chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, ignore_index: int) -> Tensor:
     if transforms_are_active():  # vmap allows no selection of tokens, and differentiates by itself
         return cross_entropy_of_logits(head(hidden), targets.masked_fill(targets == ignore_index, -100))
     keep = targets != ignore_index

@@ -4,6 +4,7 @@ Each entry notes what replaces it when it is gone. `tests/test_compat.py` fails 
 missing name never breaks the import of the package, so saved folders still load.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
@@ -59,12 +60,13 @@ except ImportError:
 HAS_TRITON_GDC = gdc_wait is not None
 
 # --- Accelerate: the state that Accelerator and Trainer share. Checked with 1.15.
-# Without `_shared_state` the public constructor returns the same state, slower. `SequenceSharding` overrides the
-# private hook `_validate_accelerator`, which otherwise refuses sizes above 1 on a CPU.
+# Without `_shared_state` the public constructor returns the same state, slower, and FSDP needs an accelerator.
+# `SequenceSharding` overrides the private hook `_validate_accelerator`, which otherwise refuses sizes above 1 on a CPU.
 try:
     from accelerate.parallelism_config import ParallelismConfig
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.state import is_initialized as accelerator_is_initialized
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 except ImportError as error:
     _accelerate_missing = error
     AcceleratorState = None
@@ -83,6 +85,15 @@ def accelerator_state() -> dict:
         return AcceleratorState._shared_state
     is_initialized = AcceleratorState is not None and accelerator_is_initialized()
     return vars(AcceleratorState()) if is_initialized else {}
+
+
+def use_fsdp_on_cpu() -> None:
+    """Shard parameters as the launch configuration says on CPUs too, where Accelerate would run DDP."""
+    is_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if is_asked and accelerator_state().get("distributed_type") == DistributedType.MULTI_CPU:
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
 
 
 def set_parallel_size(config: ParallelismConfig, name: str, size: int) -> None:

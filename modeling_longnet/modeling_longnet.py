@@ -281,7 +281,8 @@ class LongNetModel(LongNetBackbone):
                 )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
         else:
-            if cache is None and use_cache and self.config.is_causal:
+            # torch.export takes no cache in or out: its lengths are Python numbers, which a program would freeze.
+            if cache is None and use_cache and self.config.is_causal and not torch.compiler.is_exporting():
                 cache = LongNetCache(self.config)
             if cache is not None:
                 self._check_cache(cache, len(embeds))
@@ -405,8 +406,9 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
             cache, shard = LongNetCache(self.config), None
         targets = self._targets(labels, kwargs.get("shift_labels"), inputs)
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        # Accelerate may strip the decorator that takes return_dict out of kwargs.
-        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs | {"return_dict": True})
+        # A loss needs no cache. Accelerate may strip the decorator that takes return_dict out of kwargs.
+        kwargs = ({} if targets is None or cache is not None else {"use_cache": False}) | kwargs | {"return_dict": True}
+        outputs = self.model(input_ids, cache=cache, labels=labels, **tensors, **kwargs)
         hidden_states = outputs.last_hidden_state
         if logits_to_keep is None and targets is None and shard is not None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
@@ -415,7 +417,9 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
                 "with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get the logits of "
                 "this rank's shard (gather_sequence concatenates them)."
             )
-        if logits_to_keep is None and (targets is None or (shard is None and self._returns_logits())):
+        # Trainer passes skip_logits in evaluations with use_liger_kernel that need the loss alone.
+        returns_logits = self._returns_logits() and not kwargs.get("skip_logits")
+        if logits_to_keep is None and (targets is None or (shard is None and returns_logits)):
             logits_to_keep = 0
         loss = logits = None
         if logits_to_keep is not None:
@@ -478,6 +482,14 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
             return super().generate(*args, **kwargs)
         finally:
             self.config.num_hidden_layers = count
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse `generate_batch` and Transformers' other entries to continuous batching, which end here."""
+        raise ValueError(
+            "continuous batching (generate_batch) keeps every key in pages, under masks that know no branches; LongNet "
+            "would need pages of each branch's slots, and an attention that reads them. Use generate() on batches of "
+            "prompts padded on the left: its cache is bounded."
+        )
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, generation_config, *args) -> Tensor:
         """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those behind other tokens."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_autograd import register_operator
 from .branches import Chunk, whole_batch
 
 # Columns between which the documents of a batch row lie: n + 1 for n documents, none for a row of padding.
@@ -19,12 +20,12 @@ class Packing(NamedTuple):
     """Where the tokens of a batch belong.
 
     Attributes:
-        chunks: one for each document and group of equal batch rows; padding is in none.
+        chunks: one for each document and group of equal batch rows; padding is in none. In a compiled graph a tensor.
         positions: (B or 1, L) int64, each token's position in its document (0 for padding).
         documents: (B or 1, L) int64, the number of a token's chunk, -1 for padding; None if all is one document.
     """
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] | Tensor
     positions: Tensor
     documents: Tensor | None
 
@@ -51,6 +52,8 @@ def pack(
     """
     if attention_mask is None and position_ids is None and columns == 0:
         return lay_out(whole_batch(batch, length), batch, length, device)
+    if starts is None and torch.compiler.is_compiling():
+        return _pack_in_graph(batch, length, device, attention_mask, position_ids)
     starts = starts if columns else [0] * batch
     rows = [[0, length]] * batch
     if attention_mask is not None:
@@ -63,6 +66,41 @@ def pack(
         chunks += [Chunk(row, last, begin, end, start, start + end - begin) for begin, end in pairwise(borders)]
         row = last
     return lay_out(tuple(chunks), batch, length, device)
+
+
+def _pack_in_graph(batch, length, device, mask: Tensor | None, position_ids: Tensor | None) -> Packing:
+    """As `pack`, as part of a graph, which sees no values: an operator checks the inputs and finds the chunks."""
+    shape = batch, length
+    real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device) != 0
+    begins, positions = real.clone(), real.cumsum(1) - 1
+    begins[:, 1:] &= ~real[:, :-1]
+    if position_ids is not None:
+        ids = position_ids.to(device).expand(shape)
+        begins[:, 1:] |= real[:, 1:] & (ids[:, 1:] != ids[:, :-1] + 1)
+    numbers = begins.cumsum(1)  # of the documents in each row, from 1
+    if position_ids is not None:  # the first document's may count columns
+        positions = ids - (numbers == 1) * ids.gather(1, real.int().argmax(1, keepdim=True))
+    documents = numbers + length * torch.arange(batch, device=device)[:, None]
+    chunks = find_chunks(mask, position_ids, batch, length)
+    return Packing(chunks, positions.where(real, 0), documents.where(real, -1))
+
+
+def _find_chunks(mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int) -> Tensor:
+    """Return the chunks of `pack`, (chunks, 6) on the CPU, with rows of zeros after the last one."""
+    chunks = torch.tensor(pack(batch, length, torch.device("cpu"), mask, position_ids).chunks, dtype=torch.int64)
+    table = _fake_chunks(mask, position_ids, batch, length).zero_()
+    table[: len(chunks)] = chunks.view(-1, len(Chunk._fields))
+    return table
+
+
+def _fake_chunks(mask, position_ids, batch, length) -> Tensor:
+    most = batch if position_ids is None else batch * length
+    return torch.empty(most, len(Chunk._fields), dtype=torch.int64, device="cpu")
+
+
+find_chunks = register_operator(
+    "find_chunks(Tensor? mask, Tensor? position_ids, SymInt batch, SymInt length) -> Tensor", _find_chunks, _fake_chunks
+)
 
 
 def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) -> list[Borders]:

@@ -15,7 +15,11 @@ _POSITIONS_PER_STEP = 1 << 16
 
 
 class Rotary(NamedTuple):
-    """scale * (cos + i sin) of each pair (2i, 2i+1), for queries and keys: (B or 1, L, 1, D/2), complex64 or 128."""
+    """scale * (cos + i sin) of each pair (2i, 2i+1), for queries and keys: (B or 1, L, 1, D/2), complex64 or 128.
+
+    In a compiled graph real: (B or 1, L, 1, D/2, 2). Inductor and ONNX have no complex numbers; outside of a graph one
+    complex product is faster.
+    """
 
     query: Tensor
     key: Tensor
@@ -59,23 +63,32 @@ def _rotary(config: LongNetConfig, n: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """Return the query's and the key's factors for float64 positions n (B or 1, L)."""
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=n.device)
     angle = n[..., None, None] * config.rope_theta ** (-i / config.head_dim)
-    out = torch.complex128 if dtype == torch.float64 else torch.complex64
+    out = torch.promote_types(dtype, torch.float32)
     if config.position_embedding == "rope":
-        rotation = torch.polar(torch.ones_like(angle), angle).to(out)
+        rotation = _polar(torch.ones_like(angle), angle, out)
         return rotation, rotation
     zeta = (i + 0.4 * config.head_dim) / (1.4 * config.head_dim)
     scale = zeta ** (n[..., None, None] / config.xpos_scale_base)
-    return torch.polar(scale, angle).to(out), torch.polar(1 / scale, angle).to(out)
+    return _polar(scale, angle, out), _polar(1 / scale, angle, out)
+
+
+def _polar(scale: Tensor, angle: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.stack([scale * angle.cos(), scale * angle.sin()], -1).to(dtype)
+    return torch.polar(scale, angle).to(dtype.to_complex())
 
 
 def apply_rotary(x: Tensor, factors: Tensor) -> Tensor:
     """Rotate and scale interleaved pairs: y[2i] + 1j y[2i+1] = factor_i * (x[2i] + 1j x[2i+1]).
 
     Args:
-        x: (B, L, heads, D), any floating dtype. factors: (B or 1, L, 1, D/2), complex.
+        x: (B, L, heads, D), any floating dtype. factors: of `Rotary`.
 
     Returns:
         (B, L, heads, D) in x's dtype, computed in the precision of the factors.
     """
-    pairs = torch.view_as_complex(x.to(factors.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)
+    pairs = x.to(factors.real.dtype).unflatten(-1, (-1, 2))
+    if factors.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * factors).flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from .compat import ParallelismConfig, accelerator_state, set_parallel_size
+from .compat import ParallelismConfig, accelerator_state, set_parallel_size, use_fsdp_on_cpu
 from .sharding import gather_sequence
 from .sharding_plan import Shard, shard_borders
 
@@ -71,6 +71,7 @@ class SequenceSharding(ParallelismConfig):
 
     def _validate_accelerator(self, accelerator) -> None:
         """Allow a CPU, which Accelerate refuses; `build_device_mesh` has checked the sizes."""
+        use_fsdp_on_cpu()
 
 
 def _sequence_parallelism() -> "ParallelismConfig | None":

@@ -193,5 +193,5 @@ def pack_shard(
     """Return the chunks of the whole batch, and the packing of this rank's part of it (see `packing.pack`)."""
     chunks, (begin, end) = whole_batch(batch, shard.total), shard.span
     if attention_mask is not None or position_ids is not None:
-        chunks = pack(batch, shard.total, torch.device("cpu"), attention_mask, position_ids).chunks
+        chunks = pack(batch, shard.total, torch.device("cpu"), attention_mask, position_ids, [0] * batch).chunks
     return chunks, lay_out(shard.cut_chunks(chunks, shard.rank), batch, end - begin, device)

@@ -87,6 +87,16 @@ def test_stock_trainer(sequence, data, one_process_trainer, tmp_path):
     _compare_trainers(tmp_path, one_process_trainer)
 
 
+def test_launch_configuration_shards_parameters_on_cpus(one_process_trainer, tmp_path):
+    """The stock Trainer under `accelerate launch`; Accelerate itself runs FSDP on accelerators alone."""
+    config = ROOT / "configuration" / "accelerate" / "fsdp2_sequence_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    worker = ["tests/sharding_worker.py", "launched_fsdp2", tmp_path]
+    subprocess.run([*command, *worker], cwd=ROOT, env=os.environ | shared, check=True, timeout=240)
+    _compare_trainers(tmp_path, one_process_trainer)
+
+
 @pytest.mark.parametrize(("before", "after"), [((1, 1), (2, 1)), ((2, 2), (4, 1)), ((2, 1), (1, 1))])
 def test_checkpoint_resumes_on_another_layout(before, after, one_process_trainer, tmp_path):
     launch("trainer", before[0], tmp_path, 4, processes=before[0] * before[1])

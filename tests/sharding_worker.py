@@ -336,9 +336,22 @@ def trainer(sequence: str, folder: str, steps: str, resume: str = "", kill_at: s
     job = _Killed(model=tiny, args=arguments, train_dataset=rows, eval_dataset=rows[:8])
     job.at = int(kill_at) if kill_at else None
     job.train(resume_from_checkpoint=resume or None)
+    parameters = dict(tiny.named_parameters())
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        held = sum(x.to_local().numel() for x in parameters.values())
+        if not held <= 0.6 * sum(x.numel() for x in parameters.values()):
+            raise AssertionError(f"this process holds {held} parameters")
+    weights = {name: _whole(x) for name, x in parameters.items()}
     if job.is_world_process_zero():
-        weights = {name: x.detach().clone() for name, x in tiny.named_parameters()}
         torch.save({"history": job.state.log_history, "weights": weights}, f"{folder}/result.pt")
+
+
+def launched_fsdp2(folder: str) -> None:
+    """`trainer` under the launch configuration of the environment: each process holds half of the parameters."""
+    trainer("2", folder, "6")
+    state = AcceleratorState()
+    if state.distributed_type != DistributedType.FSDP or state.fsdp_plugin.fsdp_version != 2:
+        raise AssertionError(f"Accelerate runs {state.distributed_type}")
 
 
 def _refused(words: str, call) -> None:

@@ -8,7 +8,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from checks import assert_close, refused
 from sharding_worker import launch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import (
     LongNetConfig,
@@ -16,6 +16,7 @@ from modeling_longnet import (
     LongNetImageConfig,
     LongNetImageEncoder,
     LongNetModel,
+    LongNetPreTrainedModel,
     LongNetSlideConfig,
     LongNetSlideEncoder,
     SequenceSharding,
@@ -137,13 +138,38 @@ def test_splitting_a_layer_or_the_stack_is_refused(model_and_inputs, sizes, tmp_
     type(model).from_pretrained(tmp_path, distributed_config={"tp_size": 1, "fsdp_size": 1, "pp_size": 1})
 
 
-def test_a_foreign_attention_is_refused(model_and_inputs):
-    """An inference server sets its own by name before it builds the model, whatever the flags say."""
+def test_continuous_batching_is_refused():
+    """Transformers would return empty texts, with an error in each result."""
+    model = make_text(LongNetForCausalLM)
+    with refused("continuous batching", "generate() on batches"):
+        model.generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=3)
+    with refused("continuous batching"), model.continuous_batching_context_manager():
+        pass
+
+
+def subclasses(base):
+    return {base}.union(*map(subclasses, base.__subclasses__()))
+
+
+@pytest.mark.parametrize("model_class", sorted(subclasses(LongNetPreTrainedModel), key=lambda x: x.__name__))
+def test_no_class_takes_a_servers_attention(model_class):
+    """vLLM asks the first class of the folder's `auto_map`, whichever that is."""
+    assert not model_class.is_backend_compatible()
+    assert not model_class._supports_attention_backend
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_a_servers_attention_is_refused(model_and_inputs, server):
+    """Servers register their attention, build the model for it whatever the flags say, and call it without a cache."""
+    AttentionInterface.register(server, lambda *args, **kwargs: pytest.fail("dense attention ran"))
     model, inputs = model_and_inputs
-    for module in (model, getattr(model, "model", model)):
-        module.config._attn_implementation = "vllm"
-    with refused("'vllm'", "'eager', 'sdpa'"):
-        model(**inputs)
+    config = model.config
+    config.get_text_config()._attn_implementation = server
+    with refused(f"attn_implementation='{server}'", "'eager', 'sdpa'"):
+        type(model)(config)(**inputs)
+    if "input_ids" in inputs:
+        with refused(f"attn_implementation='{server}'"):
+            type(model)(config)(**inputs, use_cache=False, return_dict=False, attention_instances={})
 
 
 @pytest.mark.parametrize("sharding", [ParallelismConfig, SequenceSharding])

@@ -1,0 +1,128 @@
+"""Whole models as one graph: torch.compile(fullgraph=True) in training, torch.export. Numbers are the eager model's."""
+
+import pytest
+import torch
+from checks import assert_close, make_model
+
+from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetForMaskedLM, chunked_loss
+
+RAGGED = torch.ones(3, 21, dtype=torch.int64)
+RAGGED[0, :4] = RAGGED[1, -5:] = 0
+PACKED = torch.cat([torch.arange(9), torch.arange(12)])[None]
+# The first row is padded on the left and its ids count columns; the others hold two documents.
+BOTH = torch.cat([torch.arange(21)[None], PACKED, PACKED])
+
+
+def make(model_class, *args, **fields):
+    return make_model(model_class, *args, num_hidden_layers=1, **fields)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def make_ids(batch=3, length=21):
+    return torch.randint(0, 29, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_gradients(model, call, **inputs):
+    model.zero_grad()
+    loss = call(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("inputs", "fields"), [
+    pytest.param({"num_items_in_batch": torch.tensor(7)}, {"tie_word_embeddings": True}, id="items, tied"),
+    pytest.param({"position_ids": PACKED}, {"position_embedding": "rope"}, id="packed"),
+    pytest.param({"attention_mask": RAGGED, "position_ids": BOTH}, {}, id="mask, packed"),
+    pytest.param({"attention_mask": RAGGED}, {"is_causal": False}, id="masked language model"),
+])  # fmt: skip
+def test_training_is_one_graph(inputs, fields):
+    model = make(LongNetForMaskedLM if fields.get("is_causal") is False else LongNetForCausalLM, **fields).train()
+    inputs = inputs | {"input_ids": make_ids(), "labels": make_ids()}
+    inputs["labels"][:, :6] = -100
+    expected = loss_and_gradients(model, model, **inputs)
+    actual = loss_and_gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), **inputs)
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_close(name, actual[name], x, 1e-11)
+
+
+def test_a_graph_trains_what_requires_gradients():
+    """No gradient of a frozen head is computed, none at all without gradients; autocast is the eager model's."""
+    model, ids = make(LongNetForCausalLM, torch.float32).train(), make_ids()
+    model.lm_head.requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = (loss_and_gradients(model, x, input_ids=ids, labels=ids) for x in (model, compiled))
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_close(name, actual[name], x, 2**-8)
+    model.eval().logits_with_labels = False
+    with torch.no_grad():
+        assert_close("loss", compiled(ids, labels=ids).loss, model(ids, labels=ids).loss, 1e-6)
+
+
+def test_a_graph_never_holds_all_logits():
+    """The loss of a linear head is one operator, which computes the logits of a chunk of tokens at a time."""
+    model, ids, graphs = make(LongNetForCausalLM).train(), make_ids(), []
+    torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(ids, labels=ids)
+    [graph] = graphs
+    nodes = [node for module in graph.modules() if hasattr(module, "graph") for node in module.graph.nodes]
+    assert [node for node in nodes if "linear_cross_entropy" in str(node.target)]
+    shapes = [node.meta["example_value"].shape for node in nodes if hasattr(node.meta.get("example_value"), "shape")]
+    assert (3, 21, 24) in shapes
+    assert max(shape.numel() for shape in shapes if 29 in shape) == 24 * 29  # the head's weight
+
+
+@pytest.mark.parametrize("needed", [[True, True, True], [False, True, False], [False, False, False]], ids=str)
+def test_the_linear_loss_in_chunks(needed):
+    """The operator's gradients are autograd's, whatever the chunk; ignored tokens count for nothing."""
+    inputs = [torch.randn(17, 5), torch.randn(7, 5), torch.randn(7)]
+    inputs = [x.double().requires_grad_() for x in inputs]
+    targets = torch.arange(17) % 7
+    targets[3:9] = -100
+    logits = torch.nn.functional.linear(*inputs)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    gradients = torch.autograd.grad(expected, inputs)
+    with torch.no_grad():
+        for size in (1, 4, 11, 50):
+            loss, *found = chunked_loss._linear_loss(inputs[0], targets, *inputs[1:], size, needed)
+            assert_close("loss", loss, expected)
+            for name, x, gradient, is_needed in zip("hwb", found, gradients, needed, strict=True):
+                assert_close(name, x, gradient if is_needed else x.new_empty(0))
+
+
+def test_a_compiled_model_checks_the_mask():
+    model, holes = make(LongNetForCausalLM), torch.ones(3, 21)
+    holes[1, 4] = 0
+    with pytest.raises(ValueError, match="row 1 has holes"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(make_ids(), attention_mask=holes, use_cache=False)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["no mask", "mask"])
+def test_exported_for_any_size(implementation, is_masked):
+    model, size = make(LongNetForCausalLM, implementation=implementation), torch.export.Dim.DYNAMIC
+
+    def draw(batch, length):
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[0, :4] = mask[1, -5:] = 0
+        return {"input_ids": make_ids(batch, length)} | ({"attention_mask": mask} if is_masked else {})
+
+    inputs = draw(3, 21)
+    shapes = {name: {0: size, 1: size} for name in inputs}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+        for inputs in (draw(3, 21), draw(2, 37)):
+            actual, expected = program(**inputs), model(**inputs, use_cache=False)
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            assert_close("logits", actual.logits[real], expected.logits[real], 1e-11)
+
+
+def test_a_cache_is_not_exported():
+    model = make(LongNetForCausalLM)
+    with pytest.raises(Exception, match="LongNetCache"):
+        torch.export.export(model, (make_ids(),), {"past_key_values": LongNetCache(model.config)})
