@@ -9,6 +9,7 @@ from .compat import CACHE
 from .pattern import Pattern, count_work, make_branches
 from .positions import apply_rotary
 from .products import branch_products
+from .reference import count_branches
 from .sharding_plan import Shard, count_received, halo_slices, plan_exchange, shard_borders
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "apply_rotary",
     "branch_products",
     "choose_backend",
+    "count_branches",
     "count_received",
     "count_work",
     "halo_slices",
