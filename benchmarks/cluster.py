@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--config", type=Path, default=CONFIGURATION / "longnet-billion.json", help="the paper's model")
     parser.add_argument("--effort", type=int, default=1024, help="of for_context, the pattern beside the paper's")
-    parser.add_argument("--devices", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--devices", type=int, nargs="+", default=[256, 1024, 1536])
     parser.add_argument("--tokens", type=int, default=10**9)
     parser.add_argument(
         "--short", type=int, nargs="*", default=[10**8, 10**7], help="tokens, on the middle of --devices"
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed", default="nvidia-h100-80gb-hbm3", help="machine of the stored runs to calibrate by")
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4], help="of the check by gloo")
     parser.add_argument("--shard", type=int, default=1024, help="tokens of a gloo process")
-    parser.add_argument("--rounds", type=int, default=7, help="of the check by gloo")
+    parser.add_argument("--rounds", type=int, default=5, help="of the check by gloo")
 
 
 class Device(NamedTuple):
@@ -459,7 +459,7 @@ def run(args: argparse.Namespace) -> dict:
     heads = {"num_attention_heads": paper.num_attention_heads, "num_key_value_heads": paper.num_key_value_heads}
     cases = [(args.tokens, devices) for devices in args.devices]
     middle, rows, planning = sorted(args.devices)[len(args.devices) // 2], [], {}
-    cases += [(tokens, middle) for tokens in args.short]
+    cases += [(tokens, min(args.devices)) for tokens in args.short]
     for tokens, devices in cases:
         window = LongNetConfig.for_context(tokens, effort=args.effort, **sizes, **heads)
         for name, config in (("the paper's", paper), ("window and summaries", window)):
