@@ -172,7 +172,9 @@ def draw(drawing: Drawing, file: Path) -> None:
     shown, near, cost, held = figure.subplots(1, 4)
     extent = (0, drawing.length, drawing.length, 0)
     # The root lets what one head in many sees be told from nothing.
-    image = shown.imshow(drawing.seen.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    image = shown.imshow(
+        drawing.seen.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest"
+    )
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
     bar = figure.colorbar(image, ax=shown, ticks=[x**0.5 for x in ticks], shrink=0.8)
     bar.ax.set_yticklabels([f"{x:.0%}" for x in ticks])
