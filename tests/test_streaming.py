@@ -19,6 +19,7 @@ from transformers import ByT5Tokenizer
 
 from examples import stream as stream_example
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, Scored, cache_file, stream
+from modeling_longnet.testing import CACHE
 
 VOCABULARY = 97
 
@@ -74,7 +75,7 @@ def test_generate_continues_from_the_cache_that_was_read_into(model, tokens, tmp
     assert list(stream(model, tokens, chunk_size=50, state_file=state, cache=cache, progress=False))
     assert cache.get_seq_length() == len(tokens) - 1
     given = {"max_new_tokens": 9, "do_sample": False}
-    assert model.generate(tokens[None], past_key_values=cache, **given).tolist() == (
+    assert model.generate(tokens[None], **{CACHE: cache}, **given).tolist() == (
         model.generate(tokens[None], **given).tolist()
     )
     with pytest.raises(ValueError, match=r"cache holds \d+ tokens"):
