@@ -71,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--effort", type=int, default=1024, help="of for_context, the pattern beside the paper's")
     parser.add_argument("--devices", type=int, nargs="+", default=[256, 1024, 1536])
     parser.add_argument("--tokens", type=int, default=10**9)
-    parser.add_argument(
-        "--short", type=int, nargs="*", default=[10**8, 10**7], help="tokens, on the fewest devices"
-    )
+    parser.add_argument("--short", type=int, nargs="*", default=[10**8, 10**7], help="tokens, on the fewest devices")
     parser.add_argument("--node", type=int, default=8, help="devices of a node")
     parser.add_argument("--inside", type=float, default=450, help="GB/s, one direction of a device's link in its node")
     parser.add_argument("--between", type=float, default=50, help="GB/s, one direction of a device's network port")
