@@ -272,6 +272,12 @@ def test_least_devices_fit_the_memory():
     assert cluster.least_devices(row, 40) is None
 
 
+def test_where_an_all_gather_pays():
+    row = {"tokens": 9, "devices": 2, "pattern": "p", "seconds": [2.0, 1.99]}
+    assert "In none" in cluster._where_it_pays([row])
+    assert "9 tokens on 2 devices, p: 25%" in cluster._where_it_pays([row, row | {"seconds": [2.0, 1.5]}])
+
+
 RELEASED = """
 from torch import nn
 from . import multihead_attention
