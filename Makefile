@@ -68,7 +68,7 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) tests.matrix --page
 
 notebooks: $(READY) ## run the notebooks anew and keep their outputs; minutes
-	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONWARNINGS=ignore $(VENV)/bin/jupyter-execute --inplace examples/notebooks/*.ipynb
+	HF_HUB_OFFLINE=1 $(RUN) examples.notebooks.run $(ARGS)
 
 clean: ## remove the environments and caches
 	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
