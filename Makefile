@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help coverage demo fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures clean
+.PHONY: help coverage demo fuzz test test-distributed test-ecosystem test-faults test-notebooks test-transformers lint bench paper paper-quick figures notebooks clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,9 @@ test-ecosystem: .venv-ecosystem/.ready ## run other libraries on the models: PEF
 test-faults: $(READY) ## kill training, saves, conversions, streams and sharded processes at random moments; minutes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -m faults tests/test_faults.py $(ARGS)
 
+test-notebooks: $(READY) ## run every notebook at toy size, those that start processes too
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -m "notebooks or not notebooks" tests/test_notebooks.py $(ARGS)
+
 MINUTES ?= 5
 fuzz: $(READY) ## random inputs against the dense reference, and damaged files (MINUTES=30 or CASES=20000, ARGS='--replay ...')
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(RUN) fuzz $(if $(CASES),--cases $(CASES),--minutes $(MINUTES)) $(ARGS)
@@ -66,6 +69,9 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) benchmarks.figures $(ARGS)
 	$(RUN) examples.paper.figures
 	$(RUN) tests.matrix --page
+
+notebooks: $(READY) ## run the notebooks anew and keep their outputs; minutes
+	HF_HUB_OFFLINE=1 $(RUN) examples.notebooks.run $(ARGS)
 
 clean: ## remove the environments and caches
 	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

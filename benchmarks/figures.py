@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "patterns.md"]
+    pages.append(ROOT / "docs" / "billion.md")
     parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="files that hold the markers")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of branches.png")
     args = parser.parse_args(arguments)

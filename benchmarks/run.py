@@ -6,7 +6,21 @@ from pathlib import Path
 
 import torch
 
-from . import backends, communication, decode, length, memory, op, patterns, peers, revisions, slide, stream, train
+from . import (
+    backends,
+    cluster,
+    communication,
+    decode,
+    length,
+    memory,
+    op,
+    patterns,
+    peers,
+    revisions,
+    slide,
+    stream,
+    train,
+)
 from .measure import ROOT, describe_run, machine_slug, write_json
 
 # Each module has add_arguments, run, tables, headline and plot.
@@ -21,6 +35,7 @@ BENCHMARKS = {
     "memory": memory,
     "slide": slide,
     "communication": communication,
+    "cluster": cluster,
     "stream": stream,
     "revisions": revisions,
 }

@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import chain
 from pathlib import Path
 
 import evaluate
@@ -199,19 +198,25 @@ def score_blocks(
     targets: int,
 ) -> Iterator[dict]:
     """Yields the metric's inputs for every block under every context length."""
-    with tqdm(desc="Evaluating", total=len(contexts) * len(blocks), unit="block") as progress:
+    scored = {context: min(context // 2, targets) for context in contexts}
+    read = sum(context * (targets // scored[context]) for context in contexts) * len(blocks)
+    with tqdm(desc="Evaluating", total=read, unit="tok", unit_scale=True) as progress:
         for context in contexts:
+            progress.set_postfix(context=context)
             for block in blocks:
                 tokens = documents[block.document][: block.stop]
+                losses = []
+                for part in score_block(model, tokens, context, targets):
+                    losses += part
+                    progress.update(len(part) // scored[context] * context)
                 yield {
                     "contexts": context,
                     "documents": block.document,
                     "starts": block.stop - targets,
                     "targets": tokens[-targets:].tolist(),
-                    "losses": list(chain.from_iterable(score_block(model, tokens, context, targets))),
+                    "losses": losses,
                     "text_bytes": block.text_bytes,
                 }
-                progress.update()
 
 
 def evaluate_contexts(

@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .checkpoint_formats import FORMATS, CheckpointFormat
 from .configuration_longnet import LongNetConfig
@@ -89,7 +90,8 @@ def _is_plain(x: Tensor) -> bool:
     return is_dense and (x.is_meta or x.nbytes <= x.untyped_storage().nbytes())
 
 
-def _check_weights(state: dict[str, Tensor]) -> None:
+def _check_weights(state: dict[str, Tensor], progress: bool) -> None:
+    """Raise ValueError for weights that are no plain numbers. This is where a file's numbers are read."""
     if wrong := {name: x for name, x in state.items() if not _is_plain(x)}:
         found = "; ".join(f"{name} ({tuple(x.shape)}, {x.layout}, {x.dtype})" for name, x in wrong.items())
         allowed = ", ".join(map(str, DTYPES))
@@ -97,7 +99,13 @@ def _check_weights(state: dict[str, Tensor]) -> None:
             f"weights must be dense, as large as what is stored of them, of {allowed}; found {found}. Convert them, or "
             "list them in `ignore`."
         )
-    if empty := [name for name, x in state.items() if not x.is_meta and x.isnan().all()]:
+    empty, size = [], sum(x.nbytes for x in state.values())
+    with tqdm(desc="Reading weights", total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name, x in state.items():
+            if not x.is_meta and x.isnan().all():
+                empty.append(name)
+            bar.update(x.nbytes)
+    if empty:
         raise ValueError(f"all values are NaN in {', '.join(empty)}: the training failed.")
 
 
@@ -134,11 +142,13 @@ def _check_fit(format: CheckpointFormat, state: dict, model: LongNetPreTrainedMo
         raise ValueError(f"tensors of the wrong shape: {'; '.join(wrong)}.")
 
 
-def convert(state: dict[str, Tensor], ignore: Iterable[str] = (), **overrides) -> LongNetPreTrainedModel:
+def convert(
+    state: dict[str, Tensor], ignore: Iterable[str] = (), progress: bool = False, **overrides
+) -> LongNetPreTrainedModel:
     """Return the model of a foreign state dict; see `convert_checkpoint`."""
     format, state, prefix = recognise(state)
     ignored = {name for name in state if any(fnmatchcase(name, pattern) for pattern in ignore)}
-    _check_weights({name: x for name, x in state.items() if name not in ignored})
+    _check_weights({name: x for name, x in state.items() if name not in ignored}, progress)
     config = _make_config(format, format.facts(state, prefix), overrides)
     has_head = format.model_class is LongNetModel and format.theirs("lm_head.weight") in state
     with torch.device("meta"):
@@ -152,7 +162,7 @@ def convert(state: dict[str, Tensor], ignore: Iterable[str] = (), **overrides) -
 
 
 def convert_checkpoint(
-    source: str | Path, output_dir: str | Path, *, ignore: Iterable[str] = (), **overrides
+    source: str | Path, output_dir: str | Path, *, ignore: Iterable[str] = (), progress: bool = True, **overrides
 ) -> LongNetPreTrainedModel:
     """Write a foreign checkpoint as a folder that `from_pretrained` reads, and return the model in eval mode.
 
@@ -164,6 +174,7 @@ def convert_checkpoint(
         source: a safetensors file, or one that `torch.load(weights_only=True)` reads.
         output_dir: the folder to make, not the current one. It must be new or empty, and stays so on any error.
         ignore: patterns ("decoder*") of foreign tensors to leave out.
+        progress: show the bytes of weights read. Transformers shows the files written.
         overrides: fields of the config. Those that the weights do not tell must be given; the error lists them.
             Published models need none. `attend_zero_padding=True` follows the released kernels' padding.
 
@@ -173,7 +184,7 @@ def convert_checkpoint(
     source, output_dir = Path(source), Path(output_dir).resolve()
     _check_output(output_dir)
     state = read_state(source)
-    model = convert(state, ignore, **overrides)
+    model = convert(state, ignore, progress, **overrides)
     model.config.converted_from = f"{recognise(state)[0].title}, {source.name}"
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output_dir) as whole:

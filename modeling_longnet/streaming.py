@@ -47,6 +47,7 @@ def stream(
     state_file: str | os.PathLike | None = None,
     save_seconds: float = 60.0,
     progress: bool = True,
+    cache: LongNetCache | None = None,
 ) -> Iterator[Scored]:
     """Score a text chunk by chunk. Chunk size does not affect the result, and the text's length not the memory.
 
@@ -57,6 +58,8 @@ def stream(
         state_file: safetensors file for cache, position and sum, replaced in one step at the end and about every
             `save_seconds` seconds. If it exists, scoring resumes from it; hashes ensure the same model and text.
         progress: show tokens done and tokens per second.
+        cache: an empty `LongNetCache(model.config)` to read into. At the end of the text it holds all tokens but the
+            last, and `model.generate(tokens[None], past_key_values=cache)` continues the text.
 
     Yields:
         `Scored`, one per chunk; none if the state file is at the end of the text (`Scored.from_state_file` returns
@@ -68,7 +71,10 @@ def stream(
             are not in the vocabulary. When the state is saved: another process has written the state file.
     """
     _check_arguments(model, tokens, chunk_size)
-    cache = LongNetCache(model.config)
+    if cache is None:
+        cache = LongNetCache(model.config)
+    elif cache.get_seq_length():
+        raise ValueError(f"cache holds {cache.get_seq_length()} tokens; pass an empty LongNetCache(model.config).")
     state = StateFile(state_file, model) if state_file is not None else None
     position, total = state.load(cache, tokens) if state is not None else (0, 0.0)
     chunks = _score_chunks(model, tokens, chunk_size, cache, position, total, progress)

@@ -4,13 +4,19 @@ import json
 import shlex
 import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from checks import assert_close
 
-from benchmarks import figures, length, op, peers, run
+from benchmarks import cluster, figures, length, op, peers, run
 from benchmarks.measure import peak_bytes, spread, time_alternately
+from modeling_longnet import LongNetConfig
+from modeling_longnet.reference import count_branches
+from modeling_longnet.testing import Pattern
 
 
 @pytest.mark.parametrize(
@@ -138,6 +144,138 @@ def test_small_runs_fill_their_part(name, tmp_path):
     figures.main(["--results", str(path.parent), "--pages", str(readme), "--docs", str(tmp_path)])
     assert len(readme.read_text().splitlines()) > 8
     assert path.with_suffix(".png").stat().st_size > 0
+
+
+CLUSTERS = {
+    "the paper's": "6/1 20/3 90/4",
+    "window and summaries": "w5 12/4:1 48/8:1 once",
+    "rotated": "8/1 32/4 rotate",
+}
+
+
+@pytest.mark.parametrize("words", CLUSTERS.values(), ids=CLUSTERS)
+@pytest.mark.parametrize("length", [96, 83])
+def test_a_cluster_computes_and_exchanges_what_its_queries_see(words, length):
+    """Pairs and keys against the dense count, and keys that several devices of a node need counted once."""
+    devices, heads, node = 7, 6, 3
+    pattern = Pattern.parse(words)
+    load = cluster.count_load(length, devices, pattern, heads, heads, node)
+    branches = pattern.branches(heads)
+    positions = torch.arange(length)[None]
+    # (branches, heads, query, key)
+    seen = torch.stack([count_branches((b,), positions, positions, None, None, True)[0] for b in branches])
+    owner = torch.repeat_interleave(torch.arange(devices), torch.tensor(load.tokens))
+    assert len(owner) == length
+    pairs = torch.zeros(devices, devices, dtype=torch.int64)
+    for i in range(devices):
+        for j in range(devices):
+            pairs[i, j] = seen[:, :, owner == i][..., owner == j].sum()
+    assert load.own.tolist() == pairs.diagonal().tolist()
+    assert load.halo.tolist() == (pairs.sum(1) - pairs.diagonal()).tolist()
+    for index in range(3):
+        inside = torch.arange(devices) // node == index
+        needed = seen[:, :, inside[owner]].any(2)  # by some query of the node
+        needed[..., inside[owner]] = False
+        wanted = [int(needed[..., owner == j].sum()) for j in range(devices)]
+        # The exchange also carries keys of the segment that no query of the shard sees.
+        assert all(a >= b for a, b in zip(load.node_keys[index], wanted, strict=True))
+        assert sum(load.node_keys[index]) <= load.keys[inside].sum()
+        if "once" not in words and "rotate" not in words and length == 96:
+            assert load.node_keys[index].tolist() == wanted
+    own = torch.eye(devices, dtype=torch.bool)
+    needed = torch.stack([seen[:, :, owner == i].any(2) for i in range(devices)])
+    wanted = torch.stack([needed[..., owner == j].flatten(1).sum(1) for j in range(devices)], 1).masked_fill(own, 0)
+    assert (torch.tensor(load.keys) >= wanted).all()
+
+
+SIZES = cluster.Sizes(layers=3, head_dim=4, key_bytes=2, block=0, head=0, total=10)
+ALONE = cluster.Device(forward=1.0, backward=1.0, rest=1.0, node=2, inside=10.0, between=1.0, latency=0.0)
+
+
+def _load(own, halo, keys, node_keys):
+    tokens = np.zeros(len(own))
+    return cluster.Load(tokens, *(np.array(x) for x in (own, halo, keys, node_keys)))
+
+
+def test_a_simulated_step_by_hand():
+    """Device 2 of two nodes receives 100 keys of 2 bytes from another node, 200 seconds at 1 byte a second."""
+    keys = np.zeros((4, 4), dtype=int)
+    keys[2, 0] = keys[3, 0] = 100
+    keys[1, 0] = 50
+    load = _load([10, 10, 10, 10], [0, 5, 5, 5], keys, [[0, 0, 0, 0], [100, 0, 0, 0]])
+    direct, steps = cluster.exchange_seconds(load, 2, ALONE)
+    # Device 0 sends 200 keys to the other node: nobody who receives is done before. Inside it sends 50, at 10 a second.
+    assert direct.tolist() == [400, 400, 400, 400]
+    # Once to device 2, its counterpart, which hands them on to device 3.
+    assert steps.tolist() == [200 + 10, 200 + 10, 200, 200 + 20]
+    clock, computing = cluster.simulate(load, SIZES, ALONE, checkpointing=False)
+    forward, backward = 4 * 4, 4 * 10  # seconds a pair
+    assert computing.tolist() == [3 * 10 * (forward + backward), *[3 * 15 * (forward + backward)] * 3]
+    # Each layer waits for its exchange where that takes longer than its own attention: forward 400 to 160 seconds,
+    # backward 400 to 400; then comes the attention to what was received, before the exchange in backward.
+    assert clock.max() == 3 * (400 + 5 * forward) + 3 * (5 * backward + 400)
+    hidden = cluster.simulate(load, SIZES, ALONE._replace(inside=1e9, between=1e9), checkpointing=False)[0]
+    assert hidden.max() == computing.max()
+    in_turn = cluster.simulate(load, SIZES, ALONE, checkpointing=False, overlap=False)[0]
+    # In backward device 0 waits for the others' attention once, then all go on together.
+    assert in_turn.max() == 3 * (400 + 15 * forward) + 5 * backward + 3 * (400 + 10 * backward)
+    again = cluster.simulate(load, SIZES, ALONE, checkpointing=True)[0]
+    assert again.max() == clock.max() + 3 * (400 + 5 * forward)
+    reduced = cluster.simulate(load, SIZES, ALONE, checkpointing=False, reduce=8)[0]
+    assert reduced.max() == clock.max() + 2 * 3 / 4 * 8
+
+
+def test_a_cluster_is_planned(tmp_path, monkeypatch):
+    """From stored runs, checks and plans to a page, with the processes' share faked by one process."""
+    sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "segment_lengths": [64, 512], "dilation_rates": [1, 4]}
+    LongNetConfig(**sizes, **heads, position_embedding="rope").save_pretrained(tmp_path)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        samples = [cluster._time_steps(1, 48, words, 2) for words in cluster.MEASURED_PATTERNS]
+    finally:
+        dist.destroy_process_group()
+    assert all(len(x) == 2 and min(x) > 0 for steps in samples for x in steps.values())
+    monkeypatch.setattr(
+        cluster, "spawn", lambda f, given, nprocs: Path(given[-1], "result.json").write_text(json.dumps(samples))
+    )
+    path, page = tmp_path / "results" / "cluster-test.json", tmp_path / "README.md"
+    options = f"--config {tmp_path}/config.json --devices 2 4 --tokens 40000 --short 3000 --node 2 --effort 400"
+    run.main(
+        ["cluster", *options.split(), "--processes", "2", "--shard", "48", "--threads", "1", "--output", str(path)]
+    )
+    page.write_text("<!-- results:cluster -->\n<!-- end:cluster -->\n")
+    figures.main(["--results", str(path.parent), "--pages", str(page), "--docs", str(tmp_path)])
+    result = json.loads(path.read_text())
+    assert [(x["tokens"], x["devices"]) for x in result["rows"][::2]] == [(40000, 2), (40000, 4), (3000, 2)]
+    step = next(x for x in result["checks"] if x["what"] == "training step, 32,768 tokens")
+    assert step["predicted"] == pytest.approx(step["measured"], rel=0.1)  # an H100 that 131,072 tokens calibrated
+    # A border at 20,032 tokens lies 64 tokens into a segment of 512, of which six heads keep every fourth.
+    assert result["rows"][0]["received"] == 6 * 16 * 2 * 4 * 2
+    assert "Memory limits first" in page.read_text()
+    assert path.with_suffix(".png").stat().st_size > 0
+    with pytest.raises(ValueError, match="holds no run of `length`"):
+        cluster.calibrate("abacus", {})
+
+
+def test_messages_take_their_latency():
+    keys = np.ones((3, 3), dtype=int) - np.eye(3, dtype=int)
+    load = _load([1, 1, 1], [1, 1, 1], keys, [[0, 0, 0]])
+    device = ALONE._replace(node=3, inside=1e12, latency=7.0)
+    assert cluster.exchange_seconds(load, 2, device)[0] == pytest.approx([14, 14, 14])
+
+
+def test_least_devices_fit_the_memory():
+    row = {"tokens": 1000, "shard": 100, "memory": {"activations": 400.0, "weights": 10, "keys": 5, "ids": 25}}
+    assert cluster.least_devices(row, 80) == 100  # 4 a token, 40 left
+    assert cluster.least_devices(row, 80, ids=False) == 62
+    assert cluster.least_devices(row, 40) is None
+
+
+def test_where_an_all_gather_pays():
+    row = {"tokens": 9, "devices": 2, "pattern": "p", "seconds": [2.0, 1.99]}
+    assert "In none" in cluster._where_it_pays([row])
+    assert "9 tokens on 2 devices, p: 25%" in cluster._where_it_pays([row, row | {"seconds": [2.0, 1.5]}])
 
 
 RELEASED = """

@@ -125,6 +125,16 @@ def test_attend_zero_padding_gives_the_released_outputs_where_that_bug_acts(name
         assert_close(key, value, wanted[: len(value)] if key == "hidden" else wanted)
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_conversion_shows_the_bytes_it_reads(progress, tmp_path, capsys):
+    notes, weights, _ = read_fixture(MODELS[0])
+    save_file(weights, tmp_path / "source.safetensors")
+    given = overrides_of(notes, "a")
+    convert_checkpoint(tmp_path / "source.safetensors", tmp_path / "folder", progress=progress, **given)
+    shown = capsys.readouterr().err
+    assert ("Reading weights: 100%" in shown) == progress
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_names_and_shapes_go_both_ways(name, tmp_path):
     """Converted, saved, loaded and written back, every tensor is there again, bit by bit."""

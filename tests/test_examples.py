@@ -237,6 +237,21 @@ class TestEvaluation:
             assert loss == pytest.approx(expected.item(), rel=1e-6)
             assert target >= context // 2
 
+    def test_the_bar_counts_every_token_read(self, monkeypatch):
+        """Windows of 8, 32 and 100 tokens over 16 targets: 4, 1 and 1 of each document's."""
+        bars = []
+
+        class Bar(evaluate_perplexity.tqdm):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                bars.append(self)
+
+        monkeypatch.setattr(evaluate_perplexity, "tqdm", Bar)
+        documents = {name: np.random.default_rng(1).integers(3, 259, 120).astype(np.int32) for name in "ab"}
+        blocks = [evaluate_perplexity.Block(name, 120, 16) for name in documents]
+        list(evaluate_perplexity.score_blocks(tiny_model("longnet"), documents, blocks, [8, 32, 100], 16))
+        assert [bar.n for bar in bars] == [bar.total for bar in bars] == [2 * (4 * 8 + 32 + 100)]
+
     def test_targets_are_the_same_at_every_context(self):
         documents = {
             name: np.random.default_rng(len(name)).integers(3, 259, size).astype(np.int32)

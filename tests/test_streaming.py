@@ -19,6 +19,7 @@ from transformers import ByT5Tokenizer
 
 from examples import stream as stream_example
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, Scored, cache_file, stream
+from modeling_longnet.testing import CACHE
 
 VOCABULARY = 97
 
@@ -61,6 +62,24 @@ def test_equals_one_forward_for_every_chunk_size(model, tokens, expected, chunk_
     assert scored[-1].count == len(tokens) - 1
     assert scored[-1].total == pytest.approx(float(expected.sum()), rel=1e-6)
     assert [s.start for s in scored[1:]] == [s.stop for s in scored[:-1]]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_generate_continues_from_the_cache_that_was_read_into(model, tokens, tmp_path, resumed):
+    """The same tokens as from the whole text, also where the cache came from a state file in the middle."""
+    cache, state = LongNetCache(model.config), tmp_path / "state.safetensors"
+    if resumed:
+        reader = stream(model, tokens, chunk_size=50, state_file=state, save_seconds=0, progress=False)
+        next(reader), next(reader)
+        reader.close()
+    assert list(stream(model, tokens, chunk_size=50, state_file=state, cache=cache, progress=False))
+    assert cache.get_seq_length() == len(tokens) - 1
+    given = {"max_new_tokens": 9, "do_sample": False}
+    assert model.generate(tokens[None], **{CACHE: cache}, **given).tolist() == (
+        model.generate(tokens[None], **given).tolist()
+    )
+    with pytest.raises(ValueError, match=r"cache holds \d+ tokens"):
+        stream(model, tokens, cache=cache)
 
 
 def test_goes_on_from_the_state_after_a_stop(model, tokens, expected, tmp_path):

@@ -1,0 +1,1 @@
+"""Notebooks, and `run.py`, which runs them anew."""
