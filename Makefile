@@ -65,10 +65,10 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) tests.matrix --page
 
 docs: $(READY) ## build the documentation and the API reference into site/; a broken link is an error
-	$(RUN) mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet $(ARGS)
 
 docs-serve: $(READY) ## show the documentation on this machine, rebuilt when a page changes
-	$(RUN) mkdocs serve $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve $(ARGS)
 
 clean: ## remove the environments and caches
 	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build site

@@ -23,6 +23,8 @@ OTHERS = (
     "examples/paper/results/full/*.png",
 )
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+# GitHub begins a list right below a line of text, Python-Markdown only below an empty line.
+LIST_BELOW_TEXT = re.compile(r"^(?![-*] |\d+\. |[|#>])(\S.*\n)(?=- |\d+\. )", re.MULTILINE)
 
 
 def on_files(files: Files, config) -> Files:
@@ -42,6 +44,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     here = posixpath.dirname(page.file.src_uri)
     parts[::2] = [LINK.sub(lambda link: _rewrite(link, source, here, places), part) for part in parts[::2]]
+    parts[::2] = [LIST_BELOW_TEXT.sub(r"\1\n", part) for part in parts[::2]]
     return "".join(parts)
 
 

@@ -206,8 +206,7 @@ def quality_table(results: dict[str, dict]) -> str:
     Text is scored after one stage of training at 2,048 tokens. An empty cell has not been run.
     """
     lines = [
-        "| attention | keys a query sees, text | perplexity of text (lower is better) "
-        "| keys a query sees, recall | found up to 256 tokens back | found 256 to 2,048 back |",
+        "| attention | keys per query | perplexity | keys per query | recall, up to 256 tokens back | 256 to 2,048 |",
         "| --- |" + " ---: |" * 5,
     ]
     recall = recall_groups(results, "recall")
