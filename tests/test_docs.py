@@ -76,7 +76,7 @@ def test_commands_exist(page, command):
     """Targets of make, modules, their options, and files of the repository that a command names."""
     if target := re.match(r"make ([a-z-]+)", command):
         assert re.search(rf"^{target[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
-    module = re.search(r"-m ((?:examples|benchmarks|modeling_longnet|tests)[\w.]*)", command)
+    module = re.search(r"-m ((?:examples|benchmarks|modeling_longnet|tests)\.[a-z_.]+)\b", command)
     if module:
         path = ROOT / Path(*module[1].split("."))
         sources = [path.with_suffix(".py")] if path.with_suffix(".py").exists() else []
