@@ -65,7 +65,7 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) tests.matrix --page
 
 docs: $(READY) ## build the documentation and the API reference into site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
 
 docs-serve: $(READY) ## show the documentation on this machine, rebuilt when a page changes
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve $(ARGS)

@@ -113,7 +113,7 @@ def _fields(node: ast.AST) -> list[str]:
 
 def test_site_builds_offline(tmp_path):
     """No broken link, no page that the navigation lacks, and nothing that a browser would load from another host."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
