@@ -222,25 +222,37 @@ def evaluate_contexts(
     contexts: list[int],
     targets: int,
     blocks: int,
+    longest: int | None = None,
 ) -> dict:
     """Scores the same targets under each context length.
 
     Args:
         documents: Token ids by document; those too short for the longest context are left out.
         contexts, targets, blocks: As in `EvaluationArguments`.
+        longest: Places the targets for a longer context than the longest that is scored. A model that skips it then
+            has the same targets as one that does not.
 
     Returns:
-        The results of the metric `perplexity_by_context`, with `targets` and `seconds`.
+        The results of the metric `perplexity_by_context`, with `targets`, `seconds` and, for each context,
+        `tokens_per_second`: all tokens of all windows over the time to score them.
     """
     contexts = check_contexts(contexts, targets)
-    began = time.perf_counter()
-    places = place_blocks(documents, tokenizer, longest=contexts[-1], targets=targets, count=blocks)
+    longest = max(longest or 0, contexts[-1])
+    places = place_blocks(documents, tokenizer, longest=longest, targets=targets, count=blocks)
     metric = evaluate.load(str(METRIC))
     model.eval()
+    seconds, last = dict.fromkeys(contexts, 0.0), time.perf_counter()
     for inputs in score_blocks(model, documents, places, contexts, targets):
+        seconds[inputs["contexts"]] += time.perf_counter() - last
         metric.add(**inputs)
-    seconds = round(time.perf_counter() - began, 1)
-    return {**metric.compute(), "targets": targets, "seconds": seconds}
+        last = time.perf_counter()
+    read = {context: context * targets // min(context // 2, targets) * len(places) for context in contexts}
+    return {
+        **metric.compute(),
+        "targets": targets,
+        "tokens_per_second": [round(read[context] / seconds[context], 1) for context in contexts],
+        "seconds": round(sum(seconds.values()), 1),
+    }
 
 
 def format_table(results: dict) -> str:
