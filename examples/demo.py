@@ -5,7 +5,7 @@ growing context, draws it, saves the model's folder, and loads that folder in a 
 import our package. `output` then holds
 
     model/            the folder: safetensors, tokenizer, configuration and the code that loads it
-    perplexity.json   the table, and perplexity.png the plot, with the loss curve
+    perplexity.json   the table and what was trained; perplexity.png the plot, beside stored results of other models
     sample.txt        what the loaded model wrote
 
     python -m examples.demo --text my_folder --steps 1000 --output my_demo
@@ -27,16 +27,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_longnet import parse_pattern
 
 from .corpus import TextArguments, join_documents, load_text, tokenize
-from .evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_results
+from .drawing import COLORS, draw_line, format_count, make_figure, mark, name_lines, scale_tokens, styled
+from .evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_figure, write_results
 from .finetune import ModelArguments, make_trainer, run
 
-CONFIGURATION = Path(__file__).parent.parent / "configuration"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGURATION = ROOT / "configuration"
+# Models of the same size, trained by this demo with other --config.
+BASELINES = [ROOT / "docs" / f"demo_{name}.json" for name in ("dense", "window", "paper")]
 LOADER = Path(__file__).with_name("load_remote.py")
 CHECKED_TOKENS = 1024  # whose logits the loading process must reproduce
 DOCUMENTS = 4  # evaluated at least, where there are as many: fewer give no honest error
@@ -61,6 +66,10 @@ class DemoArguments:
     )
     output: str = field(default="output", metadata={"help": "Folder for the model and the figures."})
     tokenizer: str | None = field(default=None, metadata={"help": "'bpe' or 'bytes' (ByT5's)."})
+    baselines: list[str] = field(
+        default_factory=lambda: [str(path) for path in BASELINES],
+        metadata={"help": "perplexity.json of other runs of the demo, drawn beside this one if the text is the same."},
+    )
     quick: bool = field(default=False, metadata={"help": "Every step of the demo in half a minute, no good model."})
 
 
@@ -150,6 +159,86 @@ def describe_training(trainer: Trainer, documents: dict[str, np.ndarray], text: 
     }
 
 
+def read_baselines(results: dict, files: list[Path]) -> list[dict]:
+    """Results of other models that were trained with and scored on the same tokens; says which others are left out."""
+
+    def tokens(report: dict) -> tuple:
+        training = report.get("training", {})
+        return report.get("text_digest"), training.get("tokens"), training.get("sequence_length"), report["tokens"]
+
+    found = []
+    for file in filter(Path.exists, files):
+        report = json.loads(file.read_text())
+        if tokens(report) == tokens(results):
+            found.append(report)
+        else:
+            print(
+                f"Not drawn: {file}, measured on {report['date']} with other text or other training. The text "
+                "'python' is the code of the installed packages. To compare, run the demo with "
+                "--config configuration/longnet-demo-dense.json and name its perplexity.json in --baselines."
+            )
+    return found
+
+
+def name_model(model: dict) -> tuple[str, str]:
+    """What a figure or a table calls a model with these fields, and its contestant in `COLORS`."""
+    if model["window_size"] is None:
+        return ("dense", "dense") if model["dilation_rates"] == [1] else ("the paper's\npattern", "paper")
+    if not model["segment_lengths"]:
+        return f"window of {model['window_size']}", "window"
+    return "LongNet", "longnet"
+
+
+def mark_lengths(axis: Axes, results: dict) -> None:
+    """Mark the trained length, the window and the segments of a model."""
+    marks = {results["training"]["sequence_length"]: ["trained length"]}
+    model = results["model"]
+    for length in model["segment_lengths"]:
+        marks.setdefault(length, []).append("segment")
+    if model["window_size"]:
+        marks.setdefault(model["window_size"], []).append("window")
+    for length, texts in marks.items():
+        if length <= max(results["contexts"]):
+            mark(axis, length, " = ".join(texts))
+
+
+@styled
+def plot(results: dict, baselines: list[dict], file: Path) -> None:
+    """Draw perplexity and reading speed against context, those of other models beside them.
+
+    The scale of perplexity is that of `results`. A line that leaves it ends in an arrow with the value it reaches.
+    """
+    figure = make_figure(height=3.9)
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    top = 1.02 * max(results["perplexity"])
+    for report in [*baselines, results]:
+        name, color = name_model(report["model"])
+        contexts, perplexity = report["contexts"], report["perplexity"]
+        look = {"zorder": 4} if report is results else {}
+        draw_line(left, contexts, perplexity, name, color, **look)
+        draw_line(right, contexts, report["tokens_per_second"], name, color, **look)
+        over = next((i for i, value in enumerate(perplexity) if value > top and contexts[i] > contexts[0]), None)
+        if over is not None:
+            text = f"{perplexity[-1]:,.0f} at {format_count(contexts[-1])} \u2191"
+            place = {"xytext": (contexts[over], 0.99), "textcoords": left.get_xaxis_transform()}
+            left.annotate(text, (contexts[over], top), **place, va="top", fontsize=10, color=COLORS[color])
+    error = results["perplexity_error"]
+    low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
+    left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
+    left.set(
+        title="Perplexity of the same held-out text", ylim=(min(low.min(), 0.95 * min(results["perplexity"])), top)
+    )
+    right.set(title="Tokens read per second", ylim=(0, None))
+    for axis in (left, right):
+        axis.set_xlabel("context (tokens)")
+        scale_tokens(axis.xaxis)
+    mark_lengths(left, results)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    name_lines(left)
+    name_lines(right)
+    write_figure(figure, file)
+
+
 def check_loading(model: PreTrainedModel, tokens: np.ndarray, output: Path) -> None:
     """Loads the saved folder in another process, without our package, and compares the logits."""
     model = model.to("cpu", torch.float32).eval()
@@ -191,7 +280,8 @@ def main() -> None:
             longest=max(evaluation.contexts),
         )
     results |= describe_training(trainer, documents, text_arguments, model_arguments.sequence_length)
-    write_results(results, output)
+    baselines = read_baselines(results, [Path(file) for file in arguments.baselines])
+    write_results(results, output, draw=lambda report, file: plot(report, baselines, file))
     check_loading(model, max(documents.values(), key=len), output)
     print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes: {output}")
 
