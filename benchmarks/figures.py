@@ -12,8 +12,10 @@ import re
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.colors import PowerNorm
 
+from examples import demo
+from examples.drawing import make_figure, styled
 from modeling_longnet import dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
@@ -70,12 +72,8 @@ def rebuild(path: Path) -> dict:
     module = BENCHMARKS[result["name"]]
     picture = path.with_suffix(".png")
     module.plot(result, picture)
-    parts = [
-        f"# {path.stem}",
-        describe(result),
-        f"![{path.stem}]({picture.name})",
-        module.tables(result),
-    ]
+    shown = [f"![{path.stem}]({picture.name})"] if picture.exists() else []  # of one point there is no picture
+    parts = [f"# {path.stem}", describe(result), *shown, module.tables(result)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return result
 
@@ -108,50 +106,77 @@ def map_attention(segment_lengths, dilation_rates, heads: int, tokens: int, **pa
     return dilated_attention(scores, scores, values, segment_lengths, dilation_rates, backend="eager", **pattern)[0]
 
 
-def draw_branches(path: Path) -> None:
-    """Draw which keys a query sees: each branch of a small pattern alone, then all of them, by the op itself."""
-    tokens, pattern = 64, {16: 1, 32: 2, 64: 4}
-    panels = {f"w={w}, r={r}": ([w], [r]) for w, r in pattern.items()}
-    panels["all, mixed"] = (list(pattern), list(pattern.values()))
-    figure = Figure(figsize=(2.4 * len(panels), 5))
-    axes = figure.subplots(2, len(panels), sharex=True, sharey=True)
-    for column, (title, branches) in enumerate(panels.items()):
-        weights = map_attention(*branches, 2, tokens)
-        axes[0][column].set_title(title)
-        for head in range(2):
-            # The root lets the many small weights of late queries be seen beside the early ones.
-            axes[head][column].imshow(weights[head].sqrt().numpy(), cmap="Blues", vmin=0, vmax=0.6)
-    for head in range(2):
-        axes[head][0].set_ylabel(f"head {head}: query")
-    figure.supxlabel("key")
-    figure.tight_layout()
+@styled
+def draw_maps(panels: dict[str, torch.Tensor], path: Path, label: str, columns: int = 3) -> None:
+    """Draw maps of (query, key) by their titles, with one colour bar that says what the colour is."""
+    rows = -(-len(panels) // columns)
+    figure = make_figure(height=2.85 * rows)
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True).flat)
+    for axis, (title, values) in zip(axes, panels.items(), strict=False):
+        # The root lets the many small values of late queries be seen beside the early ones.
+        image = axis.imshow(values.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set(xticks=[0, len(values) // 2, len(values) - 1], yticks=[0, len(values) // 2, len(values) - 1])
+        axis.grid(False)
+        axis.label_outer()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for row in range(rows):
+        axes[row * columns].set_ylabel("query")
+    for column in range(columns):
+        axes[min((rows - 1) * columns + column, len(axes) - 1)].set_xlabel("key")
+    figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, label=label, ticks=[0, 0.05, 0.25, 0.5, 1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
+
+
+def draw_branches(path: Path) -> None:
+    """Draw the weights with which a query sees keys: dense, a window, LongNet and its branches, by the op itself."""
+    tokens, pattern = 64, {16: 1, 32: 2, 64: 4}
+    panels = {
+        "dense attention": map_attention([tokens], [1], 1, tokens)[0],
+        "sliding window of 16": map_attention([], [], 1, tokens, window_size=16)[0],
+        "LongNet: the branches below": map_attention(list(pattern), list(pattern.values()), 4, tokens)[0],
+    }
+    for w, r in pattern.items():
+        every = "every token" if r == 1 else f"every {r}th" if r > 3 else "every 2nd"
+        panels[f"branch w = {w}, r = {r}:\n{every} of each {w}"] = map_attention([w], [r], 4, tokens)[0]
+    draw_maps(panels, path, "weight of a key, if all scores are equal (head 0)")
 
 
 def draw_patterns(path: Path) -> None:
     """Draw in how many heads and layers a query sees a key, for the paper's pattern and those beyond it."""
-    tokens, heads, layers = 64, 8, 4
-    panels = {
-        "the paper: pairs that never meet": "16/1 64/4",
+    tokens, heads, layers, panels = 64, 8, 4, {}
+    for title, words in {
+        "the paper's pattern": "16/1 64/4",
         "rotated offsets": "16/1 64/4 rotate",
         "staggered segments": "16/1 64/4 stagger",
-        "window first, keys once": "w8 64/4 rotate once",
-        "window, summaries, keys once": "w8 64/8:1 once",
-    }
-    figure = Figure(figsize=(3 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (title, words) in zip(axes, panels.items(), strict=True):
-        fields = parse_pattern(words)
+        "sliding window": "w12",
+        "window, rotated branch": "w8 64/4 rotate once",
+        "window and summaries": "w8 64/8:1 once",
+    }.items():
+        fields, keys = parse_pattern(words), Pattern.parse(words).count_work(tokens)
         seen = [map_attention(heads=heads, tokens=tokens, layer=i, **fields) > 0 for i in range(layers)]
-        share = torch.stack(seen).double().mean((0, 1))
-        keys = Pattern.parse(words).count_work(tokens)
-        # The root lets pairs that meet in one head be seen beside those that meet in all.
-        axis.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(f"{title}\n{words}: {keys:.0f} keys", fontsize="medium")
-        axis.set_xlabel("key")
-    axes[0].set_ylabel("query")
-    figure.savefig(path, dpi=110)
+        panels[f"{title}\n{words} ({keys:.0f} keys)"] = torch.stack(seen).double().mean((0, 1))
+    draw_maps(panels, path, "share of heads and layers that see the key")
+
+
+def draw_length(results: list[dict], path: Path) -> None:
+    """Draw time and memory beside dense attention: the benchmark `length` on a GPU if there is one, the newest."""
+    results = [r for r in results if r["name"] == "length" and any(row["who"] == "sdpa" for row in r["rows"])]
+    if results:
+        best = max(results, key=lambda r: (r["rows"][0]["device"] == "cuda", r["date"]))
+        BENCHMARKS["length"].plot(best, path)
+
+
+def draw_demo(folder: Path) -> None:
+    """Draw the stored result of the demo beside the others that were measured on the same text."""
+    file = folder / "demo.json"
+    if file.exists():
+        report = json.loads(file.read_text())
+        demo.plot(
+            report, demo.read_baselines(report, [folder / path.name for path in demo.BASELINES]), folder / "demo.png"
+        )
 
 
 def find_page(texts: dict[Path, str], name: str) -> Path:
@@ -171,14 +196,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     draw_branches(args.docs / "branches.png")
     draw_patterns(args.docs / "patterns.png")
+    draw_demo(args.docs)
+    results = []
     newest: dict[str, dict[str, tuple[dict, Path]]] = {}  # by name and command
     for path in sorted(args.results.glob("*.json")):
         result = rebuild(path)
+        results.append(result)
         print(f"Wrote {path.with_suffix('.md')} and .png")
         runs = newest.setdefault(result["name"], {})
         command = result["command"]
         if command not in runs or runs[command][0]["date"] <= result["date"]:
             runs[command] = (result, path)
+    draw_length(results, args.docs / "length.png")
     texts = {page: page.read_text() for page in args.pages}
     for name, files in EXAMPLES.items():
         if all((args.docs / file).exists() for file in files):
