@@ -22,11 +22,9 @@ from modeling_longnet.testing import Pattern
 from .measure import ROOT
 from .run import BENCHMARKS, RESULTS, describe
 
-# Files of one comparison that do not name their model themselves.
-LABELS = {"demo_paper": "the paper's pattern", "demo": "window of 512, summaries, keys once"}
 # What examples/ wrote: files of `--docs` by the name of their markers.
 EXAMPLES = {
-    "demo": ["demo_paper.json", "demo.json"],
+    "demo": ["demo.json", "demo_window.json", "demo_dense.json", "demo_paper.json"],
     "extend_llama": ["extend_llama.json"],
     "long_documents": ["long_documents.json"],
     "segments": ["same_segments.json", "longer_segments.json"],
@@ -37,30 +35,40 @@ def tabulate_example(paths: list[Path]) -> str:
     """Perplexity by context of the models in one comparison, or of each file's one model, and where it comes from."""
     reports = [json.loads(path.read_text()) for path in paths]
     models = {}
-    for path, report in zip(paths, reports, strict=True):
-        models |= report.get("results") or {LABELS.get(path.stem) or _branches(report): report}
+    for report in reports:
+        models |= report.get("results") or {_name(report): report}
     contexts = next(iter(models.values()))["contexts"]
     lines = ["| context | " + " | ".join(f"{context:,}" for context in contexts) + " |"]
     lines.append("| --- |" + " ---: |" * len(contexts))
     for name, scores in models.items():
-        cells = zip(scores["perplexity"], scores["perplexity_error"], strict=True)
-        shown = (f"{value:.1f}" + ("" if error is None else f" +- {error:.1f}") for value, error in cells)
+        pairs = zip(scores["perplexity"], scores["perplexity_error"], strict=True)
+        cells = dict(zip(scores["contexts"], pairs, strict=True))
+        shown = [_write_score(*cells[context]) if context in cells else "" for context in contexts]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     for path, report in zip(paths, reports, strict=True):
         if missing := {"date", "machine", "torch", "transformers"} - report.keys():
             raise ValueError(f"{path} does not say its {', '.join(sorted(missing))}: run the example again.")
-    scores, report = next(iter(models.values())), reports[-1]
+    scores, report = next(iter(models.values())), reports[0]
     command = f"`{report['command']}`, " if "command" in report else ""
     source = (
         f"Perplexity of the same {scores['tokens']:,} held-out targets ({scores['blocks']} blocks in "
         f"{scores['documents']} documents), +- one standard error; one seed. {command}{report['date']}, "
         f"{report['machine']}, PyTorch {report['torch']}, Transformers {report['transformers']}."
     )
+    others = [f"{name} ({x['date']})" for name, x in models.items() if x["bytes"] != scores["bytes"]]
+    if others:  # 'python' is the code of the installed packages
+        source += f" Measured on slightly other text, that of another day's packages: {', '.join(others)}."
     return source + "\n\n" + "\n".join(lines)
 
 
-def _branches(report: dict) -> str:
-    """The branches that a model was read with."""
+def _write_score(value: float, error: float | None) -> str:
+    return f"{value:.1f}" + ("" if error is None else f" +- {error:.1f}")
+
+
+def _name(report: dict) -> str:
+    """The demo's model, or the branches that a model was read with."""
+    if isinstance(report.get("model"), dict):
+        return demo.name_model(report["model"])[0].replace("\n", " ")
     if not report.get("segment_lengths"):
         return "its own branches"
     return ", ".join(f"({w}, {r})" for w, r in zip(report["segment_lengths"], report["dilation_rates"], strict=True))
@@ -210,9 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     draw_length(results, args.docs / "length.png")
     texts = {page: page.read_text() for page in args.pages}
     for name, files in EXAMPLES.items():
-        if all((args.docs / file).exists() for file in files):
+        if present := [args.docs / file for file in files if (args.docs / file).exists()]:
             page = find_page(texts, name)
-            texts[page] = fill_markers(texts[page], name, tabulate_example([args.docs / file for file in files]))
+            texts[page] = fill_markers(texts[page], name, tabulate_example(present))
     for name, runs in newest.items():
         page = find_page(texts, name)
         parts = []

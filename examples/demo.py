@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,9 +33,10 @@ from safetensors.torch import save_file
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_longnet import parse_pattern
+from modeling_longnet.testing import Pattern
 
 from .corpus import TextArguments, join_documents, load_text, tokenize
-from .drawing import COLORS, draw_line, format_count, make_figure, mark, name_lines, scale_tokens, styled
+from .drawing import COLORS, draw_line, format_count, make_figure, mark, name_lines, scale_log, scale_tokens, styled
 from .evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_figure, write_results
 from .finetune import ModelArguments, make_trainer, run
 
@@ -68,7 +70,7 @@ class DemoArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "'bpe' or 'bytes' (ByT5's)."})
     baselines: list[str] = field(
         default_factory=lambda: [str(path) for path in BASELINES],
-        metadata={"help": "perplexity.json of other runs of the demo, drawn beside this one if the text is the same."},
+        metadata={"help": "perplexity.json of other runs of the demo, drawn beside this one."},
     )
     quick: bool = field(default=False, metadata={"help": "Every step of the demo in half a minute, no good model."})
 
@@ -153,31 +155,39 @@ def describe_training(trainer: Trainer, documents: dict[str, np.ndarray], text: 
             "tokens": state.global_step * length * sequences,
             "text_tokens": len(trainer.train_dataset) * length,
             "loss": float(np.mean(losses[-5:])) if losses else None,
-            "seconds": round(sum(log.get("train_runtime", 0) for log in state.log_history)),
             "bfloat16": arguments.bf16,
         },
     }
 
 
 def read_baselines(results: dict, files: list[Path]) -> list[dict]:
-    """Results of other models that were trained with and scored on the same tokens; says which others are left out."""
+    """Results of other models of the same kind of text, tokenizer, training and number of targets.
 
-    def tokens(report: dict) -> tuple:
+    The text 'python' is the code of the installed packages, which differ a little from one environment to the next.
+    """
+
+    def kind(report: dict) -> list:
         training = report.get("training", {})
-        return report.get("text_digest"), training.get("tokens"), training.get("sequence_length"), report["tokens"]
+        made = [training.get(name) for name in ("text", "tokens", "sequence_length")]
+        return [report["tokens"], report.get("model", {}).get("vocab_size"), *made]
 
     found = []
     for file in filter(Path.exists, files):
         report = json.loads(file.read_text())
-        if tokens(report) == tokens(results):
+        if kind(report) == kind(results):
             found.append(report)
         else:
-            print(
-                f"Not drawn: {file}, measured on {report['date']} with other text or other training. The text "
-                "'python' is the code of the installed packages. To compare, run the demo with "
-                "--config configuration/longnet-demo-dense.json and name its perplexity.json in --baselines."
-            )
+            print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
     return found
+
+
+def describe_baselines(results: dict, baselines: list[dict]) -> str:
+    """Where the other lines come from, if not from exactly the same text."""
+    mine = results["text_digest"]
+    dates = sorted({b["date"] for b in baselines if mine is None or b["text_digest"] != mine})
+    if not dates:
+        return ""
+    return f"Others: stored runs (docs/demo_*.json) on the packages of {', '.join(dates)}: slightly other text."
 
 
 def name_model(model: dict) -> tuple[str, str]:
@@ -202,11 +212,16 @@ def mark_lengths(axis: Axes, results: dict) -> None:
             mark(axis, length, " = ".join(texts))
 
 
+def count_keys(model: dict, context: int) -> float:
+    """Keys that a query sees on average in a text of so many tokens, per head."""
+    return Pattern.of(SimpleNamespace(**model)).count_work(context)
+
+
 @styled
 def plot(results: dict, baselines: list[dict], file: Path) -> None:
-    """Draw perplexity and reading speed against context, those of other models beside them.
+    """Draw perplexity and the work of attention against context, those of other models beside them.
 
-    The scale of perplexity is that of `results`. A line that leaves it ends in an arrow with the value it reaches.
+    The scale of perplexity is that of `results`; of a line that leaves it, the last value is written.
     """
     figure = make_figure(height=3.9)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -216,24 +231,26 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
         contexts, perplexity = report["contexts"], report["perplexity"]
         look = {"zorder": 4} if report is results else {}
         draw_line(left, contexts, perplexity, name, color, **look)
-        draw_line(right, contexts, report["tokens_per_second"], name, color, **look)
-        over = next((i for i, value in enumerate(perplexity) if value > top and contexts[i] > contexts[0]), None)
-        if over is not None:
+        keys = [count_keys(report["model"], context) for context in results["contexts"]]
+        draw_line(right, results["contexts"], keys, name, color, **look)
+        over = next((i for i, value in enumerate(perplexity) if i and value > top), None)
+        if over:
             text = f"{perplexity[-1]:,.0f} at {format_count(contexts[-1])} \u2191"
-            place = {"xytext": (contexts[over], 0.99), "textcoords": left.get_xaxis_transform()}
-            left.annotate(text, (contexts[over], top), **place, va="top", fontsize=10, color=COLORS[color])
+            place = (contexts[over], 0.99), left.get_xaxis_transform()
+            left.annotate(text, place[0], xycoords=place[1], va="top", fontsize=10, color=COLORS[color])
     error = results["perplexity_error"]
-    low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
-    left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
-    left.set(
-        title="Perplexity of the same held-out text", ylim=(min(low.min(), 0.95 * min(results["perplexity"])), top)
-    )
-    right.set(title="Tokens read per second", ylim=(0, None))
+    if None not in error:
+        low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
+        left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
+    left.set(title="Perplexity of held-out text", ylim=(0.9 * min(results["perplexity"]), top))
+    right.set(title="Keys that a query sees")
+    scale_log(right.yaxis)
     for axis in (left, right):
         axis.set_xlabel("context (tokens)")
         scale_tokens(axis.xaxis)
     mark_lengths(left, results)
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if note := describe_baselines(results, baselines):
+        figure.supxlabel(note, fontsize=9, color="#606060")
     name_lines(left)
     name_lines(right)
     write_figure(figure, file)

@@ -35,6 +35,7 @@ COLORS = {
     "window": "#d1741a",
     "sparse": "#3c8d40",
     "other": "#8a4fa3",
+    "w64_2048-8q1_once": "#8a4fa3",
 }
 DASHES = {"forward": "--", "forward+backward": "-"}
 styled = matplotlib.rc_context(fname=STYLE)  # a decorator of functions that draw
@@ -43,7 +44,8 @@ styled = matplotlib.rc_context(fname=STYLE)  # a decorator of functions that dra
 class Line(NamedTuple):
     """Values by tokens (or whatever the panel counts), under a name, or None where another line has it.
 
-    `color` is a contestant of `COLORS` or any colour of matplotlib's, `mode` one of `DASHES`.
+    `color` is a contestant of `COLORS` or any colour of matplotlib's, `mode` one of `DASHES`; `band` is the least and
+    the most of each value.
     """
 
     x: list[float]
@@ -51,6 +53,7 @@ class Line(NamedTuple):
     name: str | None
     color: str = "longnet"
     mode: str = "forward+backward"
+    band: tuple[list[float], list[float]] | None = None
 
 
 class Panel(NamedTuple):
@@ -76,7 +79,9 @@ def draw_panels(panels: list[Panel], file: Path, *, columns: int = 2, title: str
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         for line in panel.lines:
-            draw_line(axis, line.x, line.y, line.name, line.color, mode=line.mode)
+            drawn = draw_line(axis, line.x, line.y, line.name, line.color, mode=line.mode)
+            if line.band is not None:
+                axis.fill_between(line.x, *line.band, color=drawn.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=panel.title, xlabel=panel.x_label)
         (panel.x_scale or scale_tokens)(axis.xaxis)
         panel.scale(axis.yaxis)
@@ -147,6 +152,16 @@ def scale_counts(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
 
 
+def scale_share(axis: Axis) -> None:
+    """From 0 to 100 %."""
+    axis.axes.set(**{f"{axis.axis_name}lim": (-0.03, 1.03)})
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+
+
+def scale_plain(axis: Axis) -> None:
+    """As matplotlib chooses."""
+
+
 def _start_at_zero(axis: Axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}lim": (0, 1.06 * axis.get_data_interval()[1])})
 
@@ -205,9 +220,9 @@ def name_lines(axis: Axes, *, size: float = 10) -> None:
         ends.append((x[seen[-1]], y[seen[-1]]))
         places.append(axis.transData.transform(ends[-1]))
         rises = len(seen) > 1 and y[seen[-1]] > y[seen[-2]]
-        inside.append(rises and places[-1][0] < panel.x1 - 0.15 * panel.width)
+        inside.append(rises and 0.3 < (places[-1][0] - panel.x0) / panel.width < 0.85)
     heights = [1.25 * size * points * (1 + line.get_label().count("\n")) for line in lines]
-    moved = _push_apart(np.array(places).reshape(-1, 2), heights, top=panel.y1)
+    moved = _push_apart(np.array(places).reshape(-1, 2), np.array(heights), panel.y0, panel.y1)
     for line, end, place, height, left in zip(lines, ends, places, moved, inside, strict=True):
         axis.annotate(
             line.get_label(),
@@ -222,11 +237,11 @@ def name_lines(axis: Axes, *, size: float = 10) -> None:
         )
 
 
-def _push_apart(places: np.ndarray, heights: list[float], *, top: float, near: float = 120) -> np.ndarray:
+def _push_apart(places: np.ndarray, heights: np.ndarray, low: float, high: float, near: float = 120) -> np.ndarray:
     """Heights of labels at these places, none nearer to another than both need; labels far to the side do not count."""
     y = places[:, 1].copy()
     for _ in range(200):
-        y = np.minimum(y, top - np.array(heights) / 2 + 6)
+        y = np.clip(y, low + heights / 2 - 6, high - heights / 2 + 6)
         order = np.argsort(y, kind="stable")
         for below, above in pairwise(order):
             overlap = (heights[below] + heights[above]) / 2 - (y[above] - y[below])

@@ -234,26 +234,18 @@ def evaluate_contexts(
             has the same targets as one that does not.
 
     Returns:
-        The results of the metric `perplexity_by_context`, with `targets`, `seconds` and, for each context,
-        `tokens_per_second`: all tokens of all windows over the time to score them.
+        The results of the metric `perplexity_by_context`, with `targets` and `seconds`.
     """
     contexts = check_contexts(contexts, targets)
+    began = time.perf_counter()
     longest = max(longest or 0, contexts[-1])
     places = place_blocks(documents, tokenizer, longest=longest, targets=targets, count=blocks)
     metric = evaluate.load(str(METRIC))
     model.eval()
-    seconds, last = dict.fromkeys(contexts, 0.0), time.perf_counter()
     for inputs in score_blocks(model, documents, places, contexts, targets):
-        seconds[inputs["contexts"]] += time.perf_counter() - last
         metric.add(**inputs)
-        last = time.perf_counter()
-    read = {context: context * targets // min(context // 2, targets) * len(places) for context in contexts}
-    return {
-        **metric.compute(),
-        "targets": targets,
-        "tokens_per_second": [round(read[context] / seconds[context], 1) for context in contexts],
-        "seconds": round(sum(seconds.values()), 1),
-    }
+    seconds = round(time.perf_counter() - began, 1)
+    return {**metric.compute(), "targets": targets, "seconds": seconds}
 
 
 def format_table(results: dict) -> str:

@@ -22,9 +22,9 @@ from transformers import (
     pipeline,
 )
 
-from examples import corpus, evaluate_perplexity, finetune, masked_lm
+from examples import corpus, demo, evaluate_perplexity, finetune, masked_lm
 from examples.optimizer import MuonAndAdamW
-from modeling_longnet import LongNetConfig, LongNetForCausalLM, use_dilated_attention
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern, use_dilated_attention
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -386,6 +386,41 @@ def test_extend_llama(packages, tmp_path):
     assert saved.config.dilated_attention["window_size"] == 32
 
 
+def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
+    """Of the same text and targets without a word, of another day's packages with a note, of another training never."""
+    model = dict.fromkeys(("window_size", "query_rates")) | {"segment_lengths": [8], "dilation_rates": [1]}
+    scores = {"contexts": [2, 4], "perplexity": [9.0, 8.0], "perplexity_error": [None, None], "tokens": 40}
+    training = {"text": "python", "tokens": 300, "sequence_length": 4}
+    report = scores | {"text_digest": "a", "model": model, "training": training, "date": "2026-01-01"}
+    others = {
+        "same": report,
+        "packages": report | {"text_digest": "b", "date": "2026-01-02", "perplexity": [9.0, 80.0]},
+        "training": report | {"training": training | {"tokens": 600}},
+        "targets": report | {"tokens": 41},
+        "older": scores | {"date": "2026-01-03"},
+    }
+    files = [tmp_path / f"{name}.json" for name in [*others, "missing"]]
+    for file, other in zip(files, others.values(), strict=False):
+        file.write_text(json.dumps(other))
+    baselines = demo.read_baselines(report, files)
+    assert [baseline["text_digest"] for baseline in baselines] == ["a", "b"]
+    left_out = capsys.readouterr().out
+    assert [f"{name}.json" in left_out for name in others] == [False, False, True, True, True]
+    assert demo.describe_baselines(report, baselines[:1]) == ""
+    assert "2026-01-02" in demo.describe_baselines(report, baselines)
+    demo.plot(report, baselines, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("64/1", "dense"), ("w8", "window of 8"), ("16/1 64/4", "the paper's\npattern"), ("w8 64/8:1 once", "LongNet")],
+)
+def test_a_figure_names_the_pattern(words, name):
+    fields = {name: list(x) if isinstance(x, tuple) else x for name, x in parse_pattern(words).items()}
+    assert demo.name_model(fields)[0] == name
+
+
 def test_demo_then_long_documents(packages, tmp_path):
     """The folder that the demo writes is loaded by itself in a process without the package, and fine-tuned further."""
     for number in range(6):
@@ -402,6 +437,11 @@ def test_demo_then_long_documents(packages, tmp_path):
     results = json.loads((output / "perplexity.json").read_text())
     assert results["command"].startswith("python -m examples.demo --quick True --text ")
     assert len(results["perplexity"]) == len(results["contexts"]) > 1
+    assert results["training"] | {"loss": None} == {
+        "text": str(packages), "documents_held_out": 1, "steps": 2, "sequence_length": 1024, "tokens": 2048,
+        "text_tokens": results["training"]["text_tokens"], "loss": None, "bfloat16": results["training"]["bfloat16"],
+    }  # fmt: skip
+    assert results["model"]["segment_lengths"] == TINY["segment_lengths"]
     assert (output / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert "class Shape" in (output / "sample.txt").read_text()
     assert {"model.safetensors", "tokenizer.json", "modeling_longnet.py"} <= {
