@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from matplotlib.colors import PowerNorm
 
-from examples import demo
+from examples import compare, model_card
 from examples.drawing import make_figure, styled
 from modeling_longnet import dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
@@ -68,7 +68,7 @@ def _write_score(value: float, error: float | None) -> str:
 def _name(report: dict) -> str:
     """The demo's model, or the branches that a model was read with."""
     if isinstance(report.get("model"), dict):
-        return demo.name_model(report["model"])[0].replace("\n", " ")
+        return compare.name_model(report["model"])[0].replace("\n", " ")
     if not report.get("segment_lengths"):
         return "its own branches"
     return ", ".join(f"({w}, {r})" for w, r in zip(report["segment_lengths"], report["dilation_rates"], strict=True))
@@ -182,9 +182,8 @@ def draw_demo(folder: Path) -> None:
     file = folder / "demo.json"
     if file.exists():
         report = json.loads(file.read_text())
-        demo.plot(
-            report, demo.read_baselines(report, [folder / path.name for path in demo.BASELINES]), folder / "demo.png"
-        )
+        baselines = compare.read_baselines(report, [folder / path.name for path in compare.BASELINES])
+        compare.plot(report, baselines, folder / "demo.png")
 
 
 def find_page(texts: dict[Path, str], name: str) -> Path:
@@ -205,6 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
     draw_branches(args.docs / "branches.png")
     draw_patterns(args.docs / "patterns.png")
     draw_demo(args.docs)
+    if args.docs == ROOT / "docs":
+        model_card.make_repository_card().save(model_card.CARD)
     results = []
     newest: dict[str, dict[str, tuple[dict, Path]]] = {}  # by name and command
     for path in sorted(args.results.glob("*.json")):

@@ -368,13 +368,14 @@ def for_json(results: dict) -> dict:
     }
 
 
-def write_results(results: dict, folder: Path, *, draw: Callable[[dict, Path], None] = plot) -> None:
-    """Print the table, write it with the machine it ran on, and draw what was written."""
+def write_results(results: dict, folder: Path, *, draw: Callable[[dict, Path], None] = plot) -> dict:
+    """Print the table, write it with the machine it ran on, draw what was written, and return that."""
     print(format_table(results))
     report = {**for_json(results), **describe_machine()}
     write_whole(folder / "perplexity.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
     draw(report, folder / "perplexity.png")
     print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")
+    return report
 
 
 def load_model(arguments: EvaluationArguments) -> PreTrainedModel:

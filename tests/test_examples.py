@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from examples import corpus, demo, evaluate_perplexity, finetune, masked_lm
+from examples import compare, corpus, evaluate_perplexity, finetune, masked_lm
 from examples.optimizer import MuonAndAdamW
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern, use_dilated_attention
 
@@ -361,7 +361,17 @@ def test_a_masked_model_learns_and_loads(packages, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents", "masked_lm"]
+    "name",
+    [
+        "demo",
+        "evaluate_perplexity",
+        "extend_llama",
+        "finetune",
+        "long_documents",
+        "masked_lm",
+        "model_card",
+        "try_model",
+    ],
 )
 def test_run_by_path_names_the_command(name):
     done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
@@ -402,13 +412,13 @@ def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
     files = [tmp_path / f"{name}.json" for name in [*others, "missing"]]
     for file, other in zip(files, others.values(), strict=False):
         file.write_text(json.dumps(other))
-    baselines = demo.read_baselines(report, files)
+    baselines = compare.read_baselines(report, files)
     assert [baseline["text_digest"] for baseline in baselines] == ["a", "b"]
     left_out = capsys.readouterr().out
     assert [f"{name}.json" in left_out for name in others] == [False, False, True, True, True]
-    assert demo.describe_baselines(report, baselines[:1]) == ""
-    assert "2026-01-02" in demo.describe_baselines(report, baselines)
-    demo.plot(report, baselines, tmp_path / "demo.png")
+    assert compare.describe_baselines(report, baselines[:1]) == ""
+    assert "2026-01-02" in compare.describe_baselines(report, baselines)
+    compare.plot(report, baselines, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 0
 
 
@@ -418,7 +428,7 @@ def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
 )
 def test_a_figure_names_the_pattern(words, name):
     fields = {name: list(x) if isinstance(x, tuple) else x for name, x in parse_pattern(words).items()}
-    assert demo.name_model(fields)[0] == name
+    assert compare.name_model(fields)[0] == name
 
 
 def test_demo_then_long_documents(packages, tmp_path):
