@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from examples import compare, corpus, evaluate_perplexity, finetune, masked_lm
+from examples import compare, corpus, evaluate_perplexity, finetune, masked_lm, try_model
 from examples.optimizer import MuonAndAdamW
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern, use_dilated_attention
 
@@ -431,8 +431,8 @@ def test_a_figure_names_the_pattern(words, name):
     assert compare.name_model(fields)[0] == name
 
 
-def test_demo_then_long_documents(packages, tmp_path):
-    """The folder that the demo writes is loaded by itself in a process without the package, and fine-tuned further."""
+def test_demo_then_long_documents(packages, tmp_path, monkeypatch):
+    """The folder that the demo writes is loaded in a process without the package, stored, tried, and fine-tuned."""
     for number in range(6):
         (packages / f"package{number}" / "c.py").write_text(source_file(f"package{number}c", 200))
     config = tmp_path / "config.json"
@@ -457,6 +457,20 @@ def test_demo_then_long_documents(packages, tmp_path):
     assert {"model.safetensors", "tokenizer.json", "modeling_longnet.py"} <= {
         file.name for file in (output / "model").iterdir()
     }
+
+    stored, assembled = tmp_path / "pretrained", tmp_path / "assembled"
+    try_model.store(output, stored, tmp_path / "demo.json")
+    assert "seconds" in results
+    assert "seconds" not in json.loads((tmp_path / "demo.json").read_text())
+    assert {path.name for path in stored.iterdir()} == set(try_model.FILES)
+    try_model.assemble(assembled, stored)
+    code = list(assembled.glob("*.py"))
+    assert "modeling_longnet.py" in {file.name for file in code}
+    assert all(file.read_text() == (ROOT / "modeling_longnet" / file.name).read_text() for file in code)
+    monkeypatch.setattr(try_model, "EVALUATION", {"contexts": [32, 1 << 20], "targets": 64, "blocks": 2})
+    try_model.measure(assembled, try_model.read_file(packages / "package0"), tmp_path / "try")
+    tried = json.loads((tmp_path / "try" / "perplexity.json").read_text())
+    assert (tried["text"], tried["contexts"], tried["blocks"]) == ("package0", [32], 2)
 
     tuned = tmp_path / "tuned"
     sizes = "--steps 2 --step-tokens 512 --sequence-lengths 128 512 --contexts 64 128 --targets 64 --blocks 1"
