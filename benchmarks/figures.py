@@ -2,8 +2,8 @@
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
 puts the newest headline of each NAME and command between NAME's two markers in the README or in `benchmarks/README.md`.
-What the examples wrote, kept in `docs/`, becomes tables in the same way. It also draws the pictures of
-branches and patterns.
+What the examples wrote, kept in `docs/`, becomes tables and pictures in the same way. It also draws branches and
+patterns, and fills `model_card.md`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from matplotlib.colors import PowerNorm
 
 from examples import compare, model_card
 from examples.drawing import make_figure, styled
+from examples.evaluate_perplexity import plot_comparison
 from modeling_longnet import dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
@@ -186,6 +187,15 @@ def draw_demo(folder: Path) -> None:
         compare.plot(report, baselines, folder / "demo.png")
 
 
+def draw_comparisons(folder: Path) -> None:
+    """Draw the stored perplexity of several models by context, beside its JSON file."""
+    for name in ("extend_llama", "long_documents"):
+        if (file := folder / f"{name}.json").exists():
+            report = json.loads(file.read_text())
+            trained = report.get("settings", {}).get("trained") or report.get("settings", {}).get("length")
+            plot_comparison(report["results"], file.with_suffix(".png"), trained=trained)
+
+
 def find_page(texts: dict[Path, str], name: str) -> Path:
     """The one page that holds the name's markers."""
     pages = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
@@ -204,6 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw_branches(args.docs / "branches.png")
     draw_patterns(args.docs / "patterns.png")
     draw_demo(args.docs)
+    draw_comparisons(args.docs)
     if args.docs == ROOT / "docs":
         model_card.make_repository_card().save(model_card.CARD)
     results = []
@@ -211,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path in sorted(args.results.glob("*.json")):
         result = rebuild(path)
         results.append(result)
-        print(f"Wrote {path.with_suffix('.md')} and .png")
+        print(f"Wrote {path.with_suffix('.md')}")
         runs = newest.setdefault(result["name"], {})
         command = result["command"]
         if command not in runs or runs[command][0]["date"] <= result["date"]:

@@ -310,7 +310,8 @@ def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> No
     for number, (name, result) in enumerate(results.items()):
         color = "dense" if name == "dense" else f"C{number - ('dense' in results)}"
         draw_line(axis, result["contexts"], result["perplexity"], name, color)
-    mark(axis, trained, "first training")
+    if trained is not None:
+        mark(axis, trained, "first training")
     scale_tokens(axis.xaxis)
     axis.set(xlabel="context (tokens)", title="Perplexity of the same text")
     name_lines(axis)

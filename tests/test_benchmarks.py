@@ -216,7 +216,10 @@ def test_what_examples_wrote_reaches_its_page(tmp_path):
     scores = {"contexts": [32, 64], "perplexity": [9.06, 7.0], "perplexity_error": [0.5, 0.25]}
     scores |= {"tokens": 4096, "bytes": 9000, "blocks": 2, "documents": 1}
     machine = {"machine": "m", "torch": "2", "transformers": "5", "date": "2026-01-02"}
-    two = machine | {"results": {"dense": scores, "dilated": scores | {"perplexity": [8.04, 6.0]}}}
+    two = machine | {
+        "settings": {"length": 32},
+        "results": {"dense": scores, "dilated": scores | {"perplexity": [8.04, 6.0]}},
+    }
     (tmp_path / "extend_llama.json").write_text(json.dumps(two))
     (tmp_path / "same_segments.json").write_text(json.dumps(machine | scores))
     longer = machine | scores | {"segment_lengths": [2, 4], "dilation_rates": [1, 2]}
@@ -229,6 +232,7 @@ def test_what_examples_wrote_reaches_its_page(tmp_path):
     assert "| dilated | 8.0 +- 0.5 | 6.0 +- 0.2 |" in text
     assert "| its own branches | 9.1 +- 0.5 | 7.0 +- 0.2 |" in text
     assert "| (2, 1), (4, 2) | 9.1 +- 0.5 | 7.0 +- 0.2 |" in text
+    assert (tmp_path / "extend_llama.png").stat().st_size > 0
     assert text.count("4,096 held-out targets") == text.count("2026-01-02") == 2
 
 
