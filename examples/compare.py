@@ -13,12 +13,12 @@ from .drawing import COLORS, draw_line, format_count, make_figure, mark, name_li
 from .evaluate_perplexity import write_figure
 
 ROOT = Path(__file__).resolve().parent.parent
-# Models of the same size, trained by the demo with other --config.
-BASELINES = [ROOT / "docs" / f"demo_{name}.json" for name in ("dense", "window", "paper")]
+# Models of the same size, trained by the demo with its configuration and others.
+BASELINES = [ROOT / "docs" / f"{name}.json" for name in ("demo", "demo_dense", "demo_window", "demo_paper")]
 
 
 def read_baselines(results: dict, files: list[Path]) -> list[dict]:
-    """Results of other models of the same kind of text, tokenizer, training and number of targets.
+    """Results of models with another pattern, of the same kind of text, tokenizer, training and number of targets.
 
     The text 'python' is the code of the installed packages, which differ a little from one environment to the next.
     """
@@ -31,10 +31,10 @@ def read_baselines(results: dict, files: list[Path]) -> list[dict]:
     found = []
     for file in filter(Path.exists, files):
         report = json.loads(file.read_text())
-        if kind(report) == kind(results):
-            found.append(report)
-        else:
+        if kind(report) != kind(results):
             print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
+        elif name_model(report["model"]) != name_model(results["model"]):
+            found.append(report)
     return found
 
 
@@ -44,7 +44,7 @@ def describe_baselines(results: dict, baselines: list[dict]) -> str:
     dates = sorted({b["date"] for b in baselines if mine is None or b["text_digest"] != mine})
     if not dates:
         return ""
-    return f"Others: stored runs (docs/demo_*.json) on the packages of {', '.join(dates)}: slightly other text."
+    return f"Others: stored runs (docs/demo*.json) on the packages of {', '.join(dates)}: slightly other text."
 
 
 def name_model(model: dict) -> tuple[str, str]:

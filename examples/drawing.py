@@ -1,13 +1,7 @@
 """How every figure here is drawn: one style file, axes in 2K, 8K, 1M, and names beside the lines instead of legends.
 
-@styled
-def plot(file):
-    figure = make_figure(height=3.6)
-    axis = figure.subplots()
-    draw_line(axis, [2048, 8192], [1, 4], "dense", "dense")
-    scale_tokens(axis.xaxis)
-    name_lines(axis)
-    figure.savefig(file)
+lines = [Line([2048, 8192], [0.1, 1.6], "dense", "dense"), Line([2048, 8192], [0.1, 0.4], "LongNet")]
+draw_panels([Panel("Time of a forward pass", lines, scale_seconds)], Path("time.png"))
 """
 
 import re
@@ -35,7 +29,6 @@ COLORS = {
     "window": "#d1741a",
     "sparse": "#3c8d40",
     "other": "#8a4fa3",
-    "w64_2048-8q1_once": "#8a4fa3",
 }
 DASHES = {"forward": "--", "forward+backward": "-"}
 styled = matplotlib.rc_context(fname=STYLE)  # a decorator of functions that draw
@@ -128,7 +121,7 @@ def scale_tokens(axis: Axis, *, ticks: int = 6) -> None:
 
 
 def scale_log(axis: Axis, form: Callable[[float], str] = format_number, *, ticks: int = 6) -> None:
-    """A logarithmic axis of base 10; `form` writes a tick. One that spans less than a power of ten has 1, 2, 5."""
+    """A logarithmic axis of base 10; `form` writes a tick. One that spans less than two powers of ten has 1, 2, 5."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=10)
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(base=10, subs=(1,) if high > 100 * low else (1, 2, 5), numticks=ticks))

@@ -397,12 +397,14 @@ def test_extend_llama(packages, tmp_path):
 
 
 def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
-    """Of the same text and targets without a word, of another day's packages with a note, of another training never."""
+    """Of the same text without a word, of another day's packages with a note, of another training never."""
     model = dict.fromkeys(("window_size", "query_rates")) | {"segment_lengths": [8], "dilation_rates": [1]}
     scores = {"contexts": [2, 4], "perplexity": [9.0, 8.0], "perplexity_error": [None, None], "tokens": 40}
     training = {"text": "python", "tokens": 300, "sequence_length": 4}
-    report = scores | {"text_digest": "a", "model": model, "training": training, "date": "2026-01-01"}
+    own = scores | {"text_digest": "a", "model": model, "training": training, "date": "2026-01-01"}
+    report = own | {"model": model | {"window_size": 4}}
     others = {
+        "own": own,
         "same": report,
         "packages": report | {"text_digest": "b", "date": "2026-01-02", "perplexity": [9.0, 80.0]},
         "training": report | {"training": training | {"tokens": 600}},
@@ -412,13 +414,13 @@ def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
     files = [tmp_path / f"{name}.json" for name in [*others, "missing"]]
     for file, other in zip(files, others.values(), strict=False):
         file.write_text(json.dumps(other))
-    baselines = compare.read_baselines(report, files)
+    baselines = compare.read_baselines(own, files)
     assert [baseline["text_digest"] for baseline in baselines] == ["a", "b"]
     left_out = capsys.readouterr().out
-    assert [f"{name}.json" in left_out for name in others] == [False, False, True, True, True]
-    assert compare.describe_baselines(report, baselines[:1]) == ""
-    assert "2026-01-02" in compare.describe_baselines(report, baselines)
-    compare.plot(report, baselines, tmp_path / "demo.png")
+    assert [f"{name}.json" in left_out for name in others] == [False, False, False, True, True, True]
+    assert compare.describe_baselines(own, baselines[:1]) == ""
+    assert "2026-01-02" in compare.describe_baselines(own, baselines)
+    compare.plot(own, baselines, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 0
 
 

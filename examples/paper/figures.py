@@ -290,7 +290,11 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
     panels = []
     for part, task in (("recall", "recall"), ("recall", "passkey"), ("far", "recall")):
         groups = recall_groups(results, part)
-        lines = [_recall_line(groups[name], task, NAMES[name], name) for name in (*RIVALS, SUMMARIES) if name in groups]
+        lines = [
+            _recall_line(groups[name], task, NAMES[name], "other" if name == SUMMARIES else name)
+            for name in (*RIVALS, SUMMARIES)
+            if name in groups
+        ]
         length = next((cells[0]["cell"]["length"] for cells in groups.values()), 0)
         what = {"recall": "many passages", "passkey": "one passage"}[task]
         panels.append(Panel(f"{what}, texts of {format_count(length)}", lines, scale_share, DISTANCE))
