@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo try fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures clean
+.PHONY: help demo try fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures docs docs-serve clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,8 +68,14 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 	$(RUN) examples.paper.figures
 	$(RUN) tests.matrix --page
 
+docs: $(READY) ## build the documentation and the API reference into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet $(ARGS)
+
+docs-serve: $(READY) ## show the documentation on this machine, rebuilt when a page changes
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve $(ARGS)
+
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build site
 
 .venv-ecosystem/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ecosystem

@@ -1,13 +1,14 @@
 """`python -m benchmarks.figures`: rebuild tables and plots from the JSON files of `benchmarks.run`.
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
-puts the newest headline of each NAME and command between NAME's two markers in the README or in `benchmarks/README.md`.
-What the examples wrote, kept in `docs/`, becomes tables and pictures in the same way. It also draws branches and
-patterns, and fills `model_card.md`.
+puts the newest headline of each NAME and command between NAME's two markers in one of the pages, and a table of six
+rows of them in the README. What the examples wrote, kept in `docs/`, becomes tables and pictures in the same way. It
+also draws branches and patterns, and fills `model_card.md`.
 """
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from modeling_longnet.testing import Pattern
 
 from .measure import ROOT
 from .run import BENCHMARKS, RESULTS, describe
+from .summary import tabulate_speed
+
+NAMES = ("README.md", "benchmarks/README.md", "docs/patterns.md", "docs/quality.md", "docs/speed.md")
+PAGES = [ROOT / name for name in NAMES]
 
 # What examples/ wrote: files of `--docs` by the name of their markers.
 EXAMPLES = {
@@ -207,8 +212,7 @@ def find_page(texts: dict[Path, str], name: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "patterns.md"]
-    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="files that hold the markers")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files that hold the markers")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of branches.png")
     args = parser.parse_args(arguments)
     draw_branches(args.docs / "branches.png")
@@ -237,10 +241,13 @@ def main(arguments: list[str] | None = None) -> None:
         page = find_page(texts, name)
         parts = []
         for result, path in runs.values():
-            where, parent = path.with_suffix(".md").resolve(), page.resolve().parent
-            link = where.relative_to(parent) if where.is_relative_to(parent) else where
-            parts += [describe(result), BENCHMARKS[name].headline(result), f"All of it: [{link}]({link})."]
+            table = path.with_suffix(".md")
+            link = Path(os.path.relpath(table.resolve(), page.resolve().parent)).as_posix()
+            parts += [describe(result), BENCHMARKS[name].headline(result), f"All of it: [{table.name}]({link})."]
         texts[page] = fill_markers(texts[page], name, "\n\n".join(parts))
+    for page in (page for page, text in texts.items() if "<!-- results:speed -->" in text):
+        speed = tabulate_speed(result for runs in newest.values() for result, _ in runs.values())
+        texts[page] = fill_markers(texts[page], "speed", speed)
     for page, text in texts.items():
         page.write_text(text)
 

@@ -2,8 +2,9 @@
 
     python -m examples.paper.figures [--results examples/paper/results/full]
 
-Writes `summary.md` and the plots beside the JSON files, the README's tables, and `patterns.png`: which keys each head
-sees, the path between two tokens, and the memory of the cache, all counted from the pattern itself.
+Writes `summary.md` and the plots beside the JSON files, the tables of docs/paper.md and docs/patterns.md, the README's
+table of quality, and `patterns.png`: which keys each head sees, the path between two tokens, and the memory of the
+cache, all counted from the pattern itself.
 """
 
 if not __package__:
@@ -57,6 +58,15 @@ NAMES = {"dense": "dense", "longnet": "LongNet", "window": "window", "sparse": "
 NAMES[SUMMARIES] = "window and\nsummaries"
 MOST_LINES = 5  # in a panel
 DISTANCE = "tokens between passage and question"
+# The README's table of quality: title, and the patterns of the cells of text and of recall.
+QUALITY = [
+    ("LongNet, window and summaries", "w256 2048/8:1 once", "w64_2048-8q1_once"),
+    ("LongNet, the paper's pattern", "512/1 2048/2 8192/4 32768/8", "longnet"),
+    ("sliding window", "w256", "window"),
+    ("Sparse Transformer", "sparse", "sparse"),
+    ("dense attention", "1048576/1", "dense"),
+]
+ENDS = [(32, 256), (256, 2048)]  # distances of passage and question in tokens
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -205,6 +215,44 @@ def recall_table(results: dict[str, dict], part: str, task: str) -> str:
         row = [name, f"{keys:,.0f}", f"{np.mean([c['tokens'] / c['seconds'] for c in cells]):,.0f}", str(len(cells))]
         lines.append("| " + " | ".join(row + [_mean(list(s)) for s in zip(*shares, strict=True)]) + " |")
     return "\n".join(lines)
+
+
+def quality_table(results: dict[str, dict]) -> str:
+    """The README's table: perplexity of text and recall at two distances, one line for each kind of attention.
+
+    Text is scored after one stage of training at 2,048 tokens. An empty cell has not been run.
+    """
+    lines = [
+        "| attention | keys per query | perplexity | keys per query | recall, up to 256 tokens back | 256 to 2,048 |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    recall = recall_groups(results, "recall")
+    for title, text, task in QUALITY:
+        full = (r for name, r in results.items() if name.startswith("full-") and r["cell"]["pattern"] == text)
+        cells = [r for r in full if r["cell"]["length"] == 2048]
+        row = ["", ""]
+        if cells:
+            keys = count_keys(make_pattern(text, ((), ()), 2048), 2048)
+            row = [f"{keys:,.0f}", _range([math.exp(r["loss"]) for r in cells], ".1f")]
+        found = recall.get(task, [])
+        if found:
+            row.append(f"{count_keys(Pattern(**found[0]['work']), found[0]['cell']['length']):,.0f}")
+            row += [_range([100 * _share_between(r["recall"], *ends) for r in found], ".0f", " %") for ends in ENDS]
+        lines.append("| " + " | ".join([title, *row, *[""] * (5 - len(row))]) + " |")
+    seeds = sorted({len(cells) for name, cells in recall.items() if name in {task for *_, task in QUALITY}})
+    return "\n".join(lines) + f"\n\nMeans of {' or '.join(map(str, seeds))} seeds, the range in parentheses."
+
+
+def _range(values: list[float], form: str, unit: str = "") -> str:
+    """The mean, and the least and the most where they differ in the digits shown."""
+    mean, least, most = (f"{x:{form}}" for x in (np.mean(values), min(values), max(values)))
+    return f"{mean}{unit}" if least == most else f"{mean}{unit} ({least} to {most})"
+
+
+def _share_between(recall: dict, least: int, most: int) -> float:
+    """Of the tokens asked for at such distances, how many were told."""
+    buckets = [i for i, (a, b) in enumerate(pairwise(recall["edges"])) if least <= a and b <= most]
+    return sum(recall["right"][i] for i in buckets) / sum(recall["asked"][i] for i in buckets)
 
 
 def sweep_table(results: dict[str, dict], prefix: str) -> str:
@@ -392,7 +440,7 @@ def summarize(results: dict[str, dict]) -> str:
         f"Model: {sizes}. LongNet's branches {branches}; window and sparse show a query as many keys at the trained "
         "length (at others they do not), on masked blocks that compute about twice as many "
         "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet "
-        "loses: README, Numbers.",
+        "loses: docs/paper.md.",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
         "LongNet's perplexity over the others' at the trained length: mean and each seed's",
         ratio_table(results, "tokens"),
@@ -434,7 +482,7 @@ def stages(results: dict[str, dict]) -> str:
 
 
 def headline(results: dict[str, dict]) -> str:
-    """What the README shows."""
+    """What docs/paper.md shows."""
     return "\n\n".join([
         provenance(results), stages(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
@@ -443,7 +491,7 @@ def headline(results: dict[str, dict]) -> str:
         "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
         "The sweeps, all of equal time, passkeys, longer texts, the paper's own numbers: "
-        "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
+        "[summary.md](../examples/paper/results/full/summary.md).",
     ])  # fmt: skip
 
 
@@ -462,7 +510,7 @@ def beyond_headline(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=FULL, help="of another folder the README shows nothing")
+    parser.add_argument("--results", type=Path, default=FULL, help="of another folder no page shows anything")
     folder = parser.parse_args().results
     results = load(folder)
     plot_patterns(folder / "patterns.png")
@@ -478,8 +526,10 @@ def main() -> None:
     if folder == FULL:
         page = ROOT / "docs" / "patterns.md"
         page.write_text(fill_markers(page.read_text(), "beyond", beyond_headline(results)))
+        page = ROOT / "docs" / "paper.md"
+        page.write_text(fill_markers(page.read_text(), "paper", headline(results)))
         readme = ROOT / "README.md"
-        readme.write_text(fill_markers(readme.read_text(), "paper", headline(results)))
+        readme.write_text(fill_markers(readme.read_text(), "quality", quality_table(results)))
     print(summarize(results))
 
 
