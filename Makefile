@@ -17,13 +17,17 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures docs docs-serve clean
+.PHONY: help demo try fuzz test test-distributed test-ecosystem test-faults test-transformers lint bench paper paper-quick figures docs docs-serve clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it back
 	$(RUN) examples.demo $(ARGS)
+
+FILE ?= modeling_longnet
+try: $(READY) ## load the trained model of pretrained/, let it write, measure it on FILE=..., in a minute
+	$(RUN) examples.try_model --file $(FILE) $(ARGS)
 
 test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)

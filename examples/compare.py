@@ -1,0 +1,118 @@
+"""The demo's results beside those of other models: which of them compare, their names, and the figure."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from modeling_longnet.testing import Pattern
+
+from .drawing import COLORS, draw_line, format_count, make_figure, mark, name_lines, scale_log, scale_tokens, styled
+from .evaluate_perplexity import write_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+# Models of the same size, trained by the demo with its configuration and others.
+BASELINES = [ROOT / "docs" / f"{name}.json" for name in ("demo", "demo_dense", "demo_window", "demo_paper")]
+
+
+def read_baselines(results: dict, files: list[Path]) -> list[dict]:
+    """Results of models with another pattern, of the same kind of text, tokenizer, training and number of targets.
+
+    The text 'python' is the code of the installed packages, which differ a little from one environment to the next.
+    """
+
+    def kind(report: dict) -> list:
+        training = report.get("training", {})
+        made = [training.get(name) for name in ("text", "tokens", "sequence_length")]
+        return [report["tokens"], report.get("model", {}).get("vocab_size"), *made]
+
+    found = []
+    for file in filter(Path.exists, files):
+        report = json.loads(file.read_text())
+        if kind(report) != kind(results):
+            print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
+        elif name_model(report["model"]) != name_model(results["model"]):
+            found.append(report)
+    return found
+
+
+def describe_baselines(results: dict, baselines: list[dict]) -> str:
+    """Where the other lines come from, if not from exactly the same text."""
+    mine = results["text_digest"]
+    dates = sorted({b["date"] for b in baselines if mine is None or b["text_digest"] != mine})
+    if not dates:
+        return ""
+    return f"Others: stored runs (docs/demo*.json) on the packages of {', '.join(dates)}: slightly other text."
+
+
+def name_model(model: dict) -> tuple[str, str]:
+    """What a figure or a table calls a model with these fields, and its contestant in `COLORS`."""
+    if model["window_size"] is None:
+        return ("dense", "dense") if model["dilation_rates"] == [1] else ("the paper's\npattern", "paper")
+    if not model["segment_lengths"]:
+        return f"window of {model['window_size']}", "window"
+    return "LongNet", "longnet"
+
+
+def describe_pattern(model: dict) -> str:
+    """Which keys a query of a model with these fields sees, in words."""
+    return Pattern.of(SimpleNamespace(**model)).describe().rstrip(".")
+
+
+def mark_lengths(axis: Axes, results: dict) -> None:
+    """Mark the trained length, the window and the segments of a model."""
+    marks = {results["training"]["sequence_length"]: ["trained length"]}
+    model = results["model"]
+    for length in model["segment_lengths"]:
+        marks.setdefault(length, []).append("segment")
+    if model["window_size"]:
+        marks.setdefault(model["window_size"], []).append("window")
+    for length, texts in marks.items():
+        if length <= max(results["contexts"]):
+            mark(axis, length, " = ".join(texts))
+
+
+def count_keys(model: dict, context: int) -> float:
+    """Keys that a query sees on average in a text of so many tokens, per head."""
+    return Pattern.of(SimpleNamespace(**model)).count_work(context)
+
+
+@styled
+def plot(results: dict, baselines: list[dict], file: Path) -> None:
+    """Draw perplexity and the work of attention against context, those of other models beside them.
+
+    The scale of perplexity is that of `results`; of a line that leaves it, the last value is written.
+    """
+    figure = make_figure(height=3.9)
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    top = 1.02 * max(results["perplexity"])
+    for report in [*baselines, results]:
+        name, color = name_model(report["model"])
+        contexts, perplexity = report["contexts"], report["perplexity"]
+        look = {"zorder": 4} if report is results else {}
+        draw_line(left, contexts, perplexity, name, color, **look)
+        keys = [count_keys(report["model"], context) for context in results["contexts"]]
+        draw_line(right, results["contexts"], keys, name, color, **look)
+        over = next((i for i, value in enumerate(perplexity) if i and value > top), None)
+        if over:
+            text = f"{perplexity[-1]:,.0f} at {format_count(contexts[-1])} \u2191"
+            place = (contexts[over], 0.99), left.get_xaxis_transform()
+            left.annotate(text, place[0], xycoords=place[1], va="top", fontsize=10, color=COLORS[color])
+    error = results["perplexity_error"]
+    if None not in error:
+        low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
+        left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
+    left.set(title="Perplexity of held-out text", ylim=(0.9 * min(results["perplexity"]), top))
+    right.set(title="Keys that a query sees")
+    scale_log(right.yaxis)
+    for axis in (left, right):
+        axis.set_xlabel("context (tokens)")
+        scale_tokens(axis.xaxis)
+    mark_lengths(left, results)
+    if note := describe_baselines(results, baselines):
+        figure.supxlabel(note, fontsize=9, color="#606060")
+    name_lines(left)
+    name_lines(right)
+    write_figure(figure, file)
