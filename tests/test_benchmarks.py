@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import assert_close
 
-from benchmarks import figures, length, op, peers, run
+from benchmarks import figures, length, op, peers, run, summary
 from benchmarks.measure import peak_bytes, spread, time_alternately
 from examples.drawing import Line, Panel, draw_panels, format_count, scale_seconds
 
@@ -292,3 +292,15 @@ def test_long_dense_call_is_skipped_and_said_so(tmp_path):
 def test_missing_markers_are_refused(text):
     with pytest.raises(ValueError, match="exactly one"):
         figures.fill_markers(text, "op", "table")
+
+
+def test_speed_table_takes_the_latest_result_that_holds_a_row():
+    machine = {"name": "decode", "gpu": None, "machine": {"threads": 3}}
+    steps = {"longnet 16000": [1e-3, 2e-3, 4e-3], "dense 16000": [5e-3, 8e-3, 16e-3]}
+    results = [
+        machine | {"date": "2026-02-02", "step_seconds": {"longnet 1000": [1e-3], "dense 1000": [1e-3]}},
+        machine | {"date": "2026-02-01", "step_seconds": steps},
+        machine | {"date": "2026-01-01", "step_seconds": {name: [1.0] for name in steps}},
+    ]
+    (row,) = summary.tabulate_speed(results).splitlines()[2:]
+    assert [cell.strip() for cell in row.split("|")[2:7]] == ["CPU, 3 cores", "16,000", "2 ms", "8 ms", "4.0"]
