@@ -117,8 +117,8 @@ def compare(report: dict, baselines: list[dict]) -> str:
         sentences.append(f"Relative to {name} it has {ratios}.")
         if name.endswith("repeated"):
             sentences.append(
-                "That is the same training in another run: with another number of threads or other packages runs differ "
-                "this much, and smaller differences between the columns say nothing."
+                "That is the same training in another run: with other threads or packages runs differ this much, and "
+                "smaller differences between the columns say nothing."
             )
     return " ".join(sentences)
 
