@@ -27,7 +27,7 @@ demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it
 
 FILE ?= modeling_longnet
 try: $(READY) ## load the trained model of pretrained/, let it write, measure it on FILE=..., in a minute
-	$(RUN) examples.try_model --file $(FILE) $(ARGS)
+	$(RUN) examples.try_model --file '$(FILE)' $(ARGS)
 
 test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)

@@ -30,7 +30,7 @@ PAGES = [ROOT / name for name in NAMES]
 
 # What examples/ wrote: files of `--docs` by the name of their markers.
 EXAMPLES = {
-    "demo": ["demo.json", "demo_window.json", "demo_dense.json", "demo_paper.json"],
+    "demo": ["demo.json", "demo_repeated.json", "demo_window.json", "demo_dense.json", "demo_paper.json"],
     "extend_llama": ["extend_llama.json"],
     "long_documents": ["long_documents.json"],
     "segments": ["same_segments.json", "longer_segments.json"],
@@ -42,7 +42,7 @@ def tabulate_example(paths: list[Path]) -> str:
     reports = [json.loads(path.read_text()) for path in paths]
     models = {}
     for report in reports:
-        models |= report.get("results") or {_name(report): report}
+        models |= report.get("results") or {_name(report, models): report}
     contexts = next(iter(models.values()))["contexts"]
     lines = ["| context | " + " | ".join(f"{context:,}" for context in contexts) + " |"]
     lines.append("| --- |" + " ---: |" * len(contexts))
@@ -71,10 +71,10 @@ def _write_score(value: float, error: float | None) -> str:
     return f"{value:.1f}" + ("" if error is None else f" +- {error:.1f}")
 
 
-def _name(report: dict) -> str:
+def _name(report: dict, others: dict[str, dict]) -> str:
     """The demo's model, or the branches that a model was read with."""
     if isinstance(report.get("model"), dict):
-        return compare.name_model(report["model"])[0].replace("\n", " ")
+        return list(compare.name_reports([*others.values(), report]))[-1]
     if not report.get("segment_lengths"):
         return "its own branches"
     return ", ".join(f"({w}, {r})" for w, r in zip(report["segment_lengths"], report["dilation_rates"], strict=True))

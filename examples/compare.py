@@ -14,11 +14,12 @@ from .evaluate_perplexity import write_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 # Models of the same size, trained by the demo with its configuration and others.
-BASELINES = [ROOT / "docs" / f"{name}.json" for name in ("demo", "demo_dense", "demo_window", "demo_paper")]
+NAMES = ("demo", "demo_repeated", "demo_dense", "demo_window", "demo_paper")
+BASELINES = [ROOT / "docs" / f"{name}.json" for name in NAMES]
 
 
 def read_baselines(results: dict, files: list[Path]) -> list[dict]:
-    """Results of models with another pattern, of the same kind of text, tokenizer, training and number of targets.
+    """Results of other runs on the same kind of text, with the same tokenizer, training and number of targets.
 
     The text 'python' is the code of the installed packages, which differ a little from one environment to the next.
     """
@@ -33,18 +34,26 @@ def read_baselines(results: dict, files: list[Path]) -> list[dict]:
         report = json.loads(file.read_text())
         if kind(report) != kind(results):
             print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
-        elif name_model(report["model"]) != name_model(results["model"]):
+        elif report["perplexity"] != results["perplexity"]:  # not itself
             found.append(report)
     return found
 
 
+def is_same_text(report: dict, other: dict) -> bool:
+    """By the digest of all tokens; results of before it was stored by the bytes of the targets."""
+    if None in (report["text_digest"], other["text_digest"]):
+        return report["bytes"] == other["bytes"]
+    return report["text_digest"] == other["text_digest"]
+
+
 def describe_baselines(results: dict, baselines: list[dict]) -> str:
-    """Where the other lines come from, if not from exactly the same text."""
-    mine = results["text_digest"]
-    dates = sorted({b["date"] for b in baselines if mine is None or b["text_digest"] != mine})
-    if not dates:
+    """Which of the other models were not measured on exactly the same text."""
+    others = [report for report in baselines if not is_same_text(report, results)]
+    names = dict.fromkeys(name_model(report["model"])[0].replace("\n", " ") for report in others)
+    dates = sorted({report["date"] for report in others})
+    if not others:
         return ""
-    return f"Others: stored runs (docs/demo*.json) on the packages of {', '.join(dates)}: slightly other text."
+    return f"On slightly other text, the packages of {' and '.join(dates)} (docs/demo*.json): {', '.join(names)}"
 
 
 def name_model(model: dict) -> tuple[str, str]:
@@ -54,6 +63,17 @@ def name_model(model: dict) -> tuple[str, str]:
     if not model["segment_lengths"]:
         return f"window of {model['window_size']}", "window"
     return "LongNet", "longnet"
+
+
+def name_reports(reports: list[dict]) -> dict[str, dict]:
+    """Reports by their model's name in one line; a second one of the same name was repeated."""
+    named = {}
+    for report in reports:
+        name = name_model(report["model"])[0].replace("\n", " ")
+        while name in named:
+            name += ", repeated"
+        named[name] = report
+    return named
 
 
 def describe_pattern(model: dict) -> str:
@@ -87,11 +107,15 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
     """
     figure = make_figure(height=3.9)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    top = 1.02 * max(results["perplexity"])
+    top, repeated = 1.02 * max(results["perplexity"]), ""
     for report in [*baselines, results]:
         name, color = name_model(report["model"])
         contexts, perplexity = report["contexts"], report["perplexity"]
         look = {"zorder": 4} if report is results else {}
+        if report is not results and name == name_model(results["model"])[0]:
+            draw_line(left, contexts, perplexity, None, color, linewidth=1, marker="")
+            repeated = "\n(thin: training repeated)"
+            continue
         draw_line(left, contexts, perplexity, name, color, **look)
         keys = [count_keys(report["model"], context) for context in results["contexts"]]
         draw_line(right, results["contexts"], keys, name, color, **look)
@@ -104,7 +128,7 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
     if None not in error:
         low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
         left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
-    left.set(title="Perplexity of held-out text", ylim=(0.9 * min(results["perplexity"]), top))
+    left.set(title="Perplexity of held-out text" + repeated, ylim=(0.9 * min(results["perplexity"]), top))
     right.set(title="Keys that a query sees")
     scale_log(right.yaxis)
     for axis in (left, right):

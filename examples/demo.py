@@ -120,7 +120,7 @@ def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArgum
     if not contexts:
         raise ValueError(
             f"Of the held-out documents {DOCUMENTS} or all have only {room} tokens, too few for "
-            f"a context of {min(evaluation.contexts)}. Give longer text (--text)."
+            f"a context of {min(evaluation.contexts)}. Give longer text."
         )
     evaluation.contexts, evaluation.targets = contexts, targets
     return evaluation

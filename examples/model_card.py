@@ -14,7 +14,7 @@ from string import Template
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .compare import BASELINES, ROOT, describe_pattern, name_model, read_baselines
+from .compare import BASELINES, ROOT, describe_pattern, is_same_text, name_reports, read_baselines
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARD = ROOT / "model_card.md"
@@ -27,7 +27,7 @@ def fill_card(report: dict, baselines: list[dict]) -> ModelCard:
     model, training = report["model"], report["training"]
     settings = json.loads((ROOT / "configuration" / "demo-training.json").read_text())
     drawn = training.get("text_tokens")
-    others = sorted({other["date"] for other in baselines if other["bytes"] != report["bytes"]})
+    others = sorted({other["date"] for other in baselines if not is_same_text(other, report)})
     fields = {
         "parameters": f"{model['parameters']:,}",
         "parameters_short": f"{model['parameters'] / 1e6:.1f} million",
@@ -88,7 +88,7 @@ def describe_metadata(report: dict) -> ModelCardData:
 
 def tabulate(report: dict, baselines: list[dict]) -> str:
     """Return a line for each context and a column for each model."""
-    models = {name_model(x["model"])[0].replace("\n", " "): x for x in (report, *baselines)}
+    models = name_reports([report, *baselines])
     lines = ["| context | " + " | ".join(models) + " |", "| ---: |" + " ---: |" * len(models)]
     for context in report["contexts"]:
         cells = []
@@ -109,16 +109,17 @@ def compare(report: dict, baselines: list[dict]) -> str:
     scores = dict(zip(report["contexts"], report["perplexity"], strict=True))
     best = min(scores, key=scores.get)
     sentences = [f"Its least perplexity is {scores[best]:.2f}, under a context of {best:,} tokens."]
-    for other in baselines:
+    for name, other in list(name_reports([report, *baselines]).items())[1:]:
         theirs = dict(zip(other["contexts"], other["perplexity"], strict=True))
         shared = sorted(scores.keys() & theirs.keys())
         at = [n for n in dict.fromkeys((report["training"]["sequence_length"], shared[-1])) if n in shared]
-        name = name_model(other["model"])[0].replace("\n", " ")
-        sentences.append(
-            f"Relative to {name} it has "
-            + " and ".join(f"{scores[n] / theirs[n]:.3f} times the perplexity at {n:,}" for n in at)
-            + "."
-        )
+        ratios = " and ".join(f"{scores[n] / theirs[n]:.3f} times the perplexity at {n:,}" for n in at)
+        sentences.append(f"Relative to {name} it has {ratios}.")
+        if name.endswith("repeated"):
+            sentences.append(
+                "That is the same training in another run: with other threads or packages runs differ this much, and "
+                "smaller differences between the columns say nothing."
+            )
     return " ".join(sentences)
 
 

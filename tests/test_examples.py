@@ -399,13 +399,15 @@ def test_extend_llama(packages, tmp_path):
 def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
     """Of the same text without a word, of another day's packages with a note, of another training never."""
     model = dict.fromkeys(("window_size", "query_rates")) | {"segment_lengths": [8], "dilation_rates": [1]}
-    scores = {"contexts": [2, 4], "perplexity": [9.0, 8.0], "perplexity_error": [None, None], "tokens": 40}
+    scores = {"contexts": [2, 4], "perplexity": [9.0, 8.0], "perplexity_error": [None, None]}
+    scores |= {"tokens": 40, "bytes": 90}
     training = {"text": "python", "tokens": 300, "sequence_length": 4}
     own = scores | {"text_digest": "a", "model": model, "training": training, "date": "2026-01-01"}
-    report = own | {"model": model | {"window_size": 4}}
+    report = own | {"model": model | {"window_size": 4}, "perplexity": [9.0, 7.0]}
     others = {
         "own": own,
         "same": report,
+        "repeated": own | {"text_digest": None, "perplexity": [9.0, 7.5]},
         "packages": report | {"text_digest": "b", "date": "2026-01-02", "perplexity": [9.0, 80.0]},
         "training": report | {"training": training | {"tokens": 600}},
         "targets": report | {"tokens": 41},
@@ -415,11 +417,12 @@ def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
     for file, other in zip(files, others.values(), strict=False):
         file.write_text(json.dumps(other))
     baselines = compare.read_baselines(own, files)
-    assert [baseline["text_digest"] for baseline in baselines] == ["a", "b"]
+    assert [baseline["text_digest"] for baseline in baselines] == ["a", None, "b"]
     left_out = capsys.readouterr().out
-    assert [f"{name}.json" in left_out for name in others] == [False, False, False, True, True, True]
-    assert compare.describe_baselines(own, baselines[:1]) == ""
+    assert [f"{name}.json" in left_out for name in others] == [False, False, False, False, True, True, True]
+    assert compare.describe_baselines(own, baselines[:2]) == ""
     assert "2026-01-02" in compare.describe_baselines(own, baselines)
+    assert list(compare.name_reports([own, *baselines])) == ["dense", "LongNet", "dense, repeated", "LongNet, repeated"]
     compare.plot(own, baselines, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 0
 

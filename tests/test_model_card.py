@@ -20,6 +20,7 @@ REPORT = {
         "position_embedding": "rope", "segment_lengths": [64], "dilation_rates": [8], "window_size": 16,
         "query_rates": [1],
     },
+    "text_digest": None,
     "training": {"text": "python", "steps": 3, "sequence_length": 32, "tokens": 96, "bfloat16": True},
 }  # fmt: skip
 
@@ -59,11 +60,17 @@ def test_numbers_come_from_the_reports():
         "contexts": [32], "perplexity": [4.53], "perplexity_error": [0.25], "bytes": 9001, "date": "2026-01-03",
         "model": REPORT["model"] | {"window_size": None, "dilation_rates": [1]},
     }  # fmt: skip
-    text = str(model_card.fill_card(REPORT, [other]))
-    for line in ("| 32 | 9.1 +- 0.5 | 4.5 +- 0.2 |", "| 64 | 7.5 |  |", "| parameters | 1,234,567 |"):
+    repeated = REPORT | {"perplexity": [9.0, 7.0]}
+    text = str(model_card.fill_card(REPORT, [other, repeated]))
+    for line in (
+        "| 32 | 9.1 +- 0.5 | 4.5 +- 0.2 | 9.0 +- 0.5 |",
+        "| 64 | 7.5 |  | 7.0 |",
+        "| parameters | 1,234,567 |",
+    ):
         assert line in text, line
     assert "Its least perplexity is 7.50, under a context of 64 tokens." in text
     assert "Relative to dense it has 2.000 times the perplexity at 32." in text
+    assert "Relative to LongNet, repeated it has 1.007 times the perplexity at 32 and 1.071" in text
     assert "Those of 2026-01-03 read slightly other text" in text
 
 
