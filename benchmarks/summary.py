@@ -72,9 +72,9 @@ PAPER = "2048/1 4096/2 8192/4 16384/6 32768/12"
 # What, of which benchmark, on a GPU, at which length, read by which function.
 ROWS: list[tuple[str, str, bool, int, Callable[[dict, int], Cells | None]]] = [
     ("attention alone, forward and backward", "op", False, 32_768, _attention),
-    ("the same", "op", True, 131_072, _attention),
+    ("attention alone, forward and backward", "op", True, 131_072, _attention),
     ("training step, 125M parameters", "train", True, 8_192, _training_step),
-    ("the same", "train", True, 32_768, _training_step),
-    ("memory of that step", "train", True, 32_768, _training_memory),
+    ("training step, 125M parameters", "train", True, 32_768, _training_step),
+    ("memory of this step", "train", True, 32_768, _training_memory),
     ("one generated token, 5M parameters", "decode", False, 16_000, _decoding_step),
 ]
