@@ -103,7 +103,7 @@ def make_context(
         cache: a cache of this config, checked against the batch.
     """
     batch, length, _ = embeds.shape
-    starts, columns = (None, 0) if cache is None else (cache.lengths or None, cache.get_seq_length())
+    starts, columns = (None, 0) if cache is None else (cache.lengths or [0] * batch, cache.get_seq_length())
     packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
     rotary = make_rotary(config, packing.positions, autocast_dtype(embeds))
     context = AttentionContext(_plans(config, packing, backend), rotary, cache)

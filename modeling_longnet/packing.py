@@ -44,7 +44,8 @@ def pack(
     Args:
         attention_mask: (B, S), nonzero for real tokens, which must be contiguous in a batch row.
         position_ids: (B or 1, L); a new document begins where they restart at 0.
-        starts: tokens of each batch row that a cache has seen, None without a cache.
+        starts: tokens of each batch row that a cache has seen. None without a cache: in a compiled graph the chunks are
+            then found by an operator, and a tensor.
         columns: columns that the cache has seen, padding included.
 
     Raises:
@@ -75,7 +76,7 @@ def _pack_in_graph(batch, length, device, mask: Tensor | None, position_ids: Ten
     begins, positions = real.clone(), real.cumsum(1) - 1
     begins[:, 1:] &= ~real[:, :-1]
     if position_ids is not None:
-        ids = position_ids.to(device).expand(shape)
+        ids = position_ids.to(device).long().expand(shape)
         begins[:, 1:] |= real[:, 1:] & (ids[:, 1:] != ids[:, :-1] + 1)
     numbers = begins.cumsum(1)  # of the documents in each row, from 1
     if position_ids is not None:  # the first document's may count columns
@@ -87,9 +88,9 @@ def _pack_in_graph(batch, length, device, mask: Tensor | None, position_ids: Ten
 
 def _find_chunks(mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int) -> Tensor:
     """Return the chunks of `pack`, (chunks, 6) on the CPU, with rows of zeros after the last one."""
-    chunks = torch.tensor(pack(batch, length, torch.device("cpu"), mask, position_ids).chunks, dtype=torch.int64)
+    chunks = pack(batch, length, torch.device("cpu"), mask, position_ids, [0] * batch).chunks
     table = _fake_chunks(mask, position_ids, batch, length).zero_()
-    table[: len(chunks)] = chunks.view(-1, len(Chunk._fields))
+    table[: len(chunks)] = torch.tensor(chunks, dtype=torch.int64).view(-1, len(Chunk._fields))
     return table
 
 

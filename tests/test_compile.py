@@ -5,6 +5,7 @@ import torch
 from checks import assert_close, make_model
 
 from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetForMaskedLM, chunked_loss
+from modeling_longnet.compat import CACHE
 
 RAGGED = torch.ones(3, 21, dtype=torch.int64)
 RAGGED[0, :4] = RAGGED[1, -5:] = 0
@@ -93,6 +94,21 @@ def test_the_linear_loss_in_chunks(needed):
             assert_close("loss", loss, expected)
             for name, x, gradient, is_needed in zip("hwb", found, gradients, needed, strict=True):
                 assert_close(name, x, gradient if is_needed else x.new_empty(0))
+
+
+def test_a_compiled_model_fills_its_cache_under_a_mask():
+    """The graph may break there: the cache needs numbers."""
+    model, ids = make(LongNetForCausalLM), make_ids()
+    padded = RAGGED.clone()
+    padded[1] = 1
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected, actual = (f(ids, attention_mask=padded) for f in (model, compiled))
+        assert_close("logits", actual.logits[1:], expected.logits[1:])
+        caches = [getattr(x, CACHE) for x in (expected, actual)]
+        assert caches[0].lengths == caches[1].lengths == [17, 21, 21]
+        for name, x in caches[0].to_tensors().items():
+            assert_close(name, caches[1].to_tensors()[name].double(), x.double())
 
 
 def test_a_compiled_model_checks_the_mask():
