@@ -21,6 +21,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,12 +131,22 @@ def count_pairs(chunk: Chunk, branches: tuple[Branch, ...], heads: int, keys: st
     """Pairs of a query of the chunk and a key that it sees, over all heads: `keys` "chunk" its own, "prefix" before."""
     pairs = 0
     for branch in branches:
-        for product in branch_products(chunk, branch, heads, True, keys):
-            seen = 0
-            for rows, columns, is_triangle in product.steps():
-                count = rows.stop - (rows.start or 0), columns.stop - (columns.start or 0)
-                seen += count[0] * (count[0] + 1) // 2 if is_triangle else count[0] * count[1]
-            pairs += product.queries.heads * product.queries.segments * seen
+        # Whole segments before the chunk's own change nothing: many chunks are alike.
+        start = chunk.start if branch.phase or branch.after_phase else chunk.start % branch.w
+        start = min(chunk.start, branch.w) if branch.is_window else start
+        pairs += _branch_pairs(chunk._replace(start=start, total=start + chunk.length), branch, heads, keys)
+    return pairs
+
+
+@lru_cache(maxsize=1 << 16)
+def _branch_pairs(chunk: Chunk, branch: Branch, heads: int, keys: str) -> int:
+    pairs = 0
+    for product in branch_products(chunk, branch, heads, True, keys):
+        seen = 0
+        for rows, columns, is_triangle in product.steps():
+            count = rows.stop - (rows.start or 0), columns.stop - (columns.start or 0)
+            seen += count[0] * (count[0] + 1) // 2 if is_triangle else count[0] * count[1]
+        pairs += product.queries.heads * product.queries.segments * seen
     return pairs
 
 
