@@ -158,7 +158,7 @@ def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: 
     keys = np.zeros((devices, devices), dtype=np.int64)
     node_keys = np.zeros((-(-devices // node), devices), dtype=np.int64)
     tokens, own, halo = np.diff(borders), np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
-    unique: dict[tuple, object] = {}
+    unique = {}
     for rank in tqdm(range(devices), desc=f"{devices} devices", disable=devices < 64):
         shard = Shard(None, rank, borders)
         needs = list(halo_slices(shard, whole, branches, True, rank))
@@ -166,9 +166,8 @@ def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: 
         for chunk in shard.cut_chunks(whole, rank):
             own[rank] += count_pairs(chunk, branches, heads, "chunk")
             halo[rank] += count_pairs(chunk, branches, heads, "prefix")
-        for need in needs:  # of devices in one segment, what they need from outside of the node begins alike
-            place = need.branch, need.head, need.first
-            unique[place] = max(unique.get(place, need), need, key=lambda x: x.count)
+        for need in needs:  # devices of one segment need the same keys from outside of their node
+            unique.setdefault((need.branch, need.head, need.first), need)
         if (rank + 1) % node == 0 or rank + 1 == devices:
             index = rank // node
             node_keys[index] = count_received(shard, list(unique.values()))
