@@ -21,6 +21,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--config", type=Path, default=CONFIGURATION / "longnet-billion.json", help="the paper's model")
     parser.add_argument("--effort", type=int, default=1024, help="of for_context, the pattern beside the paper's")
-    parser.add_argument("--devices", type=int, nargs="+", default=[256, 1024, 1536])
+    parser.add_argument("--devices", type=int, nargs="*", default=[256, 1024, 1536], help="none: no plan")
     parser.add_argument("--tokens", type=int, default=10**9)
     parser.add_argument("--short", type=int, nargs="*", default=[10**8, 10**7], help="tokens, on the fewest devices")
     parser.add_argument("--node", type=int, default=8, help="devices of a node")
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", type=float, default=5, help="microseconds a message, one after another")
     parser.add_argument("--memory", type=float, default=80, help="GB of a device")
     parser.add_argument("--speed", default="nvidia-h100-80gb-hbm3", help="machine of the stored runs to calibrate by")
-    parser.add_argument("--processes", type=int, nargs="*", default=[2, 4], help="of the check by gloo")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="of the check by gloo")
     parser.add_argument("--shard", type=int, default=1024, help="tokens of a gloo process")
     parser.add_argument("--rounds", type=int, default=3, help="of the check by gloo")
 
@@ -130,12 +131,22 @@ def count_pairs(chunk: Chunk, branches: tuple[Branch, ...], heads: int, keys: st
     """Pairs of a query of the chunk and a key that it sees, over all heads: `keys` "chunk" its own, "prefix" before."""
     pairs = 0
     for branch in branches:
-        for product in branch_products(chunk, branch, heads, True, keys):
-            seen = 0
-            for rows, columns, is_triangle in product.steps():
-                count = rows.stop - (rows.start or 0), columns.stop - (columns.start or 0)
-                seen += count[0] * (count[0] + 1) // 2 if is_triangle else count[0] * count[1]
-            pairs += product.queries.heads * product.queries.segments * seen
+        # Whole segments before the chunk's own change nothing: many chunks are alike.
+        start = chunk.start if branch.phase or branch.after_phase else chunk.start % branch.w
+        start = min(chunk.start, branch.w) if branch.is_window else start
+        pairs += _branch_pairs(chunk._replace(start=start, total=start + chunk.length), branch, heads, keys)
+    return pairs
+
+
+@lru_cache(maxsize=1 << 16)
+def _branch_pairs(chunk: Chunk, branch: Branch, heads: int, keys: str) -> int:
+    pairs = 0
+    for product in branch_products(chunk, branch, heads, True, keys):
+        seen = 0
+        for rows, columns, is_triangle in product.steps():
+            count = rows.stop - (rows.start or 0), columns.stop - (columns.start or 0)
+            seen += count[0] * (count[0] + 1) // 2 if is_triangle else count[0] * count[1]
+        pairs += product.queries.heads * product.queries.segments * seen
     return pairs
 
 
@@ -147,7 +158,7 @@ def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: 
     keys = np.zeros((devices, devices), dtype=np.int64)
     node_keys = np.zeros((-(-devices // node), devices), dtype=np.int64)
     tokens, own, halo = np.diff(borders), np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
-    unique: dict[tuple, object] = {}
+    unique = {}
     for rank in tqdm(range(devices), desc=f"{devices} devices", disable=devices < 64):
         shard = Shard(None, rank, borders)
         needs = list(halo_slices(shard, whole, branches, True, rank))
@@ -155,9 +166,8 @@ def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: 
         for chunk in shard.cut_chunks(whole, rank):
             own[rank] += count_pairs(chunk, branches, heads, "chunk")
             halo[rank] += count_pairs(chunk, branches, heads, "prefix")
-        for need in needs:  # of devices in one segment, what they need from outside of the node begins alike
-            place = need.branch, need.head, need.first
-            unique[place] = max(unique.get(place, need), need, key=lambda x: x.count)
+        for need in needs:  # devices of one segment need the same keys from outside of their node
+            unique.setdefault((need.branch, need.head, need.first), need)
         if (rank + 1) % node == 0 or rank + 1 == devices:
             index = rank // node
             node_keys[index] = count_received(shard, list(unique.values()))
@@ -455,10 +465,15 @@ def count_activations(path: Path, sizes: dict, speed: str) -> float:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Calibrate, check, plan."""
+    """Check by gloo processes if asked for, and plan unless there are no devices to plan for."""
+    measured = [row for count in args.processes for row in check_processes(count, args.shard, args.rounds)]
+    return {"measured": measured} | (make_plans(args) if args.devices else {"rows": []})
+
+
+def make_plans(args: argparse.Namespace) -> dict:
+    """Calibrate and check one device, then plan each case for both patterns."""
     links = {"node": args.node, "inside": args.inside * 1e9, "between": args.between * 1e9}
     device, checks = calibrate(args.speed, links | {"latency": args.latency * 1e-6})
-    measured = [row for count in args.processes for row in check_processes(count, args.shard, args.rounds)]
     paper = LongNetConfig.from_pretrained(args.config)
     sizes = {x: getattr(paper, x) for x in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     counted = count_activations(args.config, sizes, args.speed)
@@ -487,7 +502,6 @@ def run(args: argparse.Namespace) -> dict:
         "patterns": patterns,
         "counted_bytes_a_token": counted,
         "checks": checks,
-        "measured": measured,
         "planned": middle,
         "planning": planning,
         "rows": rows,
@@ -605,6 +619,21 @@ def _process_table(measured: list[dict]) -> str:
 
 def tables(result: dict) -> str:
     """Every number: summary, plan, exchange in two steps, and both checks."""
+    return "\n\n".join((_plan_parts(result) if result["rows"] else []) + _process_parts(result["measured"]))
+
+
+def _process_parts(measured: list[dict]) -> list[str]:
+    if not measured:
+        return []
+    return [
+        f"A step of gloo processes with {measured[0]['shard']:,} tokens each, predicted from what they take alone. "
+        "They share the cores of one machine: the mean of their computing is the least, reached if cores go to whoever "
+        "computes; the slowest process, its exchange not hidden, is the most.",
+        _process_table(measured),
+    ]
+
+
+def _plan_parts(result: dict) -> list[str]:
     device, capacity = result["device"], result["memory_gb"] * 1e9
     tera = {name: f"{device[name] / 1e12:.0f}" for name in ("forward", "backward", "rest")}
     links = (
@@ -622,23 +651,34 @@ def tables(result: dict) -> str:
     ]
     parts.append(_where_it_pays(result["rows"]))
     parts += ["Predictions of runs on one device that did not calibrate it:", _check_table(result["checks"])]
-    if result["measured"]:
-        n = result["measured"][0]["shard"]
-        parts += [
-            f"A step of gloo processes with {n:,} tokens each, predicted from what they take alone. They share the "
-            "cores of one machine: the mean of their computing is the least, reached if cores go to whoever computes; "
-            "the slowest process, its exchange not hidden, is the most.",
-            _process_table(result["measured"]),
-        ]
-    return "\n\n".join(parts)
+    return parts
 
 
 headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Seconds of a step, computing and in all, and memory a device, against devices."""
+    """Seconds of a step and memory a device against devices; without plans, the processes' steps and predictions."""
     figure = Figure(figsize=(10, 4), layout="constrained")
+    (_plot_plans if result["rows"] else _plot_processes)(figure, result)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_processes(figure: Figure, result: dict) -> None:
+    measured = result["measured"]
+    axis = figure.subplots()
+    places = range(len(measured))
+    for key, label in (("shared_cores", "predicted: mean of computing"), ("slowest", "predicted: slowest process")):
+        axis.plot(places, [1e3 * x[key] for x in measured], "_", markersize=30, label=label)
+    shared = [spread([1e3 * s for s in x["samples"]["shared"]]) for x in measured]
+    errors = [[s.median - s.least for s in shared], [s.most - s.median for s in shared]]
+    axis.errorbar(places, [s.median for s in shared], yerr=errors, fmt="o", capsize=4, label="measured")
+    axis.set_xticks(places, [f"{x['processes']} processes\n{x['pattern']}" for x in measured])
+    axis.set(ylabel="ms a step", ylim=(0, None))
+    axis.legend()
+
+
+def _plot_plans(figure: Figure, result: dict) -> None:
     left, right = figure.subplots(1, 2)
     most = max(row["tokens"] for row in result["rows"])
     for name in dict.fromkeys(row["pattern"] for row in result["rows"]):
@@ -653,4 +693,3 @@ def plot(result: dict, path: str) -> None:
     right.set(xscale="log", yscale="log", xlabel="devices", ylabel="GB a device (dotted: what it has)")
     left.legend()
     figure.suptitle(f"{most:,} tokens")
-    figure.savefig(path, dpi=120)

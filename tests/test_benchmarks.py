@@ -255,6 +255,10 @@ def test_a_cluster_is_planned(tmp_path, monkeypatch):
     assert result["rows"][0]["received"] == 6 * 16 * 2 * 4 * 2
     assert "Memory limits first" in page.read_text()
     assert path.with_suffix(".png").stat().st_size > 0
+    run.main(["cluster", "--devices", "--processes", "2", "--shard", "48", "--threads", "1", "--output", str(path)])
+    figures.main(["--results", str(path.parent), "--pages", str(page), "--docs", str(tmp_path)])
+    assert page.read_text().count("| 2 | 256/1 4096/2 |") == 1
+    assert "Memory limits" not in page.read_text()
     with pytest.raises(ValueError, match="holds no run of `length`"):
         cluster.calibrate("abacus", {})
 
