@@ -91,7 +91,7 @@ FULL = {
         "w64 512/2 2048/4 rotate stagger once",
     ],
     # The same trained longer: until then recall beyond the window still grows.
-    "long_recall": {"tokens": 1 << 22, "patterns": ["w64 2048/8:1 once", "w136 2048/16:1 once", "sparse", "window"]},
+    "long_recall": {"tokens": 1 << 22, "patterns": ["w64 2048/8:1 once", "w136 2048/16:1 once", *RIVALS[1:]]},
     # Other models of about that size, one seed.
     "recall_models": {
         "4 layers": {"sizes": {"num_hidden_layers": 4}, "patterns": ["w64 2048/8:1 once"]},
@@ -106,7 +106,7 @@ FULL = {
     # One stage at full length: what reaches beyond a short first stage's length is not new to these.
     "full_text": {
         "2048": [
-            "w256 2048/8:1 once", "w256", "w384", "512/1 2048/2 8192/4 32768/8",
+            "w256 2048/8:1 once", "w136 2048/16:1 once", "w256", "w384", "512/1 2048/2 8192/4 32768/8",
             "w256 2048/2 8192/4 32768/8 rotate stagger once", "1048576/1",
         ],
     },
