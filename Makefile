@@ -17,13 +17,17 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fuzz test test-distributed test-ecosystem test-faults test-notebooks test-transformers lint bench paper paper-quick figures notebooks clean
+.PHONY: help demo try fuzz test test-distributed test-ecosystem test-faults test-notebooks test-transformers lint bench paper paper-quick figures notebooks docs docs-serve clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it back
 	$(RUN) examples.demo $(ARGS)
+
+FILE ?= modeling_longnet
+try: $(READY) ## load the trained model of pretrained/, let it write, measure it on FILE=..., in a minute
+	$(RUN) examples.try_model --file '$(FILE)' $(ARGS)
 
 test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=... for pytest)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
@@ -70,8 +74,14 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 notebooks: $(READY) ## run the notebooks anew and keep their outputs; minutes
 	HF_HUB_OFFLINE=1 $(RUN) examples.notebooks.run $(ARGS)
 
+docs: $(READY) ## build the documentation and the API reference into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
+
+docs-serve: $(READY) ## show the documentation on this machine, rebuilt when a page changes
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve $(ARGS)
+
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build site
 
 .venv-ecosystem/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ecosystem

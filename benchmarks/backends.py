@@ -11,9 +11,9 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from examples.drawing import COLORS, make_figure, styled
 from modeling_longnet.testing import BACKENDS, TorchBackend
 
 from . import op
@@ -110,15 +110,19 @@ def headline(result: dict) -> str:
     return "\n".join(lines)
 
 
+@styled
 def plot(result: dict, path: str) -> None:
-    """Each case's time divided by that of the kernel alone."""
-    ran = _ran(result)
-    names = [f"{row['backend']} {row['heads']}x{row['head_dim']} {row['dtype']} {row['mode']}" for row, _ in ran]
-    figure = Figure(figsize=(8, 1 + 0.25 * len(ran)), layout="constrained")
+    """Time divided by that of the kernel alone, least to most over shapes and dtypes."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row, ratio in _ran(result):
+        groups.setdefault((row["backend"], row["mode"]), []).append(ratio.median)
+    figure = make_figure(height=1 + 0.32 * len(groups))
     axis = figure.subplots()
-    axis.barh(names, [ratio.median for _, ratio in ran])
-    axis.axvline(1, color="black", linewidth=1)
+    for place, ((_, mode), ratios) in enumerate(groups.items()):
+        color = COLORS["longnet" if mode == "forward" else "window"]
+        axis.plot([min(ratios), max(ratios)], [place, place], color=color, linewidth=5, solid_capstyle="round")
+    axis.axvline(1, color=COLORS["dense"], linewidth=1.2)
+    axis.set_yticks(range(len(groups)), [f"{backend}, {mode}" for backend, mode in groups])
+    axis.set(title="Time over that of the kernels alone: least to most of all cases", xlim=(0.9, None))
     axis.invert_yaxis()
-    axis.set(xlabel="time / kernel alone")
-    axis.tick_params(labelsize=7)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)

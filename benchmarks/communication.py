@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch.multiprocessing import spawn
 from tqdm import tqdm
 
+from examples.drawing import Line, Panel, draw_panels, scale_log
 from modeling_longnet import LongNetConfig, LongNetModel
 from modeling_longnet.testing import Shard, count_received, halo_slices, make_branches, shard_borders, whole_batch
 
@@ -209,14 +209,14 @@ def tables(result: dict) -> str:
 
 def plot(result: dict, path: str) -> None:
     """Bytes received by a device against the number of devices, measured and simulated."""
-    figure = Figure(figsize=(10, 4))
-    panels = figure.subplots(1, 2)
     measured = [x | {"devices": x["processes"], "received_most": max(x["received"])} for x in result["measured"]]
-    for axes, title, rows in zip(panels, ("measured", "simulated"), (measured, result["simulated"]), strict=True):
+    whos = (("received_most", "LongNet", "longnet"), ("whole_group", "all-gather\nof the group", "window"))
+    panels = []
+    for title, rows in (("measured", measured), ("simulated", result["simulated"])):
         devices = [x["devices"] for x in rows]
-        for key, label in (("received_most", "ours"), ("whole_group", "whole group"), ("ring", "ring attention")):
-            axes.plot(devices, [x[key] / 2**20 for x in rows], "o-", label=label)
-        axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="MiB received, one layer's forward", title=title)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        lines = [
+            Line(devices, [x[key] / 2**20 for x in rows], name, color)
+            for key, name, color in (*whos, ("ring", "ring attention", "dense"))
+        ]
+        panels.append(Panel(f"MiB received in a layer's forward,\n{title}", lines, scale_log, "devices"))
+    draw_panels(panels, path)

@@ -14,9 +14,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from matplotlib.figure import Figure
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from examples.drawing import Line, Panel, draw_panels, scale_linear, scale_seconds
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM
 from modeling_longnet.testing import count_work
 
@@ -179,19 +179,16 @@ def tables(result: dict) -> str:
 
 def plot(result: dict, path: str) -> None:
     """Step time against context, and memory along the stream."""
-    figure = Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2)
-    for who in RIVALS:
+    steps = []
+    for who, name in (("dense", "dense"), ("longnet", "LongNet")):
         points = [
-            (int(name.split()[1]), 1e3 * spread(seconds).median)
-            for name, seconds in result["step_seconds"].items()
-            if name.startswith(who) and " x " not in name
+            (int(what.split()[1]), spread(seconds).median)
+            for what, seconds in result["step_seconds"].items()
+            if what.startswith(who) and " x " not in what
         ]
-        left.plot(*zip(*points, strict=True), "o-", label=who)
-    left.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms a decoding step")
-    left.legend()
+        steps.append(Line(*zip(*points, strict=True), name, who))
     tokens, _, memory = zip(*result["stream"], strict=True)
-    right.plot(tokens, [x / 2**20 for x in memory], "o-")
-    right.set(xlabel="tokens streamed", ylabel="resident MiB", ylim=(0, None))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    stream = [Line(tokens, [x / 2**20 for x in memory], "LongNet")]
+    panels = [Panel("Time to generate one token", steps, scale_seconds, "tokens of context")]
+    panels.append(Panel("Memory of the process (MiB)", stream, scale_linear, "tokens read"))
+    draw_panels(panels, path)

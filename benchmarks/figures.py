@@ -1,30 +1,36 @@
 """`python -m benchmarks.figures`: rebuild tables and plots from the JSON files of `benchmarks.run`.
 
 Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
-puts the newest headline of each NAME and command between NAME's two markers in the README or in `benchmarks/README.md`.
-What the examples wrote, kept in `docs/`, becomes tables in the same way. It also draws the pictures of
-branches and patterns.
+puts the newest headline of each NAME and command between NAME's two markers in one of the pages, and a table of six
+rows of them in the README. What the examples wrote, kept in `docs/`, becomes tables and pictures in the same way. It
+also draws branches and patterns, and fills `model_card.md`.
 """
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.colors import PowerNorm
 
+from examples import compare, model_card
+from examples.drawing import make_figure, styled
+from examples.evaluate_perplexity import plot_comparison
 from modeling_longnet import dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
 from .measure import ROOT
 from .run import BENCHMARKS, RESULTS, describe
+from .summary import tabulate_speed
 
-# Files of one comparison that do not name their model themselves.
-LABELS = {"demo_paper": "the paper's pattern", "demo": "window of 512, summaries, keys once"}
+NAMES = ("README.md", "benchmarks/README.md", "docs/billion.md", "docs/patterns.md", "docs/quality.md", "docs/speed.md")
+PAGES = [ROOT / name for name in NAMES]
+
 # What examples/ wrote: files of `--docs` by the name of their markers.
 EXAMPLES = {
-    "demo": ["demo_paper.json", "demo.json"],
+    "demo": ["demo.json", "demo_repeated.json", "demo_window.json", "demo_dense.json", "demo_paper.json"],
     "extend_llama": ["extend_llama.json"],
     "long_documents": ["long_documents.json"],
     "segments": ["same_segments.json", "longer_segments.json"],
@@ -35,30 +41,40 @@ def tabulate_example(paths: list[Path]) -> str:
     """Perplexity by context of the models in one comparison, or of each file's one model, and where it comes from."""
     reports = [json.loads(path.read_text()) for path in paths]
     models = {}
-    for path, report in zip(paths, reports, strict=True):
-        models |= report.get("results") or {LABELS.get(path.stem) or _branches(report): report}
+    for report in reports:
+        models |= report.get("results") or {_name(report, models): report}
     contexts = next(iter(models.values()))["contexts"]
     lines = ["| context | " + " | ".join(f"{context:,}" for context in contexts) + " |"]
     lines.append("| --- |" + " ---: |" * len(contexts))
     for name, scores in models.items():
-        cells = zip(scores["perplexity"], scores["perplexity_error"], strict=True)
-        shown = (f"{value:.1f}" + ("" if error is None else f" +- {error:.1f}") for value, error in cells)
+        pairs = zip(scores["perplexity"], scores["perplexity_error"], strict=True)
+        cells = dict(zip(scores["contexts"], pairs, strict=True))
+        shown = [_write_score(*cells[context]) if context in cells else "" for context in contexts]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     for path, report in zip(paths, reports, strict=True):
         if missing := {"date", "machine", "torch", "transformers"} - report.keys():
             raise ValueError(f"{path} does not say its {', '.join(sorted(missing))}: run the example again.")
-    scores, report = next(iter(models.values())), reports[-1]
+    scores, report = next(iter(models.values())), reports[0]
     command = f"`{report['command']}`, " if "command" in report else ""
     source = (
         f"Perplexity of the same {scores['tokens']:,} held-out targets ({scores['blocks']} blocks in "
         f"{scores['documents']} documents), +- one standard error; one seed. {command}{report['date']}, "
         f"{report['machine']}, PyTorch {report['torch']}, Transformers {report['transformers']}."
     )
+    others = [f"{name} ({x['date']})" for name, x in models.items() if x["bytes"] != scores["bytes"]]
+    if others:  # 'python' is the code of the installed packages
+        source += f" Measured on slightly other text, that of another day's packages: {', '.join(others)}."
     return source + "\n\n" + "\n".join(lines)
 
 
-def _branches(report: dict) -> str:
-    """The branches that a model was read with."""
+def _write_score(value: float, error: float | None) -> str:
+    return f"{value:.1f}" + ("" if error is None else f" +- {error:.1f}")
+
+
+def _name(report: dict, others: dict[str, dict]) -> str:
+    """The demo's model, or the branches that a model was read with."""
+    if isinstance(report.get("model"), dict):
+        return list(compare.name_reports([*others.values(), report]))[-1]
     if not report.get("segment_lengths"):
         return "its own branches"
     return ", ".join(f"({w}, {r})" for w, r in zip(report["segment_lengths"], report["dilation_rates"], strict=True))
@@ -70,12 +86,8 @@ def rebuild(path: Path) -> dict:
     module = BENCHMARKS[result["name"]]
     picture = path.with_suffix(".png")
     module.plot(result, picture)
-    parts = [
-        f"# {path.stem}",
-        describe(result),
-        f"![{path.stem}]({picture.name})",
-        module.tables(result),
-    ]
+    shown = [f"![{path.stem}]({picture.name})"] if picture.exists() else []  # of one point there is no picture
+    parts = [f"# {path.stem}", describe(result), *shown, module.tables(result)]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return result
 
@@ -108,50 +120,85 @@ def map_attention(segment_lengths, dilation_rates, heads: int, tokens: int, **pa
     return dilated_attention(scores, scores, values, segment_lengths, dilation_rates, backend="eager", **pattern)[0]
 
 
-def draw_branches(path: Path) -> None:
-    """Draw which keys a query sees: each branch of a small pattern alone, then all of them, by the op itself."""
-    tokens, pattern = 64, {16: 1, 32: 2, 64: 4}
-    panels = {f"w={w}, r={r}": ([w], [r]) for w, r in pattern.items()}
-    panels["all, mixed"] = (list(pattern), list(pattern.values()))
-    figure = Figure(figsize=(2.4 * len(panels), 5))
-    axes = figure.subplots(2, len(panels), sharex=True, sharey=True)
-    for column, (title, branches) in enumerate(panels.items()):
-        weights = map_attention(*branches, 2, tokens)
-        axes[0][column].set_title(title)
-        for head in range(2):
-            # The root lets the many small weights of late queries be seen beside the early ones.
-            axes[head][column].imshow(weights[head].sqrt().numpy(), cmap="Blues", vmin=0, vmax=0.6)
-    for head in range(2):
-        axes[head][0].set_ylabel(f"head {head}: query")
-    figure.supxlabel("key")
-    figure.tight_layout()
+@styled
+def draw_maps(panels: dict[str, torch.Tensor], path: Path, label: str, columns: int = 3) -> None:
+    """Draw maps of (query, key) by their titles, with one colour bar that says what the colour is."""
+    rows = -(-len(panels) // columns)
+    figure = make_figure(height=2.85 * rows)
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True).flat)
+    for axis, (title, values) in zip(axes, panels.items(), strict=False):
+        # The root lets the many small values of late queries be seen beside the early ones.
+        image = axis.imshow(values.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set(xticks=[0, len(values) // 2, len(values) - 1], yticks=[0, len(values) // 2, len(values) - 1])
+        axis.grid(False)
+        axis.label_outer()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for row in range(rows):
+        axes[row * columns].set_ylabel("query")
+    for column in range(columns):
+        axes[min((rows - 1) * columns + column, len(axes) - 1)].set_xlabel("key")
+    figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, label=label, ticks=[0, 0.05, 0.25, 0.5, 1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
+
+
+def draw_branches(path: Path) -> None:
+    """Draw the weights with which a query sees keys: dense, a window, LongNet and its branches, by the op itself."""
+    tokens, pattern = 64, {16: 1, 32: 2, 64: 4}
+    panels = {
+        "dense attention": map_attention([tokens], [1], 1, tokens)[0],
+        "sliding window of 16": map_attention([], [], 1, tokens, window_size=16)[0],
+        "LongNet: the branches below": map_attention(list(pattern), list(pattern.values()), 4, tokens)[0],
+    }
+    for w, r in pattern.items():
+        every = "every token" if r == 1 else f"every {r}th" if r > 3 else "every 2nd"
+        panels[f"branch w = {w}, r = {r}:\n{every} of each {w}"] = map_attention([w], [r], 4, tokens)[0]
+    draw_maps(panels, path, "weight of a key, if all scores are equal (head 0)")
 
 
 def draw_patterns(path: Path) -> None:
     """Draw in how many heads and layers a query sees a key, for the paper's pattern and those beyond it."""
-    tokens, heads, layers = 64, 8, 4
-    panels = {
-        "the paper: pairs that never meet": "16/1 64/4",
+    tokens, heads, layers, panels = 64, 8, 4, {}
+    for title, words in {
+        "the paper's pattern": "16/1 64/4",
         "rotated offsets": "16/1 64/4 rotate",
         "staggered segments": "16/1 64/4 stagger",
-        "window first, keys once": "w8 64/4 rotate once",
-        "window, summaries, keys once": "w8 64/8:1 once",
-    }
-    figure = Figure(figsize=(3 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (title, words) in zip(axes, panels.items(), strict=True):
-        fields = parse_pattern(words)
+        "sliding window": "w12",
+        "window, rotated branch": "w8 64/4 rotate once",
+        "window and summaries": "w8 64/8:1 once",
+    }.items():
+        fields, keys = parse_pattern(words), Pattern.parse(words).count_work(tokens)
         seen = [map_attention(heads=heads, tokens=tokens, layer=i, **fields) > 0 for i in range(layers)]
-        share = torch.stack(seen).double().mean((0, 1))
-        keys = Pattern.parse(words).count_work(tokens)
-        # The root lets pairs that meet in one head be seen beside those that meet in all.
-        axis.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(f"{title}\n{words}: {keys:.0f} keys", fontsize="medium")
-        axis.set_xlabel("key")
-    axes[0].set_ylabel("query")
-    figure.savefig(path, dpi=110)
+        panels[f"{title}\n{words} ({keys:.0f} keys)"] = torch.stack(seen).double().mean((0, 1))
+    draw_maps(panels, path, "share of heads and layers that see the key")
+
+
+def draw_length(results: list[dict], path: Path) -> None:
+    """Draw time and memory beside dense attention: the benchmark `length` on a GPU if there is one, the newest."""
+    results = [r for r in results if r["name"] == "length" and any(row["who"] == "sdpa" for row in r["rows"])]
+    if results:
+        best = max(results, key=lambda r: (r["rows"][0]["device"] == "cuda", r["date"]))
+        BENCHMARKS["length"].plot(best, path)
+
+
+def draw_demo(folder: Path) -> None:
+    """Draw the stored result of the demo beside the others that were measured on the same text."""
+    file = folder / "demo.json"
+    if file.exists():
+        report = json.loads(file.read_text())
+        baselines = compare.read_baselines(report, [folder / path.name for path in compare.BASELINES])
+        compare.plot(report, baselines, folder / "demo.png")
+
+
+def draw_comparisons(folder: Path) -> None:
+    """Draw the stored perplexity of several models by context, beside its JSON file."""
+    for name in ("extend_llama", "long_documents"):
+        if (file := folder / f"{name}.json").exists():
+            report = json.loads(file.read_text())
+            trained = report.get("settings", {}).get("trained") or report.get("settings", {}).get("length")
+            plot_comparison(report["results"], file.with_suffix(".png"), trained=trained)
 
 
 def find_page(texts: dict[Path, str], name: str) -> Path:
@@ -165,34 +212,42 @@ def find_page(texts: dict[Path, str], name: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "patterns.md"]
-    pages.append(ROOT / "docs" / "billion.md")
-    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help="files that hold the markers")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files that hold the markers")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of branches.png")
     args = parser.parse_args(arguments)
     draw_branches(args.docs / "branches.png")
     draw_patterns(args.docs / "patterns.png")
+    draw_demo(args.docs)
+    draw_comparisons(args.docs)
+    if args.docs == ROOT / "docs":
+        model_card.make_repository_card().save(model_card.CARD)
+    results = []
     newest: dict[str, dict[str, tuple[dict, Path]]] = {}  # by name and command
     for path in sorted(args.results.glob("*.json")):
         result = rebuild(path)
-        print(f"Wrote {path.with_suffix('.md')} and .png")
+        results.append(result)
+        print(f"Wrote {path.with_suffix('.md')}")
         runs = newest.setdefault(result["name"], {})
         command = result["command"]
         if command not in runs or runs[command][0]["date"] <= result["date"]:
             runs[command] = (result, path)
+    draw_length(results, args.docs / "length.png")
     texts = {page: page.read_text() for page in args.pages}
     for name, files in EXAMPLES.items():
-        if all((args.docs / file).exists() for file in files):
+        if present := [args.docs / file for file in files if (args.docs / file).exists()]:
             page = find_page(texts, name)
-            texts[page] = fill_markers(texts[page], name, tabulate_example([args.docs / file for file in files]))
+            texts[page] = fill_markers(texts[page], name, tabulate_example(present))
     for name, runs in newest.items():
         page = find_page(texts, name)
         parts = []
         for result, path in runs.values():
-            where, parent = path.with_suffix(".md").resolve(), page.resolve().parent
-            link = where.relative_to(parent) if where.is_relative_to(parent) else where
-            parts += [describe(result), BENCHMARKS[name].headline(result), f"All of it: [{link}]({link})."]
+            table = path.with_suffix(".md")
+            link = Path(os.path.relpath(table.resolve(), page.resolve().parent)).as_posix()
+            parts += [describe(result), BENCHMARKS[name].headline(result), f"All of it: [{table.name}]({link})."]
         texts[page] = fill_markers(texts[page], name, "\n\n".join(parts))
+    for page in (page for page, text in texts.items() if "<!-- results:speed -->" in text):
+        speed = tabulate_speed(result for runs in newest.values() for result, _ in runs.values())
+        texts[page] = fill_markers(texts[page], "speed", speed)
     for page, text in texts.items():
         page.write_text(text)
 

@@ -10,10 +10,10 @@ import argparse
 import math
 
 import torch
-from matplotlib.figure import Figure
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
+from examples.drawing import Line, Panel, draw_panels, format_count, scale_log, scale_seconds
 from modeling_longnet.testing import count_work
 
 from . import op
@@ -197,20 +197,37 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Seconds and peak memory against tokens."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axis, cost, unit, name in ((panels[0], "seconds", 1, "seconds"), (panels[1], "peak_bytes", 2**30, "peak GiB")):
+    """Seconds and peak memory against tokens: forward and backward, and forward alone in dashes."""
+    colors = {"ours": ("LongNet", "longnet"), "sdpa": ("dense", "dense"), "window": ("window", "window")}
+    modes = {mode for _, mode, _, _ in _groups(result)}
+    panels = []
+    for title, cost, unit, scale in (
+        ("Time", "seconds", 1, scale_seconds),
+        ("Peak memory (GiB)", "peak_bytes", 2**30, scale_log),
+    ):
+        lines = []
         for who, mode, rows, _ in _groups(result):
-            points = [
-                (row["length"], (spread(row[cost]).median if cost == "seconds" else row[cost]) / unit)
-                for row in rows
-                if row.get(cost)
-            ]
+            values = ((row["length"], row.get(cost)) for row in rows)
+            points = [(n, (spread(x).median if cost == "seconds" else x) / unit) for n, x in sorted(values) if x]
+            name, color = colors[who]
+            is_named = mode == "forward+backward" or not any(w == who and m != mode for w, m, _, _ in _groups(result))
             if points:
-                style = "--" if mode == "forward" else "-"
-                axis.plot(*zip(*sorted(points), strict=True), "." + style, label=f"{who}, {mode}")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=name)
-        axis.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+                lines.append(Line(*zip(*points, strict=True), name if is_named else None, color, mode))
+        panels.append(Panel(title, lines, scale))
+    dashed = " (dashes: forward alone)" if len(modes) > 1 else ""
+    draw_panels([panels[0]._replace(title=panels[0].title + dashed), *panels[1:]], path, title=_title(result))
+
+
+def _title(result: dict) -> str:
+    """What was timed, and how it compares with dense attention at the longest text that both read."""
+    row = result["rows"][0]
+    title = f"One layer's attention, {row['heads']} heads of {row['head_dim']}, {row['dtype']}"
+    title += f", {result['gpu']}" if row["device"] == "cuda" else f", {row['threads']} CPU cores"
+    times = {(r["who"], r["length"], r["mode"]): spread(r["seconds"]).median for r in result["rows"]}
+    lengths = [n for who, n, mode in times if who == "sdpa" and ("ours", n, mode) in times]
+    if lengths:
+        longest = max(lengths)
+        mode = "forward+backward" if ("sdpa", longest, "forward+backward") in times else "forward"
+        ratio = times["sdpa", longest, mode] / times["ours", longest, mode]
+        title += f":\n{ratio:.0f} times as fast as dense attention at {format_count(longest)} tokens ({mode})"
+    return title

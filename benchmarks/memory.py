@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
+from examples.drawing import Line, Panel, draw_panels, scale_log
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 from .decode import PATTERN, SIZES
@@ -110,18 +110,16 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Measured and counted peak against tokens."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
+    """Measured peak against tokens, and the counted one in dashes, one panel for each dtype."""
+    panels = []
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
-        for on in (True, False):
+        lines = []
+        for on, name, color in ((True, "with\ncheckpointing", "longnet"), (False, "without", "other")):
             rows = [r for r in result["rows"] if (r["dtype"], r["checkpointing"]) == (dtype, on) and r["peak_bytes"]]
             if rows:
                 lengths = [row["length"] for row in rows]
-                label = f"{dtype}, checkpointing {'on' if on else 'off'}"
-                (line,) = axis.plot(lengths, [row["peak_bytes"] / 2**30 for row in rows], "o", label=label)
+                lines.append(Line(lengths, [row["peak_bytes"] / 2**30 for row in rows], name, color))
                 counted = [row["counted"] * row["length"] / 2**30 for row in rows]
-                axis.plot(lengths, counted, "--", color=line.get_color())
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak GiB of a step (dashed: counted)")
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+                lines.append(Line(lengths, counted, None, color, "forward"))
+        panels.append(Panel(f"Peak memory of a step, {dtype} (GiB;\ndashes: counted)", lines, scale_log))
+    draw_panels(panels, path)

@@ -20,12 +20,12 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from examples.drawing import Line, Panel, draw_panels, name_pattern, scale_seconds
 from modeling_longnet import dilated_attention
 from modeling_longnet.testing import BACKENDS, TorchBackend
 
@@ -547,32 +547,14 @@ def headline(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Draw seconds against tokens: dense, ours and the kernel alone, one panel for each dtype and mode."""
-    summary = summarize(result)
-    dtypes = list(dict.fromkeys(s["dtype"] for s in summary))
-    modes = list(dict.fromkeys(s["mode"] for s in summary))
-    figure = Figure(figsize=(5.5 * len(modes), 4 * len(dtypes)))
-    axes = figure.subplots(len(dtypes), len(modes), squeeze=False)
-    for i, dtype in enumerate(dtypes):
-        for j, mode in enumerate(modes):
-            chosen = [s for s in summary if (s["dtype"], s["mode"]) == (dtype, mode)]
-            _plot_panel(axes[i][j], chosen)
-            axes[i][j].set_title(f"{mode}, {dtype}")
-    axes[0][0].legend(fontsize="x-small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def _plot_panel(axes, summary: list[dict]) -> None:
-    dense = sorted({s["length"]: s["dense_seconds"] for s in summary if s["speedup"]}.items())
-    if dense:
-        axes.plot(*zip(*dense, strict=True), "k.-", label="dense SDPA")
-    for color, pattern in enumerate(dict.fromkeys(s["pattern"] for s in summary)):
-        chosen = [s for s in summary if s["pattern"] == pattern]
-        lengths = [s["length"] for s in chosen]
-        axes.plot(lengths, [s["seconds"] for s in chosen], f"C{color}.-", label=pattern)
-        axes.plot(lengths, [s["kernel_seconds"] for s in chosen], f"C{color}:", label=f"its {KERNEL}")
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds")
-    axes.set_xticks([s["length"] for s in summary], [f"{s['length'] // 1024}K" for s in summary], minor=False)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    """Draw seconds against tokens: dense attention and each pattern, one panel for each dtype and mode."""
+    summary, panels = summarize(result), []
+    for dtype, mode in dict.fromkeys((s["dtype"], s["mode"]) for s in summary):
+        chosen = [s for s in summary if (s["dtype"], s["mode"]) == (dtype, mode)]
+        dense = sorted({s["length"]: s["dense_seconds"] for s in chosen if s["speedup"]}.items())
+        lines = [Line(*zip(*dense, strict=True), "dense", "dense")] if dense else []
+        for number, pattern in enumerate(dict.fromkeys(s["pattern"] for s in chosen)):
+            points = [(s["length"], s["seconds"]) for s in chosen if s["pattern"] == pattern]
+            lines.append(Line(*zip(*points, strict=True), name_pattern(pattern), f"C{number}"))
+        panels.append(Panel(f"{mode}, {dtype}", lines, scale_seconds))
+    draw_panels(panels, path)

@@ -8,9 +8,9 @@ The op is timed as two layers, an even and an odd one, because staggered segment
 import argparse
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from examples.drawing import Line, Panel, draw_panels, name_pattern, scale_seconds
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
@@ -131,12 +131,12 @@ def headline(result: dict) -> str:
 
 def plot(result: dict, path: str) -> None:
     """Time of the op against length, one line for each pattern."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, mode in zip(axes, op.MODES, strict=True):
+    panels = []
+    for mode in op.MODES:
+        lines = []
         for number, pattern in enumerate(result["patterns"]):
             times = {k[3]: v[pattern] for k, v in _times(result).items() if k[2] == mode and pattern in v}
-            axis.plot(list(times), [spread(x).median for x in times.values()], f"C{number}.-", label=pattern)
-        axis.set(title=f"two layers, {mode}", xlabel="tokens", ylabel="seconds", xscale="log", yscale="log")
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+            medians = [spread(x).median for x in times.values()]
+            lines.append(Line(list(times), medians, name_pattern(pattern), f"C{number}"))
+        panels.append(Panel(f"two layers' attention, {mode}", [x for x in lines if x.x], scale_seconds))
+    draw_panels(panels, path, height=4)

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.drawing import Line, Panel, draw_panels, scale_seconds
 from modeling_longnet import dilated_attention
 from modeling_longnet.testing import TorchBackend, join_tokens
 
@@ -209,13 +209,13 @@ headline = tables
 
 def plot(result: dict, path: str) -> None:
     """Time of both against length, one panel for each dtype and mode."""
-    groups = list(dict.fromkeys((row["dtype"], row["mode"]) for row in result["rows"]))
-    figure = Figure(figsize=(4 * len(groups), 3.5), layout="constrained")
-    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        rows = [row for row in result["rows"] if (row["dtype"], row["mode"]) == group]
-        for who in PEERS:
-            axis.plot([r["length"] for r in rows], [spread(r["seconds"][who]).median for r in rows], ".-", label=who)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title=", ".join(group))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
+    panels = []
+    for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["dtype"], row["mode"]) == (dtype, mode)]
+        lengths = [row["length"] for row in rows]
+        lines = [
+            Line(lengths, [spread(row["seconds"][who]).median for row in rows], name, color)
+            for who, name, color in (("ours", "this package", "longnet"), ("torchscale", "TorchScale", "other"))
+        ]
+        panels.append(Panel(f"{mode}, {dtype}", lines, scale_seconds))
+    draw_panels(panels, path)

@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
+
+from examples.drawing import COLORS, make_figure, styled
 
 from .measure import ROOT, git, spread
 from .op import MODES, PATTERNS, format_ratio, parse_pattern
@@ -115,13 +116,13 @@ def headline(result: dict) -> str:
     return f"Medians: {min(ratios):.3f} to {max(ratios):.3f}.\n\n{tables(result)}"
 
 
+@styled
 def plot(result: dict, path: str) -> None:
     """Draw each case's ratio."""
-    figure = Figure(figsize=(8, 1 + 0.3 * len(result["rows"])), layout="constrained")
+    figure = make_figure(height=1 + 0.3 * len(result["rows"]))
     axis = figure.subplots()
     axis.barh([row["title"] for row in result["rows"]], [_ratio(row).median for row in result["rows"]])
-    axis.axvline(1, color="black", linewidth=1)
+    axis.axvline(1, color=COLORS["dense"], linewidth=1.2)
     axis.invert_yaxis()
-    axis.set(xlabel=f"time / time of {result['base'][:10]}")
-    axis.tick_params(labelsize=8)
-    figure.savefig(path, dpi=120)
+    axis.set_title(f"Time over that of {result['base'][:10]}")
+    figure.savefig(path)

@@ -11,9 +11,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from examples.drawing import Line, Panel, draw_panels, scale_linear, scale_seconds
 from modeling_longnet import LongNetSlideConfig, LongNetSlideEncoder
 
 from .measure import highest_resident_bytes, spread
@@ -101,13 +101,11 @@ headline = tables
 
 def plot(result: dict, path: str) -> None:
     """Time and peak memory against the number of tiles."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for who, label in (("longnet", "dilated"), ("dense", "dense")):
+    seconds, memory = [], []
+    for who, name in (("dense", "dense"), ("longnet", "LongNet")):
         sizes = sorted({s["tiles"] for s in result["samples"] if s["who"] == who})
-        left.plot(sizes, [spread(_of(result, who, n, "seconds")).median for n in sizes], "o-", label=label)
-        right.plot(sizes, [max(_of(result, who, n, "peak_bytes")) / 2**30 for n in sizes], "o-", label=label)
-    left.set(xscale="log", yscale="log", xlabel="tiles of a slide", ylabel="seconds")
-    right.set(xscale="log", xlabel="tiles of a slide", ylabel="peak resident GiB", ylim=(0, None))
-    left.legend()
-    figure.savefig(path, dpi=120)
+        seconds.append(Line(sizes, [spread(_of(result, who, n, "seconds")).median for n in sizes], name, who))
+        memory.append(Line(sizes, [max(_of(result, who, n, "peak_bytes")) / 2**30 for n in sizes], name, who))
+    tiles = "tiles of a slide"
+    panels = [Panel("Time to encode a slide", seconds, scale_seconds, tiles)]
+    draw_panels([*panels, Panel("Peak memory (GiB)", memory, scale_linear, tiles)], path)

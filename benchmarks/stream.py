@@ -9,8 +9,8 @@ import math
 import time
 
 import torch
-from matplotlib.figure import Figure
 
+from examples.drawing import Line, Panel, draw_panels, scale_counts, scale_linear
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, stream
 
 from .measure import resident_bytes
@@ -98,12 +98,10 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Tokens read against time, and memory."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Time and memory against tokens read."""
     tokens, seconds, memory = zip(*result["samples"], strict=True)
-    left.plot(seconds, tokens, ".-")
-    left.set(xlabel="seconds", ylabel="tokens read")
-    right.plot(tokens, [x / 2**20 for x in memory], ".-")
-    right.set(xlabel="tokens read", ylabel="MiB", ylim=(0, None))
-    figure.savefig(path, dpi=120)
+    panels = [
+        Panel(title, [Line(tokens, values, None)], scale_linear, "tokens read", scale_counts)
+        for title, values in (("Seconds since the start", seconds), ("Memory (MiB)", [x / 2**20 for x in memory]))
+    ]
+    draw_panels(panels, path)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
+from examples.drawing import Line, Panel, draw_panels, scale_linear, scale_log
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 from .decode import PATTERN, SIZES, dense_model, longnet_config
@@ -221,15 +221,13 @@ headline = tables
 
 def plot(result: dict, path: str) -> None:
     """Tokens per second and peak memory against length."""
-    figure = Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2)
-    for name in MODELS:
-        rows = [row for row in result["rows"] if name in row["seconds"]]
-        lengths = [row["length"] for row in rows]
-        left.plot(lengths, [row["length"] / spread(row["seconds"][name]).median for row in rows], "o-", label=name)
-        right.plot(lengths, [(row["peak_bytes"][name] or 0) / 2**20 for row in rows], "o-", label=name)
-    left.set(xscale="log", xlabel="tokens", ylabel="tokens/s in training", ylim=(0, None))
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak MiB of a step")
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    speed, memory = [], []
+    for who in MODELS:
+        rows = [row for row in result["rows"] if who in row["seconds"]]
+        points = [(row["length"], row["length"] / spread(row["seconds"][who]).median) for row in rows]
+        peaks = [(row["length"], row["peak_bytes"][who] / 2**30) for row in rows if row["peak_bytes"].get(who)]
+        name = {"longnet": "LongNet"}.get(who, who)
+        for lines, data in ((speed, points), (memory, peaks)):
+            lines += [Line(*zip(*data, strict=True), name, who)] if data else []
+    panels = [Panel("Tokens trained on per second", speed, scale_linear)]
+    draw_panels([*panels, Panel("Peak memory of a step (GiB)", memory, scale_log)], path)

@@ -5,7 +5,7 @@ growing context, draws it, saves the model's folder, and loads that folder in a 
 import our package. `output` then holds
 
     model/            the folder: safetensors, tokenizer, configuration and the code that loads it
-    perplexity.json   the table, and perplexity.png the plot, with the loss curve
+    perplexity.json   the table and what was trained; perplexity.png the plot, beside stored results of other models
     sample.txt        what the loaded model wrote
 
     python -m examples.demo --text my_folder --steps 1000 --output my_demo
@@ -15,6 +15,7 @@ import our package. `output` then holds
 if not __package__:
     raise SystemExit("Run this as a module from the repository's root: python -m examples.demo")
 
+import hashlib
 import json
 import os
 import subprocess
@@ -27,13 +28,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
+from modeling_longnet import parse_pattern
+
+from .compare import BASELINES, ROOT, plot, read_baselines
 from .corpus import TextArguments, join_documents, load_text, tokenize
 from .evaluate_perplexity import EvaluationArguments, evaluate_contexts, write_results
 from .finetune import ModelArguments, make_trainer, run
+from .model_card import fill_card
 
-CONFIGURATION = Path(__file__).parent.parent / "configuration"
+CONFIGURATION = ROOT / "configuration"
 LOADER = Path(__file__).with_name("load_remote.py")
 CHECKED_TOKENS = 1024  # whose logits the loading process must reproduce
 DOCUMENTS = 4  # evaluated at least, where there are as many: fewer give no honest error
@@ -52,8 +57,16 @@ class DemoArguments:
         metadata={"help": "JSON file of the new model's LongNetConfig."},
     )
     steps: int | None = field(default=None, metadata={"help": "Training steps."})
+    longest_context: int | None = field(
+        default=None,
+        metadata={"help": "Leave out longer contexts, where dense attention takes long. The targets stay the same."},
+    )
     output: str = field(default="output", metadata={"help": "Folder for the model and the figures."})
     tokenizer: str | None = field(default=None, metadata={"help": "'bpe' or 'bytes' (ByT5's)."})
+    baselines: list[str] = field(
+        default_factory=lambda: [str(path) for path in BASELINES],
+        metadata={"help": "perplexity.json of other runs of the demo, drawn beside this one."},
+    )
     quick: bool = field(default=False, metadata={"help": "Every step of the demo in half a minute, no good model."})
 
 
@@ -107,10 +120,39 @@ def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArgum
     if not contexts:
         raise ValueError(
             f"Of the held-out documents {DOCUMENTS} or all have only {room} tokens, too few for "
-            f"a context of {min(evaluation.contexts)}. Give longer text (--text)."
+            f"a context of {min(evaluation.contexts)}. Give longer text."
         )
     evaluation.contexts, evaluation.targets = contexts, targets
     return evaluation
+
+
+def describe_training(trainer: Trainer, documents: dict[str, np.ndarray], text: TextArguments, length: int) -> dict:
+    """What the model is and was trained on, for those who compare it with another or write its card.
+
+    `text_digest` is of all tokens: two models with one digest have read, and are scored on, the same.
+    """
+    digest = hashlib.sha256()
+    for column in (trainer.train_dataset.with_format("numpy")[:]["input_ids"], *documents.values()):
+        digest.update(np.ascontiguousarray(column, np.int32).data)
+    config, state = trainer.model.config, trainer.state
+    arguments, losses = trainer.args, [log["loss"] for log in state.log_history if "loss" in log]
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["position_embedding", *parse_pattern("w1")]  # and every field of a pattern
+    return {
+        "text_digest": digest.hexdigest(),
+        "model": {"parameters": trainer.model.num_parameters()} | {name: getattr(config, name) for name in names},
+        "training": {
+            "text": text.text,
+            "documents_held_out": len(documents),
+            "steps": state.global_step,
+            "sequence_length": length,
+            "tokens": state.global_step * length * sequences,
+            "text_tokens": len(trainer.train_dataset) * length,
+            "loss": float(np.mean(losses[-5:])) if losses else None,
+            "bfloat16": arguments.bf16,
+        },
+    }
 
 
 def check_loading(model: PreTrainedModel, tokens: np.ndarray, output: Path) -> None:
@@ -139,6 +181,8 @@ def main() -> None:
     documents = join_documents(tokenize(text["evaluation"], tokenizer))
     settings = QUICK_EVALUATION if arguments.quick else {}
     evaluation = fit_evaluation(documents, EvaluationArguments(model=str(output), **settings))
+    longest = arguments.longest_context or max(evaluation.contexts)
+    contexts = [context for context in evaluation.contexts if context <= longest]
     model = run(trainer)
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=training_arguments.bf16):
@@ -146,12 +190,16 @@ def main() -> None:
             model,
             tokenizer,
             documents,
-            contexts=evaluation.contexts,
+            contexts=contexts,
             targets=evaluation.targets,
             blocks=evaluation.blocks,
+            longest=max(evaluation.contexts),
         )
-    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
-    write_results(results, output, losses=losses)
+    results |= describe_training(trainer, documents, text_arguments, model_arguments.sequence_length)
+    baselines = read_baselines(results, [Path(file) for file in arguments.baselines])
+    report = write_results(results, output, draw=lambda report, file: plot(report, baselines, file))
+    if text_arguments.text in ("python", "stdlib"):  # the card describes these
+        fill_card(report, baselines).save(output / "model" / "README.md")
     check_loading(model, max(documents.values(), key=len), output)
     print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes: {output}")
 

@@ -19,7 +19,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from .corpus import TextArguments, join_documents, load_text, read_tokenizer, tokenize
+from .drawing import draw_line, make_figure, mark, name_lines, scale_tokens, styled
 
 METRIC = Path(__file__).parent / "perplexity_by_context"
 BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
@@ -227,19 +228,23 @@ def evaluate_contexts(
     contexts: list[int],
     targets: int,
     blocks: int,
+    longest: int | None = None,
 ) -> dict:
     """Scores the same targets under each context length.
 
     Args:
         documents: Token ids by document; those too short for the longest context are left out.
         contexts, targets, blocks: As in `EvaluationArguments`.
+        longest: Places the targets for a longer context than the longest that is scored. A model that skips it then
+            has the same targets as one that does not.
 
     Returns:
         The results of the metric `perplexity_by_context`, with `targets` and `seconds`.
     """
     contexts = check_contexts(contexts, targets)
     began = time.perf_counter()
-    places = place_blocks(documents, tokenizer, longest=contexts[-1], targets=targets, count=blocks)
+    longest = max(longest or 0, contexts[-1])
+    places = place_blocks(documents, tokenizer, longest=longest, targets=targets, count=blocks)
     metric = evaluate.load(str(METRIC))
     model.eval()
     for inputs in score_blocks(model, documents, places, contexts, targets):
@@ -268,31 +273,21 @@ def format_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict, file: Path, *, losses: list[tuple[int, float]] = ()) -> None:
-    """Draws perplexity and bits saved against the context, and a training's loss if given.
+@styled
+def plot(results: dict, file: Path) -> None:
+    """Draw perplexity and bits saved against the context; the bands are one standard error.
 
     Args:
         results: As `evaluate_contexts` returns them.
-        losses: (step, training loss in nats a token) pairs.
     """
-    columns = 3 if losses else 2
-    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for axis, name, label in (
-        (axes[0], "perplexity", "perplexity of the same targets"),
-        (axes[1], "bits_saved_per_byte", "bits per byte saved by context"),
-    ):
-        error = results[f"{name}_error"]
-        axis.errorbar(results["contexts"], results[name], yerr=error, marker="o", capsize=3)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("context (tokens)")
-        axis.set_ylabel(f"{label}, ± standard error")
-    if losses:
-        axes[2].plot(*zip(*losses, strict=True))
-        axes[2].set_xlabel("step")
-        axes[2].set_ylabel("training loss (nats per token)")
-    for axis in axes:
-        axis.grid(alpha=0.3)
+    figure = make_figure()
+    panels = {"perplexity": "Perplexity of the same text", "bits_saved_per_byte": "Bits per byte saved by context"}
+    for axis, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        value, error = np.array(results[name], float), np.array(results[f"{name}_error"], float)
+        axis.fill_between(results["contexts"], value - error, value + error, alpha=0.15, linewidth=0)
+        draw_line(axis, results["contexts"], value, None, "longnet")
+        axis.set(title=title, xlabel="context (tokens)")
+        scale_tokens(axis.xaxis)
     write_figure(figure, file)
 
 
@@ -307,24 +302,24 @@ def format_comparison(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+@styled
 def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> None:
-    """Draws several models' perplexity against context, the length of their first training marked.
+    """Draw several models' perplexity against context, the length of their first training marked.
 
     Args:
         results: By model, as `evaluate_contexts` returns them.
         trained: Tokens.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = make_figure(height=4)
     axis = figure.subplots()
-    for name, result in results.items():
-        axis.plot(result["contexts"], result["perplexity"], "o-", label=name)
-    axis.axvline(trained, color="grey", linestyle=":", label="length of the first training")
-    axis.set_xscale("log", base=2)
-    axis.set(yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same targets")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:.0f}")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    for number, (name, result) in enumerate(results.items()):
+        color = "dense" if name == "dense" else f"C{number - ('dense' in results)}"
+        draw_line(axis, result["contexts"], result["perplexity"], name, color)
+    if trained is not None:
+        mark(axis, trained, "first training")
+    scale_tokens(axis.xaxis)
+    axis.set(xlabel="context (tokens)", title="Perplexity of the same text")
+    name_lines(axis)
     write_figure(figure, file)
 
 
@@ -339,7 +334,7 @@ def write_comparison(results: dict[str, dict], folder: Path, settings: dict, *, 
 def write_figure(figure: Figure, file: Path) -> None:
     """Writes a PNG, whole or not at all."""
     png = io.BytesIO()
-    figure.savefig(png, dpi=150)
+    figure.savefig(png)
     write_whole(file, png.getvalue())
 
 
@@ -379,13 +374,14 @@ def for_json(results: dict) -> dict:
     }
 
 
-def write_results(results: dict, folder: Path, *, losses: list[tuple[int, float]] = ()) -> None:
-    """Prints the table, and writes it with the machine it ran on, and the plot."""
+def write_results(results: dict, folder: Path, *, draw: Callable[[dict, Path], None] = plot) -> dict:
+    """Print the table, write it with the machine it ran on, draw what was written, and return that."""
     print(format_table(results))
-    report = json.dumps({**for_json(results), **describe_machine()}, indent=2, allow_nan=False) + "\n"
-    write_whole(folder / "perplexity.json", report.encode())
-    plot(results, folder / "perplexity.png", losses=losses)
+    report = {**for_json(results), **describe_machine()}
+    write_whole(folder / "perplexity.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+    draw(report, folder / "perplexity.png")
     print(f"Written: {folder / 'perplexity.json'} and {folder / 'perplexity.png'}")
+    return report
 
 
 def load_model(arguments: EvaluationArguments) -> PreTrainedModel:

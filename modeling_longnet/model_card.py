@@ -27,6 +27,14 @@ PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
 }
 TAGS = ["longnet", "dilated-attention", "long-context", "custom_code"]
+# By model type; before the licence of the code.
+NOTICES = {
+    "longnet_slide": (
+        "\nThis encoder turns the tiles of a slide into embeddings. It diagnoses nothing: it is no medical device, "
+        "and no\ndecision about a patient may rest on it. A classifier on top of it must be validated for its purpose, "
+        "scanners,\nstains and patients.\n"
+    )
+}
 TEXT = """
 # LongNet
 
@@ -41,7 +49,7 @@ whose time and memory grow linearly with the sequence length.
 | vocabulary | {config.vocab_size} |
 | branches (segment length, dilation rate) | {branches} |
 | positions | {config.position_embedding} |
-
+{notice}
 This card was generated when the model was saved and describes the architecture only. Training data,
 evaluation results and intended uses are for the author to add. The licence above is that of the code in
 this folder; the author decides on the licence of the weights.
@@ -123,6 +131,7 @@ def make_model_card(model, previous: str | None = None) -> ModelCard | None:
         kind="causal decoder" if config.is_causal else "bidirectional encoder",
         parameters=model.num_parameters(),
         branches=_branches(config),
+        notice=NOTICES.get(config.model_type, ""),
         auto_class=auto_class,
     )
     pipeline = PIPELINES.get(auto_class, "feature-extraction")

@@ -1,4 +1,4 @@
-"""Names below the public API that tests, benchmarks and `examples/paper` may import. Any release may change them."""
+"""Names below the public API that tests, benchmarks and two examples may import. Any release may change them."""
 
 from .backend_strided import StridedBackend
 from .backend_torch import TorchBackend, join_tokens

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from checks import assert_close
 
-from benchmarks import cluster, figures, length, op, peers, run
+from benchmarks import cluster, figures, length, op, peers, run, summary
 from benchmarks.measure import peak_bytes, spread, time_alternately
+from examples.drawing import Line, Panel, draw_panels, format_count, scale_seconds
 from modeling_longnet import LongNetConfig
 from modeling_longnet.reference import count_branches
 from modeling_longnet.testing import Pattern
@@ -128,8 +129,8 @@ def test_small_run_reaches_the_readme(tmp_path):
 SMALL = {
     "length": "--lengths 64 128 256 --pattern '16/1 64/3' --heads 3 --head-dim 16 --rounds 1 --modes forward+backward",
     "backends": "--length 96 --shapes 3x16 --dtypes float32 --pattern '16/1 48/3' --error-length 50 --seconds 0",
-    "train": "--lengths 64 --dense-most 64 --rounds 1 --seconds 0",
-    "memory": "--lengths 64 --plain-most 64 --dtypes float32",
+    "train": "--lengths 64 96 --dense-most 64 --rounds 1 --seconds 0",
+    "memory": "--lengths 64 96 --plain-most 64 --dtypes float32",
     "stream": "--tokens 3000 --chunk-size 500",
     "revisions": "--base HEAD --cases op --length 64 --rounds 1",
     "decode": "--contexts 40 90 --dense-contexts 40 90 --batch 2 --steps 16 --stream-tokens 20000",
@@ -355,9 +356,12 @@ def test_peers_run_a_folder_of_torchscale(tmp_path):
 def test_what_examples_wrote_reaches_its_page(tmp_path):
     """One file of several models, and two files of one model each, read with branches of its own and others."""
     scores = {"contexts": [32, 64], "perplexity": [9.06, 7.0], "perplexity_error": [0.5, 0.25]}
-    scores |= {"tokens": 4096, "blocks": 2, "documents": 1}
+    scores |= {"tokens": 4096, "bytes": 9000, "blocks": 2, "documents": 1}
     machine = {"machine": "m", "torch": "2", "transformers": "5", "date": "2026-01-02"}
-    two = machine | {"results": {"dense": scores, "dilated": scores | {"perplexity": [8.04, 6.0]}}}
+    two = machine | {
+        "settings": {"length": 32},
+        "results": {"dense": scores, "dilated": scores | {"perplexity": [8.04, 6.0]}},
+    }
     (tmp_path / "extend_llama.json").write_text(json.dumps(two))
     (tmp_path / "same_segments.json").write_text(json.dumps(machine | scores))
     longer = machine | scores | {"segment_lengths": [2, 4], "dilation_rates": [1, 2]}
@@ -370,7 +374,34 @@ def test_what_examples_wrote_reaches_its_page(tmp_path):
     assert "| dilated | 8.0 +- 0.5 | 6.0 +- 0.2 |" in text
     assert "| its own branches | 9.1 +- 0.5 | 7.0 +- 0.2 |" in text
     assert "| (2, 1), (4, 2) | 9.1 +- 0.5 | 7.0 +- 0.2 |" in text
+    assert (tmp_path / "extend_llama.png").stat().st_size > 0
     assert text.count("4,096 held-out targets") == text.count("2026-01-02") == 2
+
+
+def test_a_picture_of_one_point_is_not_drawn(tmp_path):
+    """And one that is there from before is deleted."""
+    point, line = Line([64], [1.0], "one"), Line([64, 128], [1.0, 2.0], "two", band=([0.5, 1.5], [1.5, 2.5]))
+    file = tmp_path / "picture.png"
+    draw_panels([Panel("a", [point], scale_seconds), Panel("b", [point, line], scale_seconds)], file)
+    assert file.stat().st_size > 0
+    draw_panels([Panel("a", [point, point], scale_seconds)], file)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (512, "512"),
+        (2048, "2K"),
+        (65536, "64K"),
+        (1 << 20, "1M"),
+        (10_000, "10K"),
+        (1_500_000, "1.5M"),
+        (1 << 30, "1B"),
+    ],
+)
+def test_tokens_are_written_short(number, text):
+    assert format_count(number) == text
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -403,3 +434,15 @@ def test_long_dense_call_is_skipped_and_said_so(tmp_path):
 def test_missing_markers_are_refused(text):
     with pytest.raises(ValueError, match="exactly one"):
         figures.fill_markers(text, "op", "table")
+
+
+def test_speed_table_takes_the_latest_result_that_holds_a_row():
+    machine = {"name": "decode", "gpu": None, "machine": {"threads": 3}}
+    steps = {"longnet 16000": [1e-3, 2e-3, 4e-3], "dense 16000": [5e-3, 8e-3, 16e-3]}
+    results = [
+        machine | {"date": "2026-02-02", "step_seconds": {"longnet 1000": [1e-3], "dense 1000": [1e-3]}},
+        machine | {"date": "2026-02-01", "step_seconds": steps},
+        machine | {"date": "2026-01-01", "step_seconds": {name: [1.0] for name in steps}},
+    ]
+    (row,) = summary.tabulate_speed(results).splitlines()[2:]
+    assert [cell.strip() for cell in row.split("|")[2:7]] == ["CPU, 3 cores", "16,000", "2 ms", "8 ms", "4.0"]

@@ -22,9 +22,9 @@ from transformers import (
     pipeline,
 )
 
-from examples import corpus, evaluate_perplexity, finetune, masked_lm
+from examples import compare, corpus, evaluate_perplexity, finetune, masked_lm, try_model
 from examples.optimizer import MuonAndAdamW
-from modeling_longnet import LongNetConfig, LongNetForCausalLM, use_dilated_attention
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern, use_dilated_attention
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -376,7 +376,17 @@ def test_a_masked_model_learns_and_loads(packages, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "evaluate_perplexity", "extend_llama", "finetune", "long_documents", "masked_lm"]
+    "name",
+    [
+        "demo",
+        "evaluate_perplexity",
+        "extend_llama",
+        "finetune",
+        "long_documents",
+        "masked_lm",
+        "model_card",
+        "try_model",
+    ],
 )
 def test_run_by_path_names_the_command(name):
     done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
@@ -401,8 +411,48 @@ def test_extend_llama(packages, tmp_path):
     assert saved.config.dilated_attention["window_size"] == 32
 
 
-def test_demo_then_long_documents(packages, tmp_path):
-    """The folder that the demo writes is loaded by itself in a process without the package, and fine-tuned further."""
+def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
+    """Of the same text without a word, of another day's packages with a note, of another training never."""
+    model = dict.fromkeys(("window_size", "query_rates")) | {"segment_lengths": [8], "dilation_rates": [1]}
+    scores = {"contexts": [2, 4], "perplexity": [9.0, 8.0], "perplexity_error": [None, None]}
+    scores |= {"tokens": 40, "bytes": 90}
+    training = {"text": "python", "tokens": 300, "sequence_length": 4}
+    own = scores | {"text_digest": "a", "model": model, "training": training, "date": "2026-01-01"}
+    report = own | {"model": model | {"window_size": 4}, "perplexity": [9.0, 7.0]}
+    others = {
+        "own": own,
+        "same": report,
+        "repeated": own | {"text_digest": None, "perplexity": [9.0, 7.5]},
+        "packages": report | {"text_digest": "b", "date": "2026-01-02", "perplexity": [9.0, 80.0]},
+        "training": report | {"training": training | {"tokens": 600}},
+        "targets": report | {"tokens": 41},
+        "older": scores | {"date": "2026-01-03"},
+    }
+    files = [tmp_path / f"{name}.json" for name in [*others, "missing"]]
+    for file, other in zip(files, others.values(), strict=False):
+        file.write_text(json.dumps(other))
+    baselines = compare.read_baselines(own, files)
+    assert [baseline["text_digest"] for baseline in baselines] == ["a", None, "b"]
+    left_out = capsys.readouterr().out
+    assert [f"{name}.json" in left_out for name in others] == [False, False, False, False, True, True, True]
+    assert compare.describe_baselines(own, baselines[:2]) == ""
+    assert "2026-01-02" in compare.describe_baselines(own, baselines)
+    assert list(compare.name_reports([own, *baselines])) == ["dense", "LongNet", "dense, repeated", "LongNet, repeated"]
+    compare.plot(own, baselines, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("64/1", "dense"), ("w8", "window of 8"), ("16/1 64/4", "the paper's\npattern"), ("w8 64/8:1 once", "LongNet")],
+)
+def test_a_figure_names_the_pattern(words, name):
+    fields = {name: list(x) if isinstance(x, tuple) else x for name, x in parse_pattern(words).items()}
+    assert compare.name_model(fields)[0] == name
+
+
+def test_demo_then_long_documents(packages, tmp_path, monkeypatch):
+    """The folder that the demo writes is loaded in a process without the package, stored, tried, and fine-tuned."""
     for number in range(6):
         (packages / f"package{number}" / "c.py").write_text(source_file(f"package{number}c", 200))
     config = tmp_path / "config.json"
@@ -417,11 +467,30 @@ def test_demo_then_long_documents(packages, tmp_path):
     results = json.loads((output / "perplexity.json").read_text())
     assert results["command"].startswith("python -m examples.demo --quick True --text ")
     assert len(results["perplexity"]) == len(results["contexts"]) > 1
+    assert results["training"] | {"loss": None} == {
+        "text": str(packages), "documents_held_out": 1, "steps": 2, "sequence_length": 1024, "tokens": 2048,
+        "text_tokens": results["training"]["text_tokens"], "loss": None, "bfloat16": results["training"]["bfloat16"],
+    }  # fmt: skip
+    assert results["model"]["segment_lengths"] == TINY["segment_lengths"]
     assert (output / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert "class Shape" in (output / "sample.txt").read_text()
     assert {"model.safetensors", "tokenizer.json", "modeling_longnet.py"} <= {
         file.name for file in (output / "model").iterdir()
     }
+
+    stored, assembled = tmp_path / "pretrained", tmp_path / "assembled"
+    try_model.store(output, stored, tmp_path / "demo.json")
+    assert "seconds" in results
+    assert "seconds" not in json.loads((tmp_path / "demo.json").read_text())
+    assert {path.name for path in stored.iterdir()} == set(try_model.FILES)
+    try_model.assemble(assembled, stored)
+    code = list(assembled.glob("*.py"))
+    assert "modeling_longnet.py" in {file.name for file in code}
+    assert all(file.read_text() == (ROOT / "modeling_longnet" / file.name).read_text() for file in code)
+    monkeypatch.setattr(try_model, "EVALUATION", {"contexts": [32, 1 << 20], "targets": 64, "blocks": 2})
+    try_model.measure(assembled, try_model.read_file(packages / "package0"), tmp_path / "try")
+    tried = json.loads((tmp_path / "try" / "perplexity.json").read_text())
+    assert (tried["text"], tried["contexts"], tried["blocks"]) == ("package0", [32], 2)
 
     tuned = tmp_path / "tuned"
     sizes = "--steps 2 --step-tokens 512 --sequence-lengths 128 512 --contexts 64 128 --targets 64 --blocks 1"

@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can hold: imports, configurations, the README's tree, hosts."""
+"""Rules of the house that a machine can hold: imports, configurations, the file tree, hosts."""
 
 import ast
 import importlib
@@ -32,8 +32,8 @@ REGISTRY_HOSTS = (
 
 
 def read_tree() -> list[str]:
-    """Paths of the README's file tree, in its order; folders end in a slash."""
-    block = re.search(r"## Files.*?```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Paths of the file tree in docs/design.md, in its order; folders end in a slash."""
+    block = re.search(r"## Files.*?```text\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)
     paths, folders = [], []
     for line in block[1].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -60,10 +60,10 @@ def package_imports(module: str) -> list[tuple[int, str | None]]:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_downward(module):
     order = [Path(path).stem for path in read_tree() if path.startswith("modeling_longnet/") and path.endswith(".py")]
-    assert module in order, f"{module}.py has no line in the README's file tree"
+    assert module in order, f"{module}.py has no line in the file tree of docs/design.md"
     imported = {str(name) for _, name in package_imports(module)}
     wrong = sorted(imported - set(order[: order.index(module)]))
-    assert not wrong, f"{module}.py stands above {wrong} in the README's tree and imports from them"
+    assert not wrong, f"{module}.py stands above {wrong} in the tree of docs/design.md and imports from them"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -143,12 +143,12 @@ def test_the_formatter_is_obeyed_outside_kernels(module):
     assert "fmt:" not in (PACKAGE / f"{module}.py").read_text()
 
 
-def test_readme_tree_names_what_is_there():
+def test_tree_names_what_is_there():
     missing = [path for path in read_tree() if not (ROOT / path).exists()]
     assert not missing
 
 
-def test_readme_tree_names_all_that_is_there():
+def test_tree_names_all_that_is_there():
     tree = read_tree()
     opened = {path.rsplit("/", 1)[0] + "/" for path in tree if not path.endswith("/")}
     unnamed = []

@@ -187,3 +187,15 @@ def test_equal_seeds_give_equal_weights_and_work_is_matched():
     ids = torch.randint(40, (1, 300))
     losses = {p.name: m(ids, labels=ids, use_cache=False).loss.item() for p, m in zip(made, models, strict=True)}
     assert len(set(losses.values())) == 4
+
+
+def test_quality_table_sums_the_buckets_of_each_distance():
+    """Of one pattern: 3 of 8 tokens told up to 256 back, 1 of 6 beyond. What has not been run stays empty."""
+    recall = {"edges": [32, 128, 256, 1024, 2048], "right": [1, 2, 1, 0], "asked": [4, 4, 2, 4]}
+    work = patterns.make_pattern("w64", ((), ()), 2048)._asdict()
+    results = {"recall-window-0": {"recall": recall, "work": work, "cell": {"length": 2048}}}
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[2:-1] for line in figures.quality_table(results).splitlines()[2:7]
+    }
+    assert [cell.strip() for cell in rows["sliding window"]] == ["", "", "63", "38 %", "17 %"]
+    assert not "".join(rows["dense attention"]).strip()

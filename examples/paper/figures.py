@@ -2,8 +2,9 @@
 
     python -m examples.paper.figures [--results examples/paper/results/full]
 
-Writes `summary.md` and the plots beside the JSON files, the README's tables, and `patterns.png`: which keys each head
-sees, the path between two tokens, and the memory of the cache, all counted from the pattern itself.
+Writes `summary.md` and the plots beside the JSON files, the tables of docs/paper.md and docs/patterns.md, the README's
+table of quality, and `patterns.png`: which keys each head sees, the path between two tokens, and the memory of the
+cache, all counted from the pattern itself.
 """
 
 if not __package__:
@@ -12,16 +13,29 @@ if not __package__:
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.figures import fill_markers, map_attention
 from benchmarks.run import describe
+from examples.drawing import (
+    Line,
+    Panel,
+    draw_line,
+    draw_panels,
+    format_count,
+    make_figure,
+    name_lines,
+    scale_plain,
+    scale_share,
+    scale_tokens,
+    styled,
+)
 
 from .cells import sweep_score
 from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, make_pattern
@@ -39,7 +53,20 @@ PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 
 | LongNet, trained on 16K | 4.27 | 3.26 | 3.31 |
 | Sparse Transformer, trained on 32K | 5.15 | 4.00 | 3.64 |
 | LongNet, trained on 32K | 4.37 | 3.33 | 3.01 |"""
-COLORS = {"dense": "C0", "longnet": "C1", "window": "C2", "sparse": "C3"}
+SUMMARIES = "w64_2048-8q1_once"
+NAMES = {"dense": "dense", "longnet": "LongNet", "window": "window", "sparse": "Sparse"}
+NAMES[SUMMARIES] = "window and\nsummaries"
+MOST_LINES = 5  # in a panel
+DISTANCE = "tokens between passage and question"
+# The README's table of quality: title, and the patterns of the cells of text and of recall.
+QUALITY = [
+    ("LongNet, window and summaries", "w256 2048/8:1 once", "w64_2048-8q1_once"),
+    ("LongNet, the paper's pattern", "512/1 2048/2 8192/4 32768/8", "longnet"),
+    ("sliding window", "w256", "window"),
+    ("Sparse Transformer", "sparse", "sparse"),
+    ("dense attention", "1048576/1", "dense"),
+]
+ENDS = [(32, 256), (256, 2048)]  # distances of passage and question in tokens
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -190,6 +217,44 @@ def recall_table(results: dict[str, dict], part: str, task: str) -> str:
     return "\n".join(lines)
 
 
+def quality_table(results: dict[str, dict]) -> str:
+    """The README's table: perplexity of text and recall at two distances, one line for each kind of attention.
+
+    Text is scored after one stage of training at 2,048 tokens. An empty cell has not been run.
+    """
+    lines = [
+        "| attention | keys per query | perplexity | keys per query | recall, up to 256 tokens back | 256 to 2,048 |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    recall = recall_groups(results, "recall")
+    for title, text, task in QUALITY:
+        full = (r for name, r in results.items() if name.startswith("full-") and r["cell"]["pattern"] == text)
+        cells = [r for r in full if r["cell"]["length"] == 2048]
+        row = ["", ""]
+        if cells:
+            keys = count_keys(make_pattern(text, ((), ()), 2048), 2048)
+            row = [f"{keys:,.0f}", _range([math.exp(r["loss"]) for r in cells], ".1f")]
+        found = recall.get(task, [])
+        if found:
+            row.append(f"{count_keys(Pattern(**found[0]['work']), found[0]['cell']['length']):,.0f}")
+            row += [_range([100 * _share_between(r["recall"], *ends) for r in found], ".0f", " %") for ends in ENDS]
+        lines.append("| " + " | ".join([title, *row, *[""] * (5 - len(row))]) + " |")
+    seeds = sorted({len(cells) for name, cells in recall.items() if name in {task for *_, task in QUALITY}})
+    return "\n".join(lines) + f"\n\nMeans of {' or '.join(map(str, seeds))} seeds, the range in parentheses."
+
+
+def _range(values: list[float], form: str, unit: str = "") -> str:
+    """The mean, and the least and the most where they differ in the digits shown."""
+    mean, least, most = (f"{x:{form}}" for x in (np.mean(values), min(values), max(values)))
+    return f"{mean}{unit}" if least == most else f"{mean}{unit} ({least} to {most})"
+
+
+def _share_between(recall: dict, least: int, most: int) -> float:
+    """Of the tokens asked for at such distances, how many were told."""
+    buckets = [i for i, (a, b) in enumerate(pairwise(recall["edges"])) if least <= a and b <= most]
+    return sum(recall["right"][i] for i in buckets) / sum(recall["asked"][i] for i in buckets)
+
+
 def sweep_table(results: dict[str, dict], prefix: str) -> str:
     """The score of every learning rate tried; the least was taken."""
     rows = defaultdict(dict)
@@ -217,71 +282,98 @@ def count_all_flops(result: dict) -> float:
     return result["tokens"] * result["flops_a_token"] + settings["base_tokens"] * (result["flops_a_token"] - saved)
 
 
-def _draw(axis, x, values: list[list[float]], **look) -> None:
-    """A line through the means of the seeds' values, bars from the least to the most."""
-    values = np.array(values)
-    mean = values.mean(0)
-    spread = [mean - values.min(0), values.max(0) - mean]
-    axis.errorbar(x, mean, yerr=spread, capsize=2, elinewidth=0.8, **look)
+def _line(x, values: list[list[float]], name: str | None, color: str) -> Line:
+    """The means of the seeds' values, and the least and the most of them."""
+    values = np.array(values, float)
+    return Line(list(x), list(values.mean(0)), name, color, band=(list(values.min(0)), list(values.max(0))))
 
 
 def plot_text(results: dict[str, dict], path: Path) -> None:
-    """Fig. 6 and 7: loss against training FLOPs, against context, and by position; means of the seeds, their range."""
+    """Loss by trained length, by training FLOPs (Fig. 6), by context, and by position (Fig. 7); the seeds' range.
+
+    The last two are of the models trained on the longest sequences.
+    """
     groups = text_groups(results, "tokens")
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    flops, context, position = figure.subplots(1, 3)
     lengths = sorted({length for length, _ in groups})
-    styles = dict(zip(lengths, (":", "--", "-"), strict=False))
+    by_length, by_work, by_context, by_position = [], [], [], []
     for pattern in RIVALS:
+        name, color = NAMES[pattern], pattern
         trained = {length: groups[length, pattern] for length in lengths if (length, pattern) in groups}
-        work = [np.mean([count_all_flops(cell) for cell in cells]) for cells in trained.values()]
+        if not trained:
+            continue
         losses = [[np.log(_at_trained(cell)) for cell in cells] for cells in trained.values()]
-        for place, seeds in zip(work, losses, strict=True):
-            _draw(flops, [place], [[loss] for loss in seeds], color=COLORS[pattern])
-        flops.plot(work, [np.mean(seeds) for seeds in losses], "o-", color=COLORS[pattern])
-        if pattern == "dense":
-            for length, place, seeds in zip(trained, work, losses, strict=True):
-                flops.annotate(f"{length:,}", (place, np.mean(seeds)), xytext=(4, -10), textcoords="offset points")
-    for (length, pattern), cells in groups.items():
-        look = {"color": COLORS[pattern], "linestyle": styles.get(length, "-"), "label": f"{pattern}, {length:,}"}
+        by_length.append(_each_place(trained, losses, name, color))
+        work = [np.mean([count_all_flops(cell) for cell in cells]) for cells in trained.values()]
+        crowded = None if pattern in ("longnet", "window") else name
+        by_work.append(_each_place([flops / 1e13 for flops in work], losses, crowded, color))
+        cells = trained[max(trained)]
         scores = [np.log(cell["scores"]["perplexity"]) for cell in cells]
-        _draw(context, cells[0]["scores"]["contexts"], scores, marker=".", **look)
-        by_position = [cell["loss_by_position"] for cell in cells]
-        _draw(position, (np.arange(len(by_position[0])) + 0.5) / len(by_position[0]), by_position, **look)
-    flops.set(xscale="log", xlabel="FLOPs of both stages of training")
-    flops.set(ylabel="held-out loss at the trained length, nats a token")
-    context.set(xscale="log", xlabel="context (tokens)", ylabel="loss of the same held-out targets, nats a token")
-    position.set(xlabel="position in the held-out sequence, share of its length", ylabel="loss, nats a token")
-    context.set_xscale("log", base=2)
-    figure.legend(*context.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
-    figure.suptitle("pattern, and tokens of the sequences it was trained on; bars: least and most of the seeds")
-    figure.savefig(path, dpi=130)
+        by_context.append(_line(cells[0]["scores"]["contexts"], scores, name, color))
+        positions = [cell["loss_by_position"] for cell in cells]
+        middles = (np.arange(len(positions[0])) + 0.5) / len(positions[0])
+        by_position.append(_line(middles, positions, name, color))
+    longest = format_count(max(lengths))
+    panels = [
+        Panel("at the trained length", by_length, scale_plain, "trained length (tokens)"),
+        Panel("at the trained length", by_work, scale_plain, "training FLOPs ($10^{13}$)", scale_plain),
+        Panel(f"trained on {longest}: by context", by_context, scale_plain, "context (tokens)"),
+        Panel(f"trained on {longest}: by position", by_position, scale_plain, "share of the sequence", scale_plain),
+    ]
+    draw_panels(panels, path, title="Held-out loss, nats per token; equal training tokens")
+
+
+def _each_place(places, values: list[list[float]], name: str | None, color: str) -> Line:
+    """The mean of each place's values, of which there may be more at one place than at another."""
+    band = ([min(seeds) for seeds in values], [max(seeds) for seeds in values])
+    return Line(list(places), [float(np.mean(seeds)) for seeds in values], name, color, band=band)
+
+
+def _recall_line(cells: list[dict], task: str, name: str, color: str) -> Line:
+    edges = np.array(cells[0][task]["edges"], float)
+    return _line(np.sqrt(edges[:-1] * edges[1:]), [_shares(cell[task]) for cell in cells], name, color)
 
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
-    """Recall and passkey against distance, in both lengths of text: means of the seeds and their range."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    panels = [("recall", "recall"), ("recall", "passkey"), ("far", "recall")]
-    for axis, (part, task) in zip(axes, panels, strict=True):
+    """Recall and passkey against distance, in both lengths of text: the rivals, and a window with summaries."""
+    panels = []
+    for part, task in (("recall", "recall"), ("recall", "passkey"), ("far", "recall")):
         groups = recall_groups(results, part)
-        variants = [name for name in groups if name not in COLORS]
-        for name, cells in groups.items():
-            edges = cells[0][task]["edges"]
-            look = {"color": COLORS.get(name), "linewidth": 2.2, "linestyle": "-", "marker": "."}
-            if name in variants:
-                number = variants.index(name)
-                look = {"color": f"C{4 + number % 6}", "linestyle": "--", "marker": "sv^x+D*"[number % 7]}
-            middles = np.sqrt(np.array(edges[:-1]) * edges[1:])
-            _draw(axis, middles, [_shares(c[task]) for c in cells], label=name, **look)
+        lines = [
+            _recall_line(groups[name], task, NAMES[name], "other" if name == SUMMARIES else name)
+            for name in (*RIVALS, SUMMARIES)
+            if name in groups
+        ]
         length = next((cells[0]["cell"]["length"] for cells in groups.values()), 0)
         what = {"recall": "many passages", "passkey": "one passage"}[task]
-        axis.set(title=f"{what}, texts of {length:,} tokens", xlabel="distance of passage and question (tokens)")
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    axes[0].set(ylim=(-0.02, 1.02), ylabel="share of tokens recalled")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=130)
+        panels.append(Panel(f"{what}, texts of {format_count(length)}", lines, scale_share, DISTANCE))
+    draw_panels(panels, path, title="Share of a passage's tokens recalled")
+
+
+def plot_recall_variants(results: dict[str, dict], path: Path) -> None:
+    """Recall of many passages for every other pattern, five lines a panel."""
+    groups = {name: cells for name, cells in recall_groups(results, "recall").items() if name not in RIVALS}
+    kinds = {
+        "LongNet, two branches": [name for name in groups if re.fullmatch(r"longnet \d+,\d+ by \d+,\d+", name)],
+        "beyond the paper": [name for name in groups if re.match(r"w\d", name)],
+    }
+    kinds["LongNet, other choices"] = [name for name in groups if not any(name in names for names in kinds.values())]
+    panels = []
+    for title, names in kinds.items():
+        for start in range(0, len(names), MOST_LINES):
+            lines = [
+                _recall_line(groups[name], "recall", _short(name), f"C{number}")
+                for number, name in enumerate(names[start : start + MOST_LINES])
+            ]
+            panels.append(Panel(title, lines, scale_share, DISTANCE))
+    draw_panels(panels, path, columns=1, title="Share of a passage's tokens recalled, many passages in 2K")
+
+
+def _short(name: str) -> str:
+    """A cell's pattern without the word LongNet, as it is written elsewhere."""
+    if match := re.fullmatch(r"longnet ([\d,]+) by ([\d,]+)", name):
+        return " ".join(f"{w}/{r}" for w, r in zip(match[1].split(","), match[2].split(","), strict=True))
+    words = re.sub(r"(\d)-(\d)", r"\1/\2", name.removeprefix("longnet ").replace("_", " "))
+    return re.sub(r"(\d)q(\d)", r"\1:\2", words)
 
 
 def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int, length: int) -> np.ndarray:
@@ -298,35 +390,43 @@ def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int
     return steps
 
 
+@styled
 def plot_patterns(path: Path) -> None:
     """Which keys two heads see; layers between the last token and every other; rows in the cache."""
     segments, rates, heads = [16, 64, 256], [1, 4, 16], 16
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    axes = figure.subplots(1, 4)
+    figure = make_figure(height=6.6)
+    axes = figure.subplots(2, 2).flat
     weights = map_attention(segments, rates, heads, 256)
-    for axis, head in zip(axes[:2], (0, 5), strict=True):
-        axis.imshow(weights[head] > 0, cmap="Blues")
-        axis.set(title=f"head {head} of {heads}", xlabel="key", ylabel="query")
-    for length in (256, 1024):
+    for axis, head in zip(axes, (0, 5), strict=False):
+        axis.imshow(weights[head] > 0, cmap="Blues", interpolation="nearest")
+        axis.set(title=f"keys seen by head {head} of {heads}", xlabel="key", ylabel="query")
+        axis.set(xticks=[0, 128, 255], yticks=[0, 128, 255])
+        axis.grid(False)
+    layers, cache = list(figure.axes)[2:]
+    for number, length in enumerate((256, 1024)):
         longer, rising = [16 * 4**i for i in range(4)], [min(4**i, heads) for i in range(4)]
         longer = [w for w in longer if w <= length]
         steps = path_steps(longer, rising[: len(longer)], heads, length)
-        steps = np.where(steps < 0, np.nan, steps)
-        size = 6 if length == 256 else 2
-        axes[2].plot(length - 1 - np.arange(length), steps, ".", markersize=size, label=f"{length:,} tokens")
-    axes[2].set(xscale="log", xlabel="distance from the last token", ylabel="layers until it has heard of it")
-    axes[2].legend()
-    tokens = np.arange(1, 200_000, 97)
-    for name, (w, r) in {
-        "2048 ... 32768 / 1 ... 12 (the paper)": ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)),
-        "512 ... 32768 / 1 ... 64": ((512, 2048, 8192, 32768), (1, 4, 16, 64)),
-    }.items():
+        distance = length - 1 - np.arange(length)
+        y = np.where((steps > 0) & (distance > 0), steps + 0.12 * number, np.nan)
+        layers.plot(distance, y, ".", markersize=4)
+        layers.text(1.2, 2 + 0.12 * number, f"{format_count(length)} tokens", color=f"C{number}", va="center")
+    layers.set(title="layers until the last token has heard of one", xlabel="distance (tokens)", ylim=(0.6, 2.6))
+    layers.set_yticks([1, 2])
+    tokens = np.unique(np.geomspace(1, 1 << 18, 400).astype(int))
+    for name, color, w, r in (
+        ("the paper's:\n2K/1 to 32K/12", "longnet", (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)),
+        ("512/1 to\n32K/64", "window", (512, 2048, 8192, 32768), (1, 4, 16, 64)),
+    ):
         rows = sum(np.ceil(np.minimum(tokens, a) / b) for a, b in zip(w, r, strict=True))
-        axes[3].plot(tokens, rows, label=name)
-    axes[3].plot(tokens, tokens, "k:", label="dense")
-    axes[3].set(xscale="log", yscale="log", xlabel="tokens read", ylabel="rows in the cache, a head and layer")
-    axes[3].legend(fontsize="x-small")
-    figure.savefig(path, dpi=110)
+        draw_line(cache, tokens, rows, name, color, marker="")
+    draw_line(cache, tokens, tokens, "dense", "dense", marker="")
+    cache.set(title="cached tokens, per head and layer", xlabel="tokens read")
+    scale_tokens(layers.xaxis)
+    scale_tokens(cache.xaxis)
+    scale_tokens(cache.yaxis)
+    name_lines(cache)
+    figure.savefig(path)
 
 
 def summarize(results: dict[str, dict]) -> str:
@@ -340,7 +440,7 @@ def summarize(results: dict[str, dict]) -> str:
         f"Model: {sizes}. LongNet's branches {branches}; window and sparse show a query as many keys at the trained "
         "length (at others they do not), on masked blocks that compute about twice as many "
         "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet "
-        "loses: README, Numbers.",
+        "loses: docs/paper.md.",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
         "LongNet's perplexity over the others' at the trained length: mean and each seed's",
         ratio_table(results, "tokens"),
@@ -382,7 +482,7 @@ def stages(results: dict[str, dict]) -> str:
 
 
 def headline(results: dict[str, dict]) -> str:
-    """What the README shows."""
+    """What docs/paper.md shows."""
     return "\n\n".join([
         provenance(results), stages(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
@@ -391,7 +491,7 @@ def headline(results: dict[str, dict]) -> str:
         "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
         "The sweeps, all of equal time, passkeys, longer texts, the paper's own numbers: "
-        "[examples/paper/results/full/summary.md](examples/paper/results/full/summary.md).",
+        "[summary.md](../examples/paper/results/full/summary.md).",
     ])  # fmt: skip
 
 
@@ -410,7 +510,7 @@ def beyond_headline(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=FULL, help="of another folder the README shows nothing")
+    parser.add_argument("--results", type=Path, default=FULL, help="of another folder no page shows anything")
     folder = parser.parse_args().results
     results = load(folder)
     plot_patterns(folder / "patterns.png")
@@ -422,11 +522,14 @@ def main() -> None:
         plot_text(results, folder / "text.png")
     if any(name.startswith("recall-") for name in results):
         plot_recall(results, folder / "recall.png")
+        plot_recall_variants(results, folder / "recall_variants.png")
     if folder == FULL:
         page = ROOT / "docs" / "patterns.md"
         page.write_text(fill_markers(page.read_text(), "beyond", beyond_headline(results)))
+        page = ROOT / "docs" / "paper.md"
+        page.write_text(fill_markers(page.read_text(), "paper", headline(results)))
         readme = ROOT / "README.md"
-        readme.write_text(fill_markers(readme.read_text(), "paper", headline(results)))
+        readme.write_text(fill_markers(readme.read_text(), "quality", quality_table(results)))
     print(summarize(results))
 
 

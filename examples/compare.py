@@ -1,0 +1,142 @@
+"""The demo's results beside those of other models: which of them compare, their names, and the figure."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from modeling_longnet.testing import Pattern
+
+from .drawing import COLORS, draw_line, format_count, make_figure, mark, name_lines, scale_log, scale_tokens, styled
+from .evaluate_perplexity import write_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+# Models of the same size, trained by the demo with its configuration and others.
+NAMES = ("demo", "demo_repeated", "demo_dense", "demo_window", "demo_paper")
+BASELINES = [ROOT / "docs" / f"{name}.json" for name in NAMES]
+
+
+def read_baselines(results: dict, files: list[Path]) -> list[dict]:
+    """Results of other runs on the same kind of text, with the same tokenizer, training and number of targets.
+
+    The text 'python' is the code of the installed packages, which differ a little from one environment to the next.
+    """
+
+    def kind(report: dict) -> list:
+        training = report.get("training", {})
+        made = [training.get(name) for name in ("text", "tokens", "sequence_length")]
+        return [report["tokens"], report.get("model", {}).get("vocab_size"), *made]
+
+    found = []
+    for file in filter(Path.exists, files):
+        report = json.loads(file.read_text())
+        if kind(report) != kind(results):
+            print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
+        elif report["perplexity"] != results["perplexity"]:  # not itself
+            found.append(report)
+    return found
+
+
+def is_same_text(report: dict, other: dict) -> bool:
+    """By the digest of all tokens; results of before it was stored by the bytes of the targets."""
+    if None in (report["text_digest"], other["text_digest"]):
+        return report["bytes"] == other["bytes"]
+    return report["text_digest"] == other["text_digest"]
+
+
+def describe_baselines(results: dict, baselines: list[dict]) -> str:
+    """Which of the other models were not measured on exactly the same text."""
+    others = [report for report in baselines if not is_same_text(report, results)]
+    names = dict.fromkeys(name_model(report["model"])[0].replace("\n", " ") for report in others)
+    dates = sorted({report["date"] for report in others})
+    if not others:
+        return ""
+    return f"On slightly other text, the packages of {' and '.join(dates)} (docs/demo*.json): {', '.join(names)}"
+
+
+def name_model(model: dict) -> tuple[str, str]:
+    """What a figure or a table calls a model with these fields, and its contestant in `COLORS`."""
+    if model["window_size"] is None:
+        return ("dense", "dense") if model["dilation_rates"] == [1] else ("the paper's\npattern", "paper")
+    if not model["segment_lengths"]:
+        return f"window of {model['window_size']}", "window"
+    return "LongNet", "longnet"
+
+
+def name_reports(reports: list[dict]) -> dict[str, dict]:
+    """Reports by their model's name in one line; a second one of the same name was repeated."""
+    named = {}
+    for report in reports:
+        name = name_model(report["model"])[0].replace("\n", " ")
+        while name in named:
+            name += ", repeated"
+        named[name] = report
+    return named
+
+
+def describe_pattern(model: dict) -> str:
+    """Which keys a query of a model with these fields sees, in words."""
+    return Pattern.of(SimpleNamespace(**model)).describe().rstrip(".")
+
+
+def mark_lengths(axis: Axes, results: dict) -> None:
+    """Mark the trained length, the window and the segments of a model."""
+    marks = {results["training"]["sequence_length"]: ["trained length"]}
+    model = results["model"]
+    for length in model["segment_lengths"]:
+        marks.setdefault(length, []).append("segment")
+    if model["window_size"]:
+        marks.setdefault(model["window_size"], []).append("window")
+    for length, texts in marks.items():
+        if length <= max(results["contexts"]):
+            mark(axis, length, " = ".join(texts))
+
+
+def count_keys(model: dict, context: int) -> float:
+    """Keys that a query sees on average in a text of so many tokens, per head."""
+    return Pattern.of(SimpleNamespace(**model)).count_work(context)
+
+
+@styled
+def plot(results: dict, baselines: list[dict], file: Path) -> None:
+    """Draw perplexity and the work of attention against context, those of other models beside them.
+
+    The scale of perplexity is that of `results`; of a line that leaves it, the last value is written.
+    """
+    figure = make_figure(height=3.9)
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    top, repeated = 1.02 * max(results["perplexity"]), ""
+    for report in [*baselines, results]:
+        name, color = name_model(report["model"])
+        contexts, perplexity = report["contexts"], report["perplexity"]
+        look = {"zorder": 4} if report is results else {}
+        if report is not results and name == name_model(results["model"])[0]:
+            draw_line(left, contexts, perplexity, None, color, linewidth=1, marker="")
+            repeated = "\n(thin: training repeated)"
+            continue
+        draw_line(left, contexts, perplexity, name, color, **look)
+        keys = [count_keys(report["model"], context) for context in results["contexts"]]
+        draw_line(right, results["contexts"], keys, name, color, **look)
+        over = next((i for i, value in enumerate(perplexity) if i and value > top), None)
+        if over:
+            text = f"{perplexity[-1]:,.0f} at {format_count(contexts[-1])} \u2191"
+            place = (contexts[over], 0.99), left.get_xaxis_transform()
+            left.annotate(text, place[0], xycoords=place[1], va="top", fontsize=10, color=COLORS[color])
+    error = results["perplexity_error"]
+    if None not in error:
+        low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
+        left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
+    left.set(title="Perplexity of held-out text" + repeated, ylim=(0.9 * min(results["perplexity"]), top))
+    right.set(title="Keys that a query sees")
+    scale_log(right.yaxis)
+    for axis in (left, right):
+        axis.set_xlabel("context (tokens)")
+        scale_tokens(axis.xaxis)
+    mark_lengths(left, results)
+    if note := describe_baselines(results, baselines):
+        figure.supxlabel(note, fontsize=9, color="#606060")
+    name_lines(left)
+    name_lines(right)
+    write_figure(figure, file)
