@@ -551,7 +551,7 @@ def summary(result: dict) -> str:
 def _plan_table(rows: list[dict], capacity: float) -> str:
     lines = [
         "| tokens | devices | pattern | tokens a device | GB a device | fits | received a layer (from other nodes) "
-        "| a step | messages | exchange, ms | own attention, ms | step, s | computing |",
+        "| a step | from devices | exchange, ms | own attention, ms | step, s | computing |",
         "| ---: | ---: | --- |" + " ---: |" * 2 + " --- |" + " ---: |" * 7,
     ]
     for x in rows:

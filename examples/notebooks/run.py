@@ -6,7 +6,6 @@ Progress bars, warnings and times are left out, so that a new run changes what i
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import nbformat
@@ -20,12 +19,14 @@ def main() -> None:
     names = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=names, choices=names)
-    os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for the kernels, and what they start
     for name in parser.parse_args().names:
         path = FOLDER / f"{name}.ipynb"
         notebook = nbformat.read(path, 4)
         NotebookClient(notebook, timeout=None, record_timing=False).execute()
         notebook.metadata.language_info = {"name": "python"}
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
         nbformat.write(notebook, path)
         print(f"Written: {path}", flush=True)
 
