@@ -15,6 +15,7 @@ import pytest
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import modeling_longnet
+from benchmarks.figures import NAMES
 from benchmarks.run import RESULTS
 from benchmarks.summary import tabulate_speed
 from examples.paper.figures import FULL, load, quality_table
@@ -166,6 +167,11 @@ def test_readme_is_short_and_its_tables_are_current():
         rows = [line for line in table.splitlines() if line.startswith("|")][2:]
         assert 3 <= len(rows) <= 6
         assert f"<!-- results:{name} -->\n{table}\n<!-- end:{name} -->" in readme, "run `make figures`"
+
+
+def test_every_marker_is_filled_by_make_figures():
+    marked = {page for page, text in TEXTS.items() if "<!-- results:" in text}
+    assert marked == {*NAMES, "docs/paper.md"}
 
 
 def test_guides_are_linked_from_the_readme():
