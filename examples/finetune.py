@@ -69,6 +69,10 @@ def load_model(arguments: ModelArguments, text: DatasetDict) -> tuple[PreTrained
             f"model_name_or_path is {arguments.model_name_or_path!r} and config is "
             f"{arguments.config!r}: give one of them, a model to continue from or a new one's config."
         )
+    if arguments.config is not None and not Path(arguments.config).exists():
+        raise FileNotFoundError(
+            f"config: no file {arguments.config!r} here ({Path.cwd()}). The ready-made ones are in configuration/."
+        )
     name = arguments.tokenizer or arguments.model_name_or_path or "bpe"
     tokenizer = load_tokenizer(
         name,

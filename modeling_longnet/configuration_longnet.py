@@ -241,6 +241,10 @@ class LongNetConfig(PreTrainedConfig):
         Raises:
             ValueError: the effort is too small for this length (and number of heads); the message gives the least one.
         """
+        for key in fields:
+            close = difflib.get_close_matches(key, ("effort", "length", "paper"), n=1, cutoff=0.75)
+            if close and not hasattr(cls, key):
+                raise TypeError(f"for_context has no argument {key!r}; did you mean {close[0]!r}?")
         heads = fields.get("num_key_value_heads") or num_attention_heads
         fields = {"position_embedding": "rope", "num_attention_heads": num_attention_heads} | fields
         if not (isinstance(length, int) and isinstance(effort, int) and length >= 1 and effort >= 1):
@@ -263,7 +267,10 @@ class LongNetConfig(PreTrainedConfig):
         if pattern.window_size:
             pattern = _widen_window(pattern, length, effort)
         keys = pattern.count_work(length)
-        print(f"{pattern.describe()} On average {keys:.0f} keys per head (effort {effort}; dense {length / 2:.0f}).")
+        print(
+            f"'{pattern.write()}': {pattern.describe()} On average {keys:.0f} keys per head "
+            f"(effort {effort}; dense {length / 2:.0f})."
+        )
         return cls(**{name: x for name, x in pattern._asdict().items() if x is not None}, **fields)
 
     @classmethod

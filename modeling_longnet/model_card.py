@@ -68,8 +68,8 @@ model = {auto_class}.from_pretrained("path/of/this/folder", trust_remote_code=Tr
 - `attn_implementation="eager"` is the dense reference with attention maps, quadratic in the length.
   The default, `"sdpa"`, is the fast path.
 - `segment_lengths=[...]` and `dilation_rates=[...]` passed to `from_pretrained` use the same weights
-  with other branches; pass `query_rates=None`, or one for each, if the config has some. Measure the
-  quality of the result.
+  with other branches; pass `query_rates` and `window_size` too (or None), if the config has some.
+  Measure the quality of the result.
 - Attention dropout is not supported. Attention is dense to nearby tokens and sparse to distant ones:
   whether a head sees a distant token depends on the token's position.
 

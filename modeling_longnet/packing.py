@@ -117,10 +117,15 @@ def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) ->
     holes = (counts > 0) & (last - first != counts)
     if holes.any():
         row = int(holes.nonzero()[0])
+        sides = (
+            'on the left, as new tokens follow (tokenizer.padding_side = "left")'
+            if columns
+            else "on the left or right only"
+        )
         raise ValueError(
             f"attention_mask row {row} has holes: its {int(counts[row])} real tokens lie between columns "
-            f"{int(first[row])} and {int(last[row])}. They must lie side by side; pad on the left or right only, "
-            "or pack documents with position_ids that start again at 0."
+            f"{int(first[row])} and {int(last[row])}. They must lie side by side; pad {sides}, or pack documents with "
+            "position_ids that start again at 0."
         )
     seen = real[:, :columns].sum(1).tolist()
     if seen != starts:

@@ -147,6 +147,15 @@ class Pattern(NamedTuple):
             result.append(Branch(w, r, offsets, *queries, phase, False, *after))
         return tuple(sorted(result, key=lambda branch: (not branch.covers_all, branch.r, branch.w)))
 
+    def write(self) -> str:
+        """Return the line that `parse` reads."""
+        rates = self.query_rates or self.dilation_rates
+        triples = zip(self.segment_lengths, self.dilation_rates, rates, strict=True)
+        words = [f"w{self.window_size}"] * (self.window_size is not None)
+        words += [f"{w}/{r}" + (f":{rate}" if rate != r else "") for w, r, rate in triples]
+        flags = {"rotate": self.rotate_offsets, "stagger": self.stagger_segments, "once": self.keys_once}
+        return " ".join(words + [word for word, is_on in flags.items() if is_on])
+
     def describe(self) -> str:
         """Return a sentence or two that say which keys a query sees."""
         branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
@@ -213,7 +222,10 @@ def check_branches(segment_lengths, dilation_rates, allows_none: bool = False) -
     """Raise ValueError unless the two lists make branches: equal lengths, 1 <= r <= w <= 2^62, w growing."""
     pairs = f"segment_lengths={segment_lengths}, dilation_rates={dilation_rates}"
     if not all(isinstance(numbers, list | tuple) for numbers in (segment_lengths, dilation_rates)):
-        raise ValueError(f"{pairs}: give two lists, such as [2048, 8192] and [1, 4].")
+        raise ValueError(
+            f"{pairs}: give two lists, such as [2048, 8192] and [1, 4]; a pattern in one line is given "
+            'as **parse_pattern("w256 2048/8:1 once").'
+        )
     pairs = f"segment_lengths={list(segment_lengths)}, dilation_rates={list(dilation_rates)}"
     if len(segment_lengths) < (not allows_none) or len(segment_lengths) != len(dilation_rates):
         raise ValueError(f"{pairs}: give one dilation rate for each segment length, at least one of each.")

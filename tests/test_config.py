@@ -242,6 +242,25 @@ def test_for_context_takes_whole_numbers(length, effort):
         LongNetConfig.for_context(length, effort=effort)
 
 
+@pytest.mark.parametrize(("name", "meant"), [("efort", "effort"), ("efforts", "effort"), ("papers", "paper")])
+def test_for_context_refuses_a_misspelt_argument(name, meant):
+    with pytest.raises(TypeError, match=f"no argument '{name}'; did you mean '{meant}'"):
+        LongNetConfig.for_context(8192, **{name: 256})
+
+
+def test_for_context_prints_the_line_that_parse_pattern_reads(capsys):
+    config = LongNetConfig.for_context(2048, effort=192)
+    words = capsys.readouterr().out.split("'")[1]
+    assert words == "w136 2048/16:1 once"
+    assert Pattern.parse(words) == Pattern.of(config)
+
+
+@pytest.mark.parametrize("words", ["512/1 2048/4", "w64", "w16 64/4:2 256/8:8 rotate stagger", "64/1 256/4:1 once"])
+def test_a_written_pattern_reads_back(words):
+    pattern = Pattern.parse(words)
+    assert Pattern.parse(pattern.write()) == pattern
+
+
 def test_keywords_of_others_pass():
     """Transformers' own keywords, and unlike ones that a user's tools may keep in a config."""
     config = make_config(

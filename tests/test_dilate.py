@@ -583,3 +583,12 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
         LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 20])
     longer = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 1 << 10])
     assert plan_branches(longer.config)[0][1].w == 1 << 10
+
+
+def test_padding_on_the_right_is_refused_with_a_remedy():
+    """New tokens follow it, which makes a hole of it."""
+    model = use_dilated_attention(make_model(), [16], [1])
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    with pytest.raises(ValueError, match=r"pad on the left, as new tokens follow \(tokenizer.padding_side"):
+        model.generate(torch.ones_like(mask), attention_mask=mask, max_new_tokens=3, pad_token_id=0)

@@ -359,6 +359,8 @@ class TestTraining:
     def test_needs_a_model_or_a_config(self, packages):
         with pytest.raises(ValueError, match="give one of them"):
             finetune.load_model(finetune.ModelArguments(), {})
+        with pytest.raises(FileNotFoundError, match=r"no file 'longnet-dmo\.json' here"):
+            finetune.load_model(finetune.ModelArguments(config="longnet-dmo.json"), {})
 
 
 def test_a_masked_model_learns_and_loads(packages, tmp_path, capsys):
