@@ -168,10 +168,13 @@ _PLAN = "Tensor? table, SymInt[] chunks, int[] branches, bool is_causal, float s
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? halo_value"
 
 
-def register_operator(schema: str, function: Callable, fake: Callable) -> Callable:
-    """Return the operator that runs `function`, and for a compiler `fake`, which gives the results' sizes alone."""
+def register_operator(schema: str, function: Callable, fake: Callable, reads_values: bool = False) -> Callable:
+    """Register an operator and return it. `fake` gives a compiler the shapes of its results.
+
+    One that reads values of its inputs waits for the GPU, which a CUDA graph cannot hold.
+    """
     name = schema.split("(")[0]
-    _library.define(schema)
+    _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_values else ())
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_namespace}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, _namespace), name)

@@ -105,6 +105,10 @@ def make_context(
     batch, length, _ = embeds.shape
     starts, columns = (None, 0) if cache is None else (cache.lengths or [0] * batch, cache.get_seq_length())
     packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
+    if backend == "eager" and isinstance(packing.chunks, Tensor) and not torch.compiler.is_exporting():
+        # Dense attention reads the documents alone: let them depend on the operator, or a graph drops its checks.
+        is_checked = packing.chunks.sum().to(embeds.device) >= 0
+        packing = packing._replace(documents=packing.documents.where(is_checked, -1))
     rotary = make_rotary(config, packing.positions, autocast_dtype(embeds))
     context = AttentionContext(_plans(config, packing, backend), rotary, cache)
     if backend == "eager":

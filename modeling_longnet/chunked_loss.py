@@ -107,6 +107,7 @@ def _linear_forward(hidden, targets, weight, bias, size, needed):
     total, grad_hidden, *sums = _linear_fake(hidden, targets, weight, bias, size, needed)
     for x in (total, grad_hidden, *sums):
         x.zero_()
+    weight, bias = (None if x is None else x.to(hidden.dtype) for x in (weight, bias))  # under autocast they differ
     for rows in (targets != -100).nonzero().flatten().split(size):
         part, target = hidden[rows], targets[rows, None]
         logits = nn.functional.linear(part, weight, bias).to(precise)
@@ -136,6 +137,7 @@ _linear_loss = register_operator(
     "(Tensor, Tensor, Tensor, Tensor)",
     _linear_forward,
     _linear_fake,
+    reads_values=True,
 )
 
 
@@ -151,12 +153,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
         ctx.needed = inputs[5]
+        hidden, _, *parameters = inputs[:4]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, *parameters)]
 
     @staticmethod
     def backward(ctx, grad, *_):
-        saved, dtype = ctx.saved_tensors, ctx.saved_tensors[0].dtype
-        grads = ((grad * x).to(dtype) if needed else None for x, needed in zip(saved, ctx.needed, strict=True))
-        hidden, weight, bias = grads
+        grads = zip(ctx.saved_tensors, ctx.needed, ctx.dtypes, strict=True)
+        hidden, weight, bias = ((grad * x).to(dtype) if needed else None for x, needed, dtype in grads)
         return hidden, None, weight, bias, None, None
 
 
@@ -172,11 +175,12 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
         A scalar in at least float32, differentiable once in `hidden` and the head's parameters.
     """
     # Hooks and other heads (adapters, quantized weights, FSDP2) end a graph instead.
-    is_plain = type(head) is nn.Linear and not (head._forward_pre_hooks or head._forward_hooks or head._backward_hooks)
-    if not torch.compiler.is_compiling() or not is_plain or type(head.weight) is not nn.Parameter:
+    hooks = head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks
+    is_plain = type(head) is nn.Linear and not any(hooks) and type(head.weight) is nn.Parameter
+    dtype = autocast_dtype(hidden)
+    if not torch.compiler.is_compiling() or not is_plain or dtype == hidden.dtype != head.weight.dtype:
         return _chunked_cross_entropy(hidden, targets, head, ignore_index)
-    dtype, targets = autocast_dtype(hidden), targets.masked_fill(targets == ignore_index, -100)
-    given = [None if x is None else x.to(dtype) for x in (hidden, head.weight, head.bias)]
+    targets, given = targets.masked_fill(targets == ignore_index, -100), [hidden.to(dtype), head.weight, head.bias]
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given]
     return _LinearCrossEntropy.apply(given[0], targets, *given[1:], tokens_per_chunk(hidden, head), needed)[0]
 

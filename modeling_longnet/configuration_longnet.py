@@ -75,7 +75,7 @@ def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
 
 
 def _widen_window(pattern: Pattern, length: int, effort: int) -> Pattern:
-    """Return the pattern with the longest window, in steps of 8 tokens up to twice its size, that fits the effort."""
+    """Return the pattern with the longest window, in steps of 8 tokens to less than twice its size, that fits."""
     sizes = range(pattern.window_size, min(2 * pattern.window_size, pattern.segment_lengths[0]), 8)
     fits = bisect.bisect_right(sizes, effort, key=lambda size: pattern._replace(window_size=size).count_work(length))
     return pattern._replace(window_size=sizes[fits - 1])
@@ -227,12 +227,13 @@ class LongNetConfig(PreTrainedConfig):
 
         Half of the effort or more goes into a window, the rest in equal parts into branches whose segments grow, by at
         most 16, until one holds the sequence. Every query sees one key in r of a branch, the last token of each r,
-        which has read those before it; no key counts twice. Any two tokens are then a few steps apart, and the work
-        grows with L log L. If the effort allows dense attention, that is what you get.
+        which has read those before it; in causal models no key counts twice. Any two tokens are then a few steps apart,
+        and the work grows with L log L. If the effort allows dense attention, that is what you get.
 
         Args:
             length: tokens of the sequences.
-            effort: mean number of keys that a query may see per head; `length / 2` is dense attention.
+            effort: mean number of keys that a query may see per head; dense attention is `length / 2`, in a
+                bidirectional model `length`.
             num_attention_heads, fields: as in the constructor, but positions are "rope" by default (for any length).
             paper: branches of the paper's kind instead: the first is dense, then segments and rates grow by 4, each
                 adds a quarter of the work of the one before, and any two tokens share a segment. Rates stop at the
@@ -249,16 +250,20 @@ class LongNetConfig(PreTrainedConfig):
         fields = {"position_embedding": "rope", "num_attention_heads": num_attention_heads} | fields
         if not (isinstance(length, int) and isinstance(effort, int) and length >= 1 and effort >= 1):
             raise ValueError(f"length={length!r}, effort={effort!r}: both must be whole numbers of at least 1.")
+        is_causal = fields.get("is_causal", True)
+        both = 1 if is_causal else 2  # a bidirectional query sees keys on both sides, twice what is counted
         if paper:
             segments = [1 << n for n in range(4, max(5, (length - 1).bit_length() + 1))]
             patterns = [Pattern(*map(tuple, _growing_branches(first, length, heads))) for first in segments]
         else:
-            patterns = _window_patterns(length, fields.get("is_causal", True))
+            patterns = _window_patterns(length, is_causal)
+        effort = effort / both
         work = [pattern.count_work(length) for pattern in patterns]
         if effort < min(work):
             raise ValueError(
-                f"effort={effort} is too small for length={length}{f' with {heads} key/value heads' if paper else ''}: "
-                f"the least is {math.ceil(min(work))}. Give more effort{' or more heads' if paper else ''}."
+                f"effort={effort * both:.0f} is too small for length={length}"
+                f"{f' with {heads} key/value heads' if paper else ''}: the least is {math.ceil(min(work) * both)}. "
+                f"Give more effort{' or more heads' if paper else ''}."
             )
         _, pattern = max(
             ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort),
@@ -268,8 +273,8 @@ class LongNetConfig(PreTrainedConfig):
             pattern = _widen_window(pattern, length, effort)
         keys = pattern.count_work(length)
         print(
-            f"'{pattern.write()}': {pattern.describe()} On average {keys:.0f} keys per head "
-            f"(effort {effort}; dense {length / 2:.0f})."
+            f"'{pattern.write()}': {pattern.describe(is_causal)} On average {keys * both:.0f} keys per head "
+            f"(effort {effort * both:.0f}; dense {length / 2 * both:.0f})."
         )
         return cls(**{name: x for name, x in pattern._asdict().items() if x is not None}, **fields)
 

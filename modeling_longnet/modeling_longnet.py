@@ -395,7 +395,8 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
             Others: as in `LongNetModel.forward`.
 
         Returns:
-            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache, and what was requested. With
+            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache (with labels none unless
+            use_cache=True is passed), and what was requested. With
             sequence sharding, the loss is that of the whole sequence, logits_to_keep counts in this rank's shard, and
             use_cache=True computes the whole sequence on every rank.
         """

@@ -44,8 +44,8 @@ def pack(
     Args:
         attention_mask: (B, S), nonzero for real tokens, which must be contiguous in a batch row.
         position_ids: (B or 1, L); a new document begins where they restart at 0.
-        starts: tokens of each batch row that a cache has seen. None without a cache: in a compiled graph the chunks are
-            then found by an operator, and a tensor.
+        starts: tokens of each batch row that a cache has seen. None without a cache: then a compiled graph finds the
+            chunks by an operator, as a tensor.
         columns: columns that the cache has seen, padding included.
 
     Raises:
@@ -100,7 +100,10 @@ def _fake_chunks(mask, position_ids, batch, length) -> Tensor:
 
 
 find_chunks = register_operator(
-    "find_chunks(Tensor? mask, Tensor? position_ids, SymInt batch, SymInt length) -> Tensor", _find_chunks, _fake_chunks
+    "find_chunks(Tensor? mask, Tensor? position_ids, SymInt batch, SymInt length) -> Tensor",
+    _find_chunks,
+    _fake_chunks,
+    reads_values=True,
 )
 
 

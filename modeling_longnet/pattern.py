@@ -42,7 +42,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def parse(cls, words: str) -> "Pattern":
-        """Return the pattern that one line writes: "w256 2048/8:1 512/1 rotate stagger once".
+        """Return the pattern that one line writes: "w256 512/1 2048/8:1 rotate stagger once".
 
         These are a window (w and its size), branches (w/r, or w/r:query_rate), and what is switched on.
 
@@ -148,7 +148,9 @@ class Pattern(NamedTuple):
         return tuple(sorted(result, key=lambda branch: (not branch.covers_all, branch.r, branch.w)))
 
     def write(self) -> str:
-        """Return the line that `parse` reads."""
+        """Return the line that `parse` reads. Raises ValueError for blocked offsets, which it has no word for."""
+        if self.head_offsets != "interleaved":
+            raise ValueError(f"head_offsets={self.head_offsets!r} cannot be written in one line.")
         rates = self.query_rates or self.dilation_rates
         triples = zip(self.segment_lengths, self.dilation_rates, rates, strict=True)
         words = [f"w{self.window_size}"] * (self.window_size is not None)
@@ -156,7 +158,7 @@ class Pattern(NamedTuple):
         flags = {"rotate": self.rotate_offsets, "stagger": self.stagger_segments, "once": self.keys_once}
         return " ".join(words + [word for word, is_on in flags.items() if is_on])
 
-    def describe(self) -> str:
+    def describe(self, is_causal: bool = True) -> str:
         """Return a sentence or two that say which keys a query sees."""
         branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
         if self.window_size is None and self.dilation_rates == (1,):
@@ -167,7 +169,8 @@ class Pattern(NamedTuple):
             )
             return f"Branches {branches}: {reach}."
         shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
-        return f"A query sees the last {self.window_size} tokens{shown}."
+        near = f"the last {self.window_size}" if is_causal else f"{self.window_size - 1} on either side, of the"
+        return f"A query sees {near} tokens{shown}."
 
     @staticmethod
     def _phase(w: int, inner: int, inner_phase: int) -> int:

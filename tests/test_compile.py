@@ -109,11 +109,15 @@ def test_a_compiled_model_fills_its_cache_under_a_mask():
             assert_close(name, caches[1].to_tensors()[name].double(), x.double())
 
 
-def test_a_compiled_model_checks_the_mask():
-    model, holes = make(LongNetForCausalLM), torch.ones(3, 21)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_compiled_model_checks_the_mask(implementation):
+    model, holes = make(LongNetForCausalLM, implementation=implementation), torch.ones(3, 21)
     holes[1, 4] = 0
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match="row 1 has holes"):
-        torch.compile(model, backend="aot_eager", fullgraph=True)(make_ids(), attention_mask=holes, use_cache=False)
+        compiled(make_ids(), attention_mask=holes, use_cache=False)
+    with pytest.raises(ValueError, match="jump at column 1"):
+        compiled(make_ids(), position_ids=2 * torch.arange(21)[None], use_cache=False)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
