@@ -50,7 +50,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
     tokenizer.add_special_tokens({"mask_token": MASK})
     config = LongNetConfig.for_context(
         arguments.sequence_length,
-        effort=max(64, arguments.sequence_length // 4),
+        effort=max(64, arguments.sequence_length // 2),
         num_attention_heads=arguments.hidden_size // 64 or 1,
         hidden_size=arguments.hidden_size,
         intermediate_size=4 * arguments.hidden_size,
