@@ -1,5 +1,6 @@
 """The README's table of speed and memory: six rows out of the newest results of `op`, `train` and `decode`."""
 
+import re
 from collections.abc import Callable, Iterable
 
 from . import op
@@ -15,11 +16,20 @@ def tabulate_speed(results: Iterable[dict]) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "| --- | --- |" + " ---: |" * 4]
     for what, name, is_gpu, tokens, read in ROWS:
         kept = [result for result in results if result["name"] == name and bool(result.get("gpu")) == is_gpu]
-        found = [cells for result in kept if (cells := read(result, tokens))]
+        found = [(result, cells) for result in kept if (cells := read(result, tokens))]
         if found:
-            machine = "H100" if is_gpu else f"CPU, {kept[-1]['machine']['threads']} cores"
-            lines.append("| " + " | ".join((what, machine, f"{tokens:,}", *found[-1])) + " |")
+            result, cells = found[-1]
+            lines.append("| " + " | ".join((what, _machine(result), f"{tokens:,}", *cells)) + " |")
     return "\n".join(lines)
+
+
+def _machine(result: dict) -> str:
+    """Return the GPU's short name, H100 for "NVIDIA H100 80GB HBM3", or the number of cores."""
+    gpu = result.get("gpu")
+    if not gpu:
+        return f"CPU, {result['machine']['threads']} cores"
+    short = re.search(r"\b[A-Z]+\d+[A-Z]*\b", gpu)
+    return short[0] if short else gpu
 
 
 def _attention(result: dict, tokens: int) -> Cells | None:
