@@ -25,7 +25,7 @@ help: ## list the commands
 demo: $(READY) ## train a LongNet on real text, evaluate it, plot, save, load it back
 	$(RUN) examples.demo $(ARGS)
 
-FILE ?= modeling_longnet
+FILE = modeling_longnet
 try: $(READY) ## load the trained model of pretrained/, let it write, measure it on FILE=..., in a minute
 	$(RUN) examples.try_model --file '$(FILE)' $(ARGS)
 
@@ -84,7 +84,7 @@ docs-serve: $(READY) ## show the documentation on this machine, rebuilt when a p
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve $(ARGS)
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build site
+	rm -rf .venv .venv-ecosystem .venv-transformers-* .matrix .cache .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info build site
 
 .venv-ecosystem/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ecosystem
