@@ -38,5 +38,6 @@ def test_the_switch(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="liger_kernel.transformers.monkey_patch"):
         assert train(tmp_path / "liger", True, flat) == expected
     assert "no Liger kernels supported for model type: longnet" in caplog.text
+    assert plain, "the evaluation ran no forward hook"
     assert all(logits is not None for logits in plain)
     assert flat == [None] * len(plain)
