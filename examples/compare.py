@@ -34,16 +34,17 @@ def read_baselines(results: dict, files: list[Path]) -> list[dict]:
         report = json.loads(file.read_text())
         if kind(report) != kind(results):
             print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
-        elif report["perplexity"] != results["perplexity"]:  # not itself
+        elif any(report.get(name) != results.get(name) for name in ("text_digest", "date", "command")):  # not itself
             found.append(report)
     return found
 
 
 def is_same_text(report: dict, other: dict) -> bool:
-    """By the digest of all tokens; results of before it was stored by the bytes of the targets."""
-    if None in (report["text_digest"], other["text_digest"]):
+    """Compare digests of all tokens; reports without one, the bytes of the targets."""
+    digests = report.get("text_digest"), other.get("text_digest")
+    if None in digests:
         return report["bytes"] == other["bytes"]
-    return report["text_digest"] == other["text_digest"]
+    return digests[0] == digests[1]
 
 
 def describe_baselines(results: dict, baselines: list[dict]) -> str:

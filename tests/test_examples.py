@@ -420,7 +420,8 @@ def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
     scores |= {"tokens": 40, "bytes": 90}
     training = {"text": "python", "tokens": 300, "sequence_length": 4}
     own = scores | {"text_digest": "a", "model": model, "training": training, "date": "2026-01-01"}
-    report = own | {"model": model | {"window_size": 4}, "perplexity": [9.0, 7.0]}
+    own |= {"command": "demo"}
+    report = own | {"model": model | {"window_size": 4}, "command": "demo --config window"}
     others = {
         "own": own,
         "same": report,
