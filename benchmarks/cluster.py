@@ -28,10 +28,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
+from matplotlib.axis import Axis
 from torch.multiprocessing import spawn
 from tqdm import tqdm
 
+from examples.drawing import (
+    Line,
+    Panel,
+    draw_panels,
+    format_count,
+    format_number,
+    make_figure,
+    scale_log,
+    scale_seconds,
+    styled,
+)
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, dilated_attention
 from modeling_longnet.testing import (
     Branch,
@@ -480,6 +491,7 @@ def make_plans(args: argparse.Namespace) -> dict:
     heads = {"num_attention_heads": paper.num_attention_heads, "num_key_value_heads": paper.num_key_value_heads}
     cases = [(args.tokens, devices) for devices in args.devices]
     middle, rows, planning = sorted(args.devices)[len(args.devices) // 2], [], {}
+    patterns = {}
     cases += [(tokens, min(args.devices)) for tokens in args.short]
     for tokens, devices in cases:
         window = LongNetConfig.for_context(tokens, effort=args.effort, **sizes, **heads)
@@ -487,12 +499,7 @@ def make_plans(args: argparse.Namespace) -> dict:
             rows.append(plan(tokens, devices, name, config, device, counted))
             if (tokens, devices) == (args.tokens, middle):
                 planning[name] = time_planning(tokens, devices, config)
-    patterns = {
-        "the paper's": [f"{w}/{r}" for w, r in zip(paper.segment_lengths, paper.dilation_rates, strict=True)],
-        "window and summaries": LongNetConfig.for_context(
-            args.tokens, effort=args.effort, **sizes, **heads
-        ).to_diff_dict(),
-    }
+                patterns[name] = Pattern.of(config).write()
     return {
         "device": device._asdict(),
         "memory_gb": args.memory,
@@ -528,12 +535,17 @@ def summary(result: dict) -> str:
     paper = [row for row in rows if row["pattern"] == "the paper's"]
     fits = next((row for row in paper if sum(row["memory"].values()) <= capacity), None)
     least, without = (least_devices(paper[-1], capacity, ids) for ids in (True, False))
+    ids = f"the ids, labels and targets of the whole sequence take {_size(ID_BYTES * most)} each"
+    cut = "" if without is None else f" (cut before they reach the device, they would allow {without:,} devices)"
+    if least is not None:
+        limit = f"at least {least:,} devices, of whose memory {ids}{cut}."
+    elif without is not None:
+        limit = f"no number of devices suffices, for {ids}{cut}."
+    else:
+        limit = "no number of devices suffices: weights and keys alone take the memory of each."
     lines = [
         f"{most:,} tokens, {result['parameters'] / 1e6:.0f}M parameters, bfloat16, gradient checkpointing, AdamW, "
-        f"devices of {result['memory_gb']:.0f} GB. Memory limits first: "
-        + ("no number of devices suffices" if least is None else f"at least {least:,} devices")
-        + f", of whose memory the ids, labels and targets of the whole sequence take {_size(ID_BYTES * most)} each "
-        f"(cut before they reach the device, they would allow {without:,} devices)."
+        f"devices of {result['memory_gb']:.0f} GB. Memory limits first: {limit}"
     ]
     if fits:
         other = next(x for x in rows if x["devices"] == fits["devices"] and x is not fits)
@@ -659,13 +671,15 @@ headline = tables
 
 def plot(result: dict, path: str) -> None:
     """Seconds of a step and memory a device against devices; without plans, the processes' steps and predictions."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    (_plot_plans if result["rows"] else _plot_processes)(figure, result)
-    figure.savefig(path, dpi=120)
+    if result["rows"]:
+        _plot_plans(result, Path(path))
+    else:
+        _plot_processes(result["measured"], Path(path))
 
 
-def _plot_processes(figure: Figure, result: dict) -> None:
-    measured = result["measured"]
+@styled
+def _plot_processes(measured: list[dict], path: Path) -> None:
+    figure = make_figure()
     axis = figure.subplots()
     places = range(len(measured))
     for key, label in (("shared_cores", "predicted: mean of computing"), ("slowest", "predicted: slowest process")):
@@ -674,22 +688,32 @@ def _plot_processes(figure: Figure, result: dict) -> None:
     errors = [[s.median - s.least for s in shared], [s.most - s.median for s in shared]]
     axis.errorbar(places, [s.median for s in shared], yerr=errors, fmt="o", capsize=4, label="measured")
     axis.set_xticks(places, [f"{x['processes']} processes\n{x['pattern']}" for x in measured])
-    axis.set(ylabel="ms a step", ylim=(0, None))
+    axis.set(title="Milliseconds of a step", ylim=(0, None))
     axis.legend()
+    figure.savefig(path)
 
 
-def _plot_plans(figure: Figure, result: dict) -> None:
-    left, right = figure.subplots(1, 2)
+def _plot_plans(result: dict, path: Path) -> None:
     most = max(row["tokens"] for row in result["rows"])
-    for name in dict.fromkeys(row["pattern"] for row in result["rows"]):
+    seconds, memory = [], []
+    for name, color in (("the paper's", "paper"), ("window and summaries", "longnet")):
         rows = [row for row in result["rows"] if (row["pattern"], row["tokens"]) == (name, most)]
-        devices = [row["devices"] for row in rows]
-        (line,) = left.plot(devices, [row["seconds"][0] for row in rows], "o-", label=name)
-        ideal = [row["seconds"][0] * row["computing"] for row in rows]
-        left.plot(devices, ideal, "--", color=line.get_color())
-        right.plot(devices, [sum(row["memory"].values()) / 1e9 for row in rows], "o-", label=name)
-    right.axhline(result["memory_gb"], color="gray", linestyle=":")
-    left.set(xscale="log", yscale="log", xlabel="devices", ylabel="seconds a step (dashed: computing)")
-    right.set(xscale="log", yscale="log", xlabel="devices", ylabel="GB a device (dotted: what it has)")
-    left.legend()
-    figure.suptitle(f"{most:,} tokens")
+        devices, label = [row["devices"] for row in rows], name.replace(" and ", "\nand ")
+        computing = [row["seconds"][0] * row["computing"] for row in rows]
+        seconds.append(Line(devices, [row["seconds"][0] for row in rows], label, color))
+        seconds.append(Line(devices, computing, None, color, "forward"))
+        memory.append(Line(devices, [sum(row["memory"].values()) / 1e9 for row in rows], label, color))
+    memory.append(Line(devices, [result["memory_gb"]] * len(devices), "what it has", "other", "forward"))
+    panels = [
+        Panel("Seconds of a step (dashed: computing)", seconds, scale_seconds, "devices", _scale_devices),
+        Panel("Memory of a device", memory, _scale_gigabytes, "devices", _scale_devices),
+    ]
+    draw_panels(panels, path, title=f"{format_count(most)} tokens")
+
+
+def _scale_devices(axis: Axis) -> None:
+    scale_log(axis, format_number)
+
+
+def _scale_gigabytes(axis: Axis) -> None:
+    scale_log(axis, lambda value: f"{format_number(value)} GB")

@@ -248,6 +248,8 @@ def test_a_cluster_is_planned(tmp_path, monkeypatch):
     page.write_text("<!-- results:cluster -->\n<!-- end:cluster -->\n")
     figures.main(["--results", str(path.parent), "--pages", str(page), "--docs", str(tmp_path)])
     result = json.loads(path.read_text())
+    assert result["patterns"]["the paper's"] == "64/1 512/4"
+    assert result["patterns"]["window and summaries"].startswith("w")
     assert [(x["tokens"], x["devices"]) for x in result["rows"][::2]] == [(40000, 2), (40000, 4), (3000, 2)]
     step = next(x for x in result["checks"] if x["what"] == "training step, 32,768 tokens")
     assert step["predicted"] == pytest.approx(step["measured"], rel=0.1)  # an H100 that 131,072 tokens calibrated
@@ -275,6 +277,21 @@ def test_least_devices_fit_the_memory():
     assert cluster.least_devices(row, 80) == 100  # 4 a token, 40 left
     assert cluster.least_devices(row, 80, ids=False) == 62
     assert cluster.least_devices(row, 40) is None
+
+
+@pytest.mark.parametrize(
+    ("memory", "text"),
+    [
+        (80, "at least 100 devices"),
+        (30, "no number of devices suffices, for the ids, labels and targets of the whole sequence take 24 KB each"),
+        (12, "no number of devices suffices: weights and keys"),
+    ],
+)
+def test_the_summary_says_whether_devices_suffice(memory, text):
+    row = {"tokens": 1000, "shard": 100, "memory": {"activations": 400.0, "weights": 10, "keys": 5, "ids": 25}}
+    row |= {"pattern": "the paper's", "devices": 2}
+    result = {"rows": [row], "memory_gb": memory / 1e9, "parameters": 10}
+    assert text in cluster.summary(result)
 
 
 def test_where_an_all_gather_pays():
@@ -437,12 +454,28 @@ def test_missing_markers_are_refused(text):
 
 
 def test_speed_table_takes_the_latest_result_that_holds_a_row():
-    machine = {"name": "decode", "gpu": None, "machine": {"threads": 3}}
+    def of(date, threads, steps, gpu=None):
+        return {"name": "decode", "date": date, "gpu": gpu, "machine": {"threads": threads}, "step_seconds": steps}
+
     steps = {"longnet 16000": [1e-3, 2e-3, 4e-3], "dense 16000": [5e-3, 8e-3, 16e-3]}
     results = [
-        machine | {"date": "2026-02-02", "step_seconds": {"longnet 1000": [1e-3], "dense 1000": [1e-3]}},
-        machine | {"date": "2026-02-01", "step_seconds": steps},
-        machine | {"date": "2026-01-01", "step_seconds": {name: [1.0] for name in steps}},
+        of("2026-02-02", 5, {"longnet 1000": [1e-3], "dense 1000": [1e-3]}),
+        of("2026-02-01", 3, steps),
+        of("2026-01-01", 7, {name: [1.0] for name in steps}),
+        of("2026-02-03", 9, steps, "NVIDIA H100 80GB HBM3"),
     ]
     (row,) = summary.tabulate_speed(results).splitlines()[2:]
     assert [cell.strip() for cell in row.split("|")[2:7]] == ["CPU, 3 cores", "16,000", "2 ms", "8 ms", "4.0"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "short"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+    ],
+)
+def test_a_gpu_is_named_short(gpu, short):
+    assert summary._machine({"gpu": gpu}) == short
