@@ -11,16 +11,18 @@ if not __package__:
     raise SystemExit('Run this as a module from the repository\'s root: python -m examples.draw_pattern "2048/1"')
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter
 from torch import Tensor
 
 from modeling_longnet import LongNetCache, LongNetConfig, parse_pattern
 from modeling_longnet.testing import Pattern, count_branches
+
+from .drawing import draw_line, format_count, make_figure, name_lines, scale_log, scale_share, scale_tokens, styled
 
 SHADES = " .:-=+*#%@"
 CELLS = 64  # of the map, a side
@@ -133,8 +135,7 @@ def _shade(share: float) -> str:
     """Return a character: blank for nothing, then one step darker for each factor of 3, up to all."""
     if share <= 0:
         return SHADES[0]
-    steps = torch.tensor(share, dtype=torch.float64).log().item() / 1.0986
-    return SHADES[max(1, min(len(SHADES) - 1, round(len(SHADES) - 1 + steps)))]
+    return SHADES[max(1, min(len(SHADES) - 1, round(len(SHADES) - 1 + math.log(share, 3))))]
 
 
 def format_drawing(drawing: Drawing, head_dim: int = 64) -> str:
@@ -158,18 +159,11 @@ def format_drawing(drawing: Drawing, head_dim: int = 64) -> str:
     return "\n".join(lines)
 
 
-def _short(count: float, _=None) -> str:
-    """Return a number of tokens as 512, 8K or 1M."""
-    for size, unit in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.3g}"
-
-
+@styled
 def draw(drawing: Drawing, file: Path) -> None:
     """Draw the map, the share seen by distance, the cost and the cache as a picture."""
-    figure = Figure(figsize=(16, 4), layout="constrained")
-    shown, near, cost, held = figure.subplots(1, 4)
+    figure = make_figure(height=6.6)
+    shown, near, cost, held = figure.subplots(2, 2).flat
     extent = (0, drawing.length, drawing.length, 0)
     # The root lets what one head in many sees be told from nothing.
     image = shown.imshow(
@@ -178,30 +172,28 @@ def draw(drawing: Drawing, file: Path) -> None:
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
     bar = figure.colorbar(image, ax=shown, ticks=[x**0.5 for x in ticks], shrink=0.8)
     bar.ax.set_yticklabels([f"{x:.0%}" for x in ticks])
-    shown.set(title="share of pairs that is seen", xlabel="key", ylabel="query")
+    shown.set(title="Share of pairs that is seen", xlabel="key", ylabel="query")
+    shown.grid(False)
     near.step(drawing.distances, drawing.shares, where="post")
-    near.set_xscale("log", base=2)
-    near.set(ylim=(0, 1.02), title="seen by distance", xlabel="tokens back", ylabel="share of the tokens")
-    near.yaxis.set_major_formatter("{x:.0%}")
-    for axis, values, dense, title, label in (
-        (cost, drawing.keys, [n / 2 for n in drawing.lengths], "cost", "keys that a query sees"),
-        (held, drawing.slots, drawing.lengths, "cache", "keys held"),
+    near.set(title="Share that is seen by distance", xlabel="tokens back")
+    scale_share(near.yaxis)
+    for axis, values, dense, title in (
+        (cost, drawing.keys, [n / 2 for n in drawing.lengths], "Keys that a query sees, per head"),
+        (held, drawing.slots, drawing.lengths, "Keys in the cache, per head"),
     ):
-        axis.plot(drawing.lengths, values, "o-")
-        axis.plot(drawing.lengths, dense, ":", color="gray")
-        axis.annotate("dense", (drawing.lengths[-1], dense[-1]), ha="right", va="bottom", color="gray")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.set(title=title, xlabel="tokens of the text", ylabel=f"{label}, per head")
-        axis.yaxis.set_major_formatter(_short)
+        draw_line(axis, drawing.lengths, values, "this pattern", "longnet")
+        draw_line(axis, drawing.lengths, dense, "dense", "dense", mode="forward", marker="")
+        axis.set(title=title, xlabel="tokens of the text")
+        scale_log(axis.yaxis, format_count)
     for axis in (near, cost, held):
-        axis.xaxis.set_major_formatter(_short)
-        axis.grid(alpha=0.3)
+        scale_tokens(axis.xaxis)
     for axis in (shown.xaxis, shown.yaxis):
-        axis.set_major_locator(FixedLocator([drawing.length * i // 4 for i in range(5)]))
-        axis.set_major_formatter(_short)
-    figure.suptitle(drawing.words)
-    figure.savefig(file, dpi=110)
+        axis.set_major_locator(FixedLocator([0, drawing.length // 2, drawing.length]))
+        axis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(tokens)))
+    figure.suptitle(drawing.words, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    for axis in (cost, held):
+        name_lines(axis)
+    figure.savefig(file)
 
 
 def main(arguments: list[str] | None = None) -> None:
