@@ -126,7 +126,9 @@ def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArgum
     return evaluation
 
 
-def describe_training(trainer: Trainer, documents: dict[str, np.ndarray], text: TextArguments, length: int) -> dict:
+def describe_training(
+    trainer: Trainer, documents: dict[str, np.ndarray], text: TextArguments, model: ModelArguments
+) -> dict:
     """What the model is and was trained on, for those who compare it with another or write its card.
 
     `text_digest` is of all tokens: two models with one digest have read, and are scored on, the same.
@@ -135,7 +137,11 @@ def describe_training(trainer: Trainer, documents: dict[str, np.ndarray], text: 
     for column in (trainer.train_dataset.with_format("numpy")[:]["input_ids"], *documents.values()):
         digest.update(np.ascontiguousarray(column, np.int32).data)
     config, state = trainer.model.config, trainer.state
-    arguments, losses = trainer.args, [log["loss"] for log in state.log_history if "loss" in log]
+    arguments, length, losses = (
+        trainer.args,
+        model.sequence_length,
+        [log["loss"] for log in state.log_history if "loss" in log],
+    )
     sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["position_embedding", *parse_pattern("w1")]  # and every field of a pattern
@@ -151,6 +157,10 @@ def describe_training(trainer: Trainer, documents: dict[str, np.ndarray], text: 
             "text_tokens": len(trainer.train_dataset) * length,
             "loss": float(np.mean(losses[-5:])) if losses else None,
             "bfloat16": arguments.bf16,
+            "muon_learning_rate": model.muon_learning_rate,
+            "learning_rate": arguments.learning_rate,
+            "warmup_steps": arguments.warmup_steps,
+            "seed": arguments.seed,
         },
     }
 
@@ -195,7 +205,7 @@ def main() -> None:
             blocks=evaluation.blocks,
             longest=max(evaluation.contexts),
         )
-    results |= describe_training(trainer, documents, text_arguments, model_arguments.sequence_length)
+    results |= describe_training(trainer, documents, text_arguments, model_arguments)
     baselines = read_baselines(results, [Path(file) for file in arguments.baselines])
     report = write_results(results, output, draw=lambda report, file: plot(report, baselines, file))
     if text_arguments.text in ("python", "stdlib"):  # the card describes these

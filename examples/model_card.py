@@ -25,7 +25,6 @@ SHOWN = (512, 2048, 65_536)  # contexts of the results in the metadata
 def fill_card(report: dict, baselines: list[dict]) -> ModelCard:
     """Return the card of the demo's model; all its numbers come from the reports, `perplexity.json` of the demo."""
     model, training = report["model"], report["training"]
-    settings = json.loads((ROOT / "configuration" / "demo-training.json").read_text())
     drawn = training.get("text_tokens")
     others = sorted({other["date"] for other in baselines if not is_same_text(other, report)})
     fields = {
@@ -52,7 +51,7 @@ def fill_card(report: dict, baselines: list[dict]) -> ModelCard:
         "bibtex": cite(),
     }
     fields |= {name: report[name] for name in ("command", "machine", "torch", "transformers", "date")}
-    fields |= {name: settings[name] for name in ("muon_learning_rate", "learning_rate", "warmup_steps", "seed")}
+    fields |= {name: training[name] for name in ("muon_learning_rate", "learning_rate", "warmup_steps", "seed")}
     text = Template(TEMPLATE.read_text("utf-8")).substitute(fields)
     return ModelCard(f"---\n{describe_metadata(report).to_yaml()}\n---\n\n{text}")
 

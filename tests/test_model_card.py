@@ -21,7 +21,10 @@ REPORT = {
         "query_rates": [1],
     },
     "text_digest": None,
-    "training": {"text": "python", "steps": 3, "sequence_length": 32, "tokens": 96, "bfloat16": True},
+    "training": {
+        "text": "python", "steps": 3, "sequence_length": 32, "tokens": 96, "bfloat16": True,
+        "muon_learning_rate": 0.07, "learning_rate": 0.003, "warmup_steps": 5, "seed": 11,
+    },
 }  # fmt: skip
 
 
@@ -66,6 +69,8 @@ def test_numbers_come_from_the_reports():
         "| 32 | 9.1 +- 0.5 | 4.5 +- 0.2 | 9.0 +- 0.5 |",
         "| 64 | 7.5 |  | 7.0 |",
         "| parameters | 1,234,567 |",
+        "Muon (learning rate\n0.07) for the blocks' matrices and AdamW (0.003) for the rest, cosine schedule with 5\n",
+        "seed 11.",
     ):
         assert line in text, line
     assert "Its least perplexity is 7.50, under a context of 64 tokens." in text
