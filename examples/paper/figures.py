@@ -248,7 +248,7 @@ def quality_table(results: dict[str, dict]) -> str:
             row += [_range([100 * _share_between(r["recall"], *ends) for r in found], ".0f", " %") for ends in ENDS]
         lines.append("| " + " | ".join([title, *row, *[""] * (5 - len(row))]) + " |")
     seeds = sorted({len(cells) for name, cells in recall.items() if name in {task for *_, task in QUALITY}})
-    return "\n".join(lines) + f"\n\nMeans of {' or '.join(map(str, seeds))} seeds, the range in parentheses."
+    return "\n".join(lines) + f"\n\nMeans of {seeds[0]} to {seeds[-1]} seeds, the range in parentheses."
 
 
 def _range(values: list[float], form: str, unit: str = "") -> str:
