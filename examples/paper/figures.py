@@ -64,7 +64,7 @@ QUALITY = [
     ("LongNet, window, then 1 key in 16", "w136 2048/16:1 once", "w136_2048-16q1_once" + LONGER),
     ("LongNet, window, then 1 key in 8", "w256 2048/8:1 once", "w64_2048-8q1_once" + LONGER),
     ("LongNet, the paper's pattern", "512/1 2048/2 8192/4 32768/8", "longnet" + LONGER),
-    ("sliding window", "w256", "window" + LONGER),
+    ("sliding window", "w192", "window" + LONGER),
     ("Sparse Transformer", "sparse", "sparse" + LONGER),
     ("dense attention", "1048576/1", "dense"),
 ]

@@ -106,7 +106,7 @@ FULL = {
     # One stage at full length: what reaches beyond a short first stage's length is not new to these.
     "full_text": {
         "2048": [
-            "w256 2048/8:1 once", "w136 2048/16:1 once", "w256", "w384", "512/1 2048/2 8192/4 32768/8",
+            "w256 2048/8:1 once", "w136 2048/16:1 once", "w192", "w256", "w384", "512/1 2048/2 8192/4 32768/8",
             "w256 2048/2 8192/4 32768/8 rotate stagger once", "1048576/1",
         ],
     },
