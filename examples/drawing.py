@@ -212,7 +212,8 @@ def name_lines(axis: Axes, *, size: float = 10) -> None:
         lines.append(line)
         ends.append((x[seen[-1]], y[seen[-1]]))
         places.append(axis.transData.transform(ends[-1]))
-        rises = len(seen) > 1 and y[seen[-1]] > y[seen[-2]]
+        ends_inside = not np.isfinite(y[seen[-1] + 1 :]).any()  # rather than leave by the top
+        rises = len(seen) > 1 and y[seen[-1]] > y[seen[-2]] and ends_inside
         inside.append(rises and 0.3 < (places[-1][0] - panel.x0) / panel.width < 0.85)
     heights = [1.25 * size * points * (1 + line.get_label().count("\n")) for line in lines]
     moved = _push_apart(np.array(places).reshape(-1, 2), np.array(heights), panel.y0, panel.y1)
