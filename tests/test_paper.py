@@ -193,9 +193,10 @@ def test_quality_table_sums_the_buckets_of_each_distance():
     """Of one pattern: 3 of 8 tokens told up to 256 back, 1 of 6 beyond. What has not been run stays empty."""
     recall = {"edges": [32, 128, 256, 1024, 2048], "right": [1, 2, 1, 0], "asked": [4, 4, 2, 4]}
     work = patterns.make_pattern("w64", ((), ()), 2048)._asdict()
-    results = {"recall-window-0": {"recall": recall, "work": work, "cell": {"length": 2048}}}
+    name = f"recall-window{figures.LONGER}-0"
+    results = {name: {"recall": recall, "work": work, "cell": {"length": 2048, "pattern": "window"}}}
     rows = {
-        line.split("|")[1].strip(): line.split("|")[2:-1] for line in figures.quality_table(results).splitlines()[2:7]
+        line.split("|")[1].strip(): line.split("|")[2:-1] for line in figures.quality_table(results).splitlines()[2:8]
     }
     assert [cell.strip() for cell in rows["sliding window"]] == ["", "", "63", "38 %", "17 %"]
     assert not "".join(rows["dense attention"]).strip()

@@ -11,7 +11,6 @@ import torch
 from checks import assert_close, make_model, refused
 from torch.utils.data import Dataset
 from transformers import (
-    ContinuousBatchingConfig,
     DataCollatorWithFlattening,
     GenerationConfig,
     Trainer,
@@ -345,16 +344,6 @@ def test_the_returned_dict(model, how, rows):
     if rows == 6:
         assert result.sequences_scores.shape == (2,)
         assert result.beam_indices.shape == (2, 11)
-
-
-def test_continuous_batching_says_why_not(model):
-    """Its paged cache holds whole texts."""
-    settings = GenerationConfig(max_new_tokens=3, eos_token_id=28, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
-    results = model.float().generate_batch([[1, 2, 3], [4, 5]], settings, small, warmup=False)
-    assert len(results) == 2
-    assert all("LongNet" in x.error or "attn_implementation" in x.error for x in results.values())
-    assert not any(x.generated_tokens for x in results.values())
 
 
 def test_streamers_get_every_token(model, prompts):
