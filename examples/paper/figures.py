@@ -61,8 +61,8 @@ DISTANCE = "tokens between passage and question"
 # The README's table of quality: title, and the patterns of the cells of text and of recall.
 LONGER = " trained 4 times as long"
 QUALITY = [
-    ("LongNet, window, then 1 key in 16", "w136 2048/16:1 once", "w136_2048-16q1_once" + LONGER),
-    ("LongNet, window, then 1 key in 8", "w256 2048/8:1 once", "w64_2048-8q1_once" + LONGER),
+    ("LongNet, window of 136, 1 key in 16", "w136 2048/16:1 once", "w136_2048-16q1_once" + LONGER),
+    ("LongNet, window (256; 64 in recall), 1 key in 8", "w256 2048/8:1 once", "w64_2048-8q1_once" + LONGER),
     ("LongNet, the paper's pattern", "512/1 2048/2 8192/4 32768/8", "longnet" + LONGER),
     ("sliding window", "w192", "window" + LONGER),
     ("Sparse Transformer", "sparse", "sparse" + LONGER),
