@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.json")
 # The tests that see each module; together they take seconds.
 TARGETS = {
-    "branches": ["test_branches.py"],
+    "branches": ["test_branches.py", "test_patterns.py"],
     "pattern": ["test_config.py", "test_patterns.py"],
     "products": ["test_patterns.py"],
     "packing": ["test_packing.py", "test_cache.py"],
