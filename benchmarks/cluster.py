@@ -21,6 +21,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -560,36 +561,44 @@ def summary(result: dict) -> str:
     return " ".join(lines)
 
 
+# Columns of words; all others hold numbers.
+_WORDS = ("pattern", "fits", "one device")
+
+
+def _table(header: str, rows: Iterable[str]) -> str:
+    """Return a Markdown table; cells are separated by " | "."""
+    rule = " | ".join("---" if name in _WORDS else "---:" for name in header.split(" | "))
+    return "\n".join(f"| {line} |" for line in (header, rule, *rows))
+
+
 def _plan_table(rows: list[dict], capacity: float) -> str:
-    lines = [
-        "| tokens | devices | pattern | tokens a device | GB a device | fits | received a layer (from other nodes) "
-        "| a step | from devices | exchange, ms | own attention, ms | step, s | computing |",
-        "| ---: | ---: | --- |" + " ---: |" * 2 + " --- |" + " ---: |" * 7,
-    ]
+    lines = []
     for x in rows:
         memory = sum(x["memory"].values())
         lines.append(
-            f"| {x['tokens']:,} | {x['devices']:,} | {x['pattern']} | {x['shard']:,} | {memory / 1e9:.0f} | "
+            f"{x['tokens']:,} | {x['devices']:,} | {x['pattern']} | {x['shard']:,} | {memory / 1e9:.0f} | "
             f"{'yes' if memory <= capacity else 'no'} | {_size(x['received'])} ({_size(x['received_between'])}) | "
             f"{_size(x['step_bytes'])} | {x['messages']:,} | {x['exchange'][0] * 1e3:.2f} | {x['own'] * 1e3:.2f} | "
-            f"{x['seconds'][0]:.2f} | {x['computing']:.0%} |"
+            f"{x['seconds'][0]:.2f} | {x['computing']:.0%}"
         )
-    return "\n".join(lines)
+    header = (
+        "tokens | devices | pattern | tokens a device | GB a device | fits | received a layer (from other nodes) | "
+        "a step | from devices | exchange, ms | own attention, ms | step, s | computing"
+    )
+    return _table(header, lines)
 
 
 def _gather_table(rows: list[dict]) -> str:
-    lines = [
-        "| tokens | devices | pattern | a node receives | each key once | exchange, ms | in two steps, ms | step, s "
-        "| with two steps, s |",
-        "| ---: | ---: | --- |" + " ---: |" * 6,
-    ]
-    for x in rows:
-        lines.append(
-            f"| {x['tokens']:,} | {x['devices']:,} | {x['pattern']} | {_size(x['node_between'])} | "
-            f"{_size(x['node_once'])} | {x['exchange'][0] * 1e3:.2f} | {x['exchange'][1] * 1e3:.2f} | "
-            f"{x['seconds'][0]:.3f} | {x['seconds'][1]:.3f} |"
-        )
-    return "\n".join(lines)
+    header = (
+        "tokens | devices | pattern | a node receives | each key once | exchange, ms | in two steps, ms | step, s | "
+        "with two steps, s"
+    )
+    lines = (
+        f"{x['tokens']:,} | {x['devices']:,} | {x['pattern']} | {_size(x['node_between'])} | {_size(x['node_once'])} | "
+        f"{x['exchange'][0] * 1e3:.2f} | {x['exchange'][1] * 1e3:.2f} | {x['seconds'][0]:.3f} | {x['seconds'][1]:.3f}"
+        for x in rows
+    )
+    return _table(header, lines)
 
 
 def _where_it_pays(rows: list[dict]) -> str:
@@ -605,28 +614,28 @@ def _where_it_pays(rows: list[dict]) -> str:
 
 
 def _check_table(checks: list[dict]) -> str:
-    lines = ["| one device | predicted | measured | predicted / measured |", "| --- | ---: | ---: | ---: |"]
+    lines = []
     for x in checks:
         cells = [f"{x[y] / 1e9:.1f} GB" if "unit" in x else f"{x[y] * 1e3:.1f} ms" for y in ("predicted", "measured")]
-        lines.append(f"| {x['what']} | {cells[0]} | {cells[1]} | {x['predicted'] / x['measured']:.2f} |")
-    return "\n".join(lines)
+        lines.append(f"{x['what']} | {cells[0]} | {cells[1]} | {x['predicted'] / x['measured']:.2f}")
+    return _table("one device | predicted | measured | predicted / measured", lines)
 
 
 def _process_table(measured: list[dict]) -> str:
-    lines = [
-        "| processes | pattern | received a layer | a shard alone, ms | predicted: mean of computing, ms "
-        "| slowest process, ms | measured, median (least to most), ms | measured / mean |",
-        "| ---: | --- |" + " ---: |" * 6,
-    ]
+    lines = []
     for x in measured:
         shared, alone = (spread([1e3 * s for s in x["samples"][name]]) for name in ("shared", "alone"))
         mean, slowest = 1e3 * x["shared_cores"], 1e3 * x["slowest"]
         measured_ms = f"{shared.median:.0f} ({shared.least:.0f} to {shared.most:.0f})"
         lines.append(
-            f"| {x['processes']} | {x['pattern']} | {_size(x['received'])} | {alone.median:.0f} | {mean:.0f} | "
-            f"{slowest:.0f} | {measured_ms} | {shared.median / mean:.2f} |"
+            f"{x['processes']} | {x['pattern']} | {_size(x['received'])} | {alone.median:.0f} | {mean:.0f} | "
+            f"{slowest:.0f} | {measured_ms} | {shared.median / mean:.2f}"
         )
-    return "\n".join(lines)
+    header = (
+        "processes | pattern | received a layer | a shard alone, ms | predicted: mean of computing, ms | "
+        "slowest process, ms | measured, median (least to most), ms | measured / mean"
+    )
+    return _table(header, lines)
 
 
 def tables(result: dict) -> str:

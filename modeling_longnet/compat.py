@@ -60,7 +60,7 @@ except ImportError:
 HAS_TRITON_GDC = gdc_wait is not None
 
 # --- Accelerate: the state that Accelerator and Trainer share. Checked with 1.15.
-# Without `_shared_state` the public constructor returns the same state, slower, and FSDP needs an accelerator.
+# Without `_shared_state` the public constructor returns the same state, slower, and FSDP does not run on CPUs.
 # `SequenceSharding` overrides the private hook `_validate_accelerator`, which otherwise refuses sizes above 1 on a CPU.
 try:
     from accelerate.parallelism_config import ParallelismConfig

@@ -91,7 +91,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _check_weights(state: dict[str, Tensor], progress: bool) -> None:
-    """Raise ValueError for weights that are no plain numbers. This is where a file's numbers are read."""
+    """Raise ValueError for weights that are not plain dense numbers. Reads all values of the files."""
     if wrong := {name: x for name, x in state.items() if not _is_plain(x)}:
         found = "; ".join(f"{name} ({tuple(x.shape)}, {x.layout}, {x.dtype})" for name, x in wrong.items())
         allowed = ", ".join(map(str, DTYPES))

@@ -169,8 +169,10 @@ class Pattern(NamedTuple):
             )
             return f"Branches {branches}: {reach}."
         shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
-        near = f"the last {self.window_size}" if is_causal else f"{self.window_size - 1} on either side, of the"
-        return f"A query sees {near} tokens{shown}."
+        near = f"the last {self.window_size} tokens"
+        if not is_causal:
+            near = f"the tokens up to {self.window_size - 1} on either side"
+        return f"A query sees {near}{shown}."
 
     @staticmethod
     def _phase(w: int, inner: int, inner_phase: int) -> int:

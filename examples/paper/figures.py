@@ -38,7 +38,7 @@ from examples.drawing import (
 )
 
 from .cells import sweep_score
-from .patterns import RIVALS, Pattern, count_computed_keys, count_keys, file_name, make_pattern
+from .patterns import LONGER, RIVALS, Pattern, count_computed_keys, count_keys, file_name, make_pattern
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FULL = ROOT / "examples" / "paper" / "results" / "full"
@@ -59,7 +59,6 @@ NAMES[SUMMARIES] = "window and\nsummaries"
 MOST_LINES = 5  # in a panel
 DISTANCE = "tokens between passage and question"
 # The README's table of quality: title, and the patterns of the cells of text and of recall.
-LONGER = " trained 4 times as long"
 QUALITY = [
     ("LongNet, window of 136, 1 key in 16", "w136 2048/16:1 once", "w136_2048-16q1_once" + LONGER),
     ("LongNet, window (256; 64 in recall), 1 key in 8", "w256 2048/8:1 once", "w64_2048-8q1_once" + LONGER),

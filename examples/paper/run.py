@@ -29,7 +29,7 @@ from benchmarks.measure import describe_run
 
 from ..evaluate_perplexity import write_whole
 from .cells import Text, load_documents, run_base_cell, run_text_cell, sweep_score, weights_fit
-from .patterns import RIVALS, file_name
+from .patterns import LONGER, RIVALS, file_name
 from .recall import run_recall_cell
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,11 +67,10 @@ FULL = {
     "recall": {"length": 2048, "tokens": 1 << 20, "least": 32},
     "recall_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "recall_sweep_tokens": 1 << 19,
-    # More training; other offsets; other work (one far branch, a longer first one, more rate than heads); about equal
-    # work with a longer first segment ((256, 1) and (2048, 4) is what LongNetConfig.for_context(2048, effort=192) gives
-    # for 4 heads) or with more branches.
+    # Other offsets; other work (one far branch, a longer first one, more rate than heads); about equal work with a
+    # longer first segment ((256, 1) and (2048, 4) is for_context(2048, effort=192, paper=True) for 4 heads) or
+    # with more branches.
     "recall_variants": {
-        "trained 4 times as long": {"tokens": 1 << 22},
         "blocked": {"head_offsets": "blocked"},
         "128,2048 by 1,4": {"branches": [[128, 2048], [1, 4]]},
         "512,2048 by 1,4": {"branches": [[512, 2048], [1, 4]]},
@@ -282,7 +281,7 @@ def long_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
     """Recall of written patterns and their best rivals with more training."""
     rate, longer = settings["written_rates"]["recall"], settings["long_recall"]
     return {
-        f"recall-{file_name(name)} trained 4 times as long-{seed}": recall_cell(settings, "recall", name, seed, rate)
+        f"recall-{file_name(name)}{LONGER}-{seed}": recall_cell(settings, "recall", name, seed, rate)
         | {"tokens": longer["tokens"]}
         for name in longer["patterns"]
     }
