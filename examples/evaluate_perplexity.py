@@ -253,6 +253,11 @@ def evaluate_contexts(
     return {**metric.compute(), "targets": targets, "seconds": seconds}
 
 
+def format_error(value: float, error: float, digits: int) -> str:
+    """A value +- its standard error, which one block alone does not have (NaN)."""
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +- {error:.{digits}f}")
+
+
 def format_table(results: dict) -> str:
     """A line for each context length; errors are one standard error."""
     lines = [
@@ -262,7 +267,7 @@ def format_table(results: dict) -> str:
     ]
     for row, context in enumerate(results["contexts"]):
         cells = [
-            f"{results[name][row]:.{digits}f} +- {results[name + '_error'][row]:.{digits}f}"
+            format_error(results[name][row], results[name + "_error"][row], digits)
             for name, digits in (
                 ("perplexity", 2),
                 ("bits_per_byte", 4),
@@ -297,7 +302,7 @@ def format_comparison(results: dict[str, dict]) -> str:
     width = max(22, *map(len, names)) + 2
     lines = ["context" + "".join(f"{name:>{width}}" for name in names)]
     for row, context in enumerate(results[names[0]]["contexts"]):
-        cells = (f"{r['perplexity'][row]:.2f} +- {r['perplexity_error'][row]:.2f}" for r in results.values())
+        cells = (format_error(r["perplexity"][row], r["perplexity_error"][row], 2) for r in results.values())
         lines.append(f"{context:>7}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 

@@ -508,3 +508,8 @@ def test_demo_then_long_documents(packages, tmp_path, monkeypatch):
     assert all(f"\n{name}:\n" in (tuned / "samples.md").read_text() for name in ("the document", *names))
     for length in (128, 512):
         assert LongNetForCausalLM.from_pretrained(tuned / str(length)).config.use_cache
+
+
+def test_one_block_has_no_error():
+    assert evaluate_perplexity.format_error(3.14159, float("nan"), 2) == "3.14"
+    assert evaluate_perplexity.format_error(3.14159, 0.5, 2) == "3.14 +- 0.50"
