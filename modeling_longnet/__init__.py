@@ -9,6 +9,7 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .dilate import DilatedCache, use_dilated_attention
 from .dilated_attention import dilated_attention
+from .exporting import ExportableDecoder
 from .image_encoder import LongNetForImageClassification, LongNetImageConfig, LongNetImageEncoder
 from .modeling_longnet import (
     LongNetForCausalLM,
@@ -42,6 +43,7 @@ def __getattr__(name: str):
 __version__ = "0.1.0"
 __all__ = [
     "DilatedCache",
+    "ExportableDecoder",
     "LongNetCache",
     "LongNetConfig",
     "LongNetForCausalLM",

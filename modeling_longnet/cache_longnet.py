@@ -8,7 +8,7 @@ the current segment in slot j; a new segment begins again at slot 0. A window of
 Letters: B batch, L new columns, H query heads, G key/value heads, D head dimension, P slots in all, n branches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -342,12 +342,20 @@ def _slot_table(sizes: tuple[int, ...], device: torch.device) -> tuple[np.ndarra
     return begin, torch.from_numpy(branch).to(device), torch.from_numpy(number).to(device)
 
 
-class _SlotCounts:
-    """How many slots of each branch queries see, as arrays over the n branches of a layer."""
+class SlotCounts:
+    """How many slots of each branch queries see, as arrays over the n branches of a layer.
 
-    def __init__(self, branches: tuple[Branch, ...], num_heads: int):
+    They are NumPy's, which are fast at this size, or, given a device, tensors that a graph can trace.
+    """
+
+    def __init__(self, branches: tuple[Branch, ...], num_heads: int, device: torch.device | None = None):
+        self.xp = np if device is None else torch  # the functions below exist in both
+
+        def array(values):
+            return np.array(values) if device is None else torch.tensor(np.array(values), device=device)
+
         def column(values):  # (heads or 1, 1, n)
-            return np.array(list(values)).T.reshape(-1, 1, len(branches))
+            return array(np.array(list(values)).T.reshape(-1, 1, len(branches)))
 
         self.w, self.r, self.phase, self.window = (
             column([getattr(b, name)] for b in branches) for name in ("w", "r", "phase", "is_window")
@@ -359,44 +367,47 @@ class _SlotCounts:
         self.offset = column(b.offsets for b in branches)
         self.query_rate = column([b.query_rate or b.r] for b in branches)
         self.query_offset = column(self._of_heads(b.query_offsets or b.offsets, num_heads) for b in branches)
-        self.repeat = num_heads // self.offset.shape[0]
+        self.zero, self.one = column([0] for _ in branches), column([1] for _ in branches)
+        self.kv_head = array(self._of_heads(range(self.offset.shape[0]), num_heads))  # of each query head
 
     @staticmethod
-    def _of_heads(offsets: tuple[int, ...], num_heads: int) -> np.ndarray:
-        return np.repeat(offsets, num_heads // len(offsets))
+    def _of_heads(values: Sequence[int], num_heads: int) -> np.ndarray:
+        return np.repeat(values, num_heads // len(values))
 
-    def rows(self, end: np.ndarray, position: np.ndarray) -> np.ndarray:
+    def rows(self, end, position):
         """Return how many kept keys of the segment of `position` lie before the position `end`; (B, G, L, n)."""
         begin = position - (position + self.phase) % self.w  # of the segment; the sequence begins at 0
-        kept, ghosts = (-((self.offset - n) // self.r) for n in (end - begin, np.maximum(-begin, 0)))
-        return np.maximum(kept, 0) - np.maximum(ghosts, 0)
+        ends = end - begin, self.xp.maximum(-begin, self.zero)
+        kept, ghosts = (self.xp.maximum(-((self.offset - n) // self.r), self.zero) for n in ends)
+        return kept - ghosts
 
-    def seen(self, positions: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def seen(self, positions, ends):
         """Return the first slot that queries see, and the number of the last one plus 1: (B, H, L, n) each.
 
         Takes positions (B, L) and ends (B, 1): the slots hold what lies before `ends`, a window from the oldest on.
         """
+        where, maximum, minimum = self.xp.where, self.xp.maximum, self.xp.minimum
         position, ends = positions[:, None, :, None], ends[:, None, :, None]
-        limit = np.minimum(position - self.after_window + 1, ends)
-        into = (position + self.after_phase) % np.maximum(self.after_segment, 1)
-        limit = np.where(self.after_segment > 0, np.minimum(limit, position - into), limit)
-        last = np.maximum(self.rows(limit, position), 0).repeat(self.repeat, 1)
+        limit = minimum(position - self.after_window + 1, ends)
+        into = (position + self.after_phase) % maximum(self.after_segment, self.one)
+        limit = where(self.after_segment > 0, minimum(limit, position - into), limit)
+        last = maximum(self.rows(limit, position), self.zero)[:, self.kv_head]
         kept = ((position + self.phase) % self.w) % self.query_rate == self.query_offset
-        held = np.minimum(ends, np.where(ends > position, self.w, self.w - 1))  # tokens of a window
-        first = np.where(self.window, np.maximum(0, position - self.w + 1 - (ends - held)), 0)
-        return first + 0 * last, np.where(self.window, held, np.where(kept, last, 0))
+        held = minimum(ends, where(ends > position, self.w, self.w - 1))  # tokens of a window
+        first = where(self.window, maximum(position - self.w + 1 - (ends - held), self.zero), self.zero)
+        return first + 0 * last, where(self.window, held, where(kept, last, self.zero))
 
-    def own_slot(self, positions: np.ndarray) -> np.ndarray:
+    def own_slot(self, positions):
         """Return the slot of each token (B, 1) in its branches, -1 where a head does not keep it: (B, G, 1, n)."""
         position = positions[:, None, :, None]
         place = (position + self.phase) % self.w
-        row = np.where(place % self.r == self.offset, self.rows(position + 1, position) - 1, -1)
-        return np.where(self.window, position % self.w, row)
+        row = self.xp.where(place % self.r == self.offset, self.rows(position + 1, position) - 1, -self.one)
+        return self.xp.where(self.window, position % self.w, row)
 
 
 @lru_cache(maxsize=64)
-def _slot_counts(branches: tuple[Branch, ...], num_heads: int) -> _SlotCounts:
-    return _SlotCounts(branches, num_heads)
+def _slot_counts(branches: tuple[Branch, ...], num_heads: int) -> SlotCounts:
+    return SlotCounts(branches, num_heads)
 
 
 class LongNetCache(Cache):

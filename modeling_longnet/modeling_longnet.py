@@ -271,7 +271,7 @@ class LongNetModel(LongNetBackbone):
             # The language model passes its labels along, to be compared in the same collective.
             labels = {name: kwargs.get(name) for name in ("labels", "shift_labels")}
             check_same_batch(shard.group, **inputs, position_ids=position_ids, **labels)
-        embeds = self._embed(input_ids, inputs_embeds, shard)
+        embeds = self.embed(input_ids, inputs_embeds, shard)
         backend = self.backend(embeds, kwargs.get("output_attentions", self.config.output_attentions))
         if shard is not None:
             if self.training and self.config.drop_path_rate:
@@ -281,7 +281,7 @@ class LongNetModel(LongNetBackbone):
                 )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
         else:
-            # torch.export takes no cache in or out: its lengths are Python numbers, which a program would freeze.
+            # torch.export takes no cache in or out: its lengths are Python numbers. `ExportableDecoder` has tensors.
             if cache is None and use_cache and self.config.is_causal and not torch.compiler.is_exporting():
                 cache = LongNetCache(self.config)
             if cache is not None:
@@ -289,7 +289,9 @@ class LongNetModel(LongNetBackbone):
             context = make_context(self.config, embeds, backend, attention_mask, position_ids, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.encode(embeds, context), **{CACHE: cache})
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, shard: Shard | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, shard: Shard | None = None
+    ) -> Tensor:
         """Return the (B, L, E) embeddings of this process's part of the batch."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")

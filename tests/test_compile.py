@@ -4,7 +4,14 @@ import pytest
 import torch
 from checks import assert_close, make_model
 
-from modeling_longnet import LongNetCache, LongNetForCausalLM, LongNetForMaskedLM, chunked_loss
+from modeling_longnet import (
+    ExportableDecoder,
+    LongNetCache,
+    LongNetForCausalLM,
+    LongNetForMaskedLM,
+    chunked_loss,
+    parse_pattern,
+)
 from modeling_longnet.compat import CACHE
 
 RAGGED = torch.ones(3, 21, dtype=torch.int64)
@@ -138,6 +145,47 @@ def test_exported_for_any_size(implementation, is_masked):
             actual, expected = program(**inputs), model(**inputs, use_cache=False)
             real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             assert_close("logits", actual.logits[real], expected.logits[real], 1e-11)
+
+
+ROPE = {"position_embedding": "rope"}
+PATTERNS = {
+    "paper": {},
+    "more rate than heads": {"segment_lengths": [4, 12], "dilation_rates": [3, 8], "num_key_value_heads": 2},
+    "window and summaries": ROPE | parse_pattern("w3 6/2:1 12/4:1 once"),
+    "all remedies": ROPE | parse_pattern("w4 8/2 16/4 rotate stagger once") | {"num_hidden_layers": 2},
+    "window alone": ROPE | parse_pattern("w5") | {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS)
+def test_exported_decoding(fields):
+    """A program continues a padded prompt, and begins anew, past every segment: the logits of the whole text."""
+    model = make_model(LongNetForCausalLM, **{"num_hidden_layers": 1} | fields)
+    ids, mask = make_ids(3, 40), torch.ones(3, 40, dtype=torch.int64)
+    mask[0, :4] = 0
+    decode = ExportableDecoder(model)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        state = decode.state(cache=getattr(model(ids[:, :7], attention_mask=mask[:, :7]), CACHE))
+        program = torch.export.export(decode, (ids[:, :1], *state)).module()
+        for column in range(7, 40):
+            logits, *state = program(ids[:, column : column + 1], *state)
+            assert_close(f"column {column}", logits[:, 0], expected[:, column], 1e-11)
+        whole, state = model(ids).logits, decode.state(batch_size=3)
+        for column in range(40):
+            logits, *state = program(ids[:, column : column + 1], *state)
+            assert_close(f"column {column}", logits[:, 0], whole[:, column], 1e-11)
+
+
+def test_an_exported_decoder_refuses_what_does_not_fit():
+    model = make(LongNetForCausalLM)
+    decode = ExportableDecoder(model)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(1, 2\)"):
+        decode(make_ids(1, 2), *decode.state())
+    other = make(LongNetForCausalLM, num_key_value_heads=2)
+    cache = getattr(other(make_ids()), CACHE)
+    with pytest.raises(ValueError, match="another config"):
+        decode.state(cache=cache)
 
 
 def test_a_cache_is_not_exported():

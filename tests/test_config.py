@@ -109,6 +109,8 @@ def test_a_field_that_was_spoilt_later_is_not_saved(tmp_path):
     ("segments_lengths", "segment_lengths"),
     ("sliding_window", "window_size"),
     ("window", "window_size"),
+    ("pattern", "**parse_pattern(...)"),
+    ("once", "keys_once"),
     ("rope_parameters", "rope_theta"),
     ("head_dim", "num_attention_heads"),
     ("dilation_rate", "dilation_rates"),
