@@ -27,6 +27,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -402,8 +404,10 @@ def with_config(make, config_class, **fields):
             ["attention sinks"],
         ),
         (with_config(LlamaForCausalLM, LlamaConfig, is_causal=False), ["bidirectional attention"]),
+        (lambda: T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_ff=8)), ["made of several models"]),
+        (lambda: LongNetForCausalLM(LongNetConfig(vocab_size=8, num_hidden_layers=1)), ["does not support"]),
     ],
-    ids=["mistral", "qwen2-windows", "chunked", "gemma2", "deepseek", "gpt-oss", "bidirectional"],
+    ids=["mistral", "qwen2-windows", "chunked", "gemma2", "deepseek", "gpt-oss", "bidirectional", "t5", "longnet"],
 )  # fmt: skip
 def test_what_has_no_dilated_form_is_refused_by_name(make, words):
     model = make()
@@ -539,6 +543,9 @@ def test_calls_that_do_not_fit_are_refused():
     read(model, ids, **{CACHE: cache})
     with refused("cannot go on from a cache"):
         read(model, ids, position_ids=torch.arange(9)[None], **{CACHE: cache})
+    dense = dilated(backend="eager")
+    with refused("DilatedCache needs a fast backend"):
+        read(dense, ids, **{CACHE: DilatedCache(dense)})
     model = make_model()
     model.model.layers[0].self_attn.attention_dropout = 0.1
     with refused("attention_dropout=0"):
