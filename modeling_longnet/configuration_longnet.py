@@ -21,6 +21,8 @@ from .saving import merging
 
 logger = logging.getLogger(__name__)
 MOST_LAYERS = 10_000  # more are no plan but a damaged file, and would be built for hours
+MOST_LABELS = 1 << 20
+LARGEST_INTEGER = (1 << 63) - 1
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
 # Names that TorchScale and other models give to these fields.
 _OTHER_NAMES = {
@@ -197,6 +199,9 @@ class LongNetConfig(PreTrainedConfig):
         self.query_rates = None if self.query_rates is None else list(self.query_rates)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        labels = kwargs.get("num_labels")
+        if isinstance(labels, int) and labels > MOST_LABELS:  # Transformers names each of them
+            raise ValueError(f"num_labels={labels} must be at most {MOST_LABELS}.")
         kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
         with refusing_damage("the config"):
             super().__post_init__(**kwargs)
@@ -363,6 +368,8 @@ class LongNetConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not is_allowed(value):
                 raise ValueError(f"{name}={value} {rule}.")
+            if isinstance(value, int) and value > LARGEST_INTEGER:
+                raise ValueError(f"{name}={value} must be at most {LARGEST_INTEGER}, the largest int64.")
 
     def _check_name(self, field: str, allowed: Iterable[str]) -> None:
         value = getattr(self, field)

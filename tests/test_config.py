@@ -32,6 +32,8 @@ BAD = [
     ({"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
     ({"num_hidden_layers": 1 << 31}, ["num_hidden_layers=2147483648", "at most 10000"]),
     ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
+    ({"xpos_scale_base": 10**30}, ["xpos_scale_base=1000000", "the largest int64"]),
+    ({"num_labels": 1 << 63}, ["num_labels=9223372036854775808", "at most 1048576"]),
     ({"intermediate_size": -1}, ["intermediate_size=-1", "at least 1"]),
     ({"hidden_size": "24"}, ["hidden_size"]),
     ({"is_causal": 1}, ["is_causal"]),

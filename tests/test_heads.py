@@ -108,6 +108,8 @@ def test_the_loss_of_masked_tokens():
     assert_close("in training", training.loss, expected)
     assert training.logits is None
     assert not model.can_generate()
+    with refused("labels are next tokens", "shift_labels"):
+        make_model(LongNetForCausalLM, is_causal=False)(ids, labels=labels)
     with refused("is_causal=False"):
         AutoModelForMaskedLM.from_config(make_config())
 

@@ -20,6 +20,7 @@ from test_hub import run_python
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import (
+    ExportableDecoder,
     LongNetCache,
     LongNetConfig,
     LongNetForCausalLM,
@@ -363,14 +364,14 @@ def test_equals_the_dense_reference(remedy, kind, monkeypatch):
 # Models: forward, cache, generation, streaming.
 
 
-def draw_model(draw: Draw, remedy: str, **fields):
+def draw_model(draw: Draw, remedy: str, model_class=LongNetModel, **fields):
     """A float64 model of three layers on the fast path and its dense reference."""
     pattern = draw_pattern(draw, remedy, fields.get("is_causal", True))
     groups = draw.integer(1, 3)
     heads = groups * draw.integer(1, 2)
     sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
     options = pattern._asdict() | sizes | {"num_hidden_layers": 3, "position_embedding": "rope"} | fields
-    return tuple(make_model(LongNetModel, implementation=name, **options) for name in ("sdpa", "eager"))
+    return tuple(make_model(model_class, implementation=name, **options) for name in ("sdpa", "eager"))
 
 
 def hidden(model, ids, **inputs):
@@ -398,6 +399,27 @@ def test_chunks_steps_and_padding_equal_one_forward(remedy):
                 alone = hidden(reference, ids[row : row + 1, width - n :])[0]
                 what = f"seed {seed}, row {row}, {model.config.segment_lengths}"
                 assert_close(what, torch.cat(parts, 1)[row, width - n :], alone, EXACT)
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_a_state_of_tensors_equals_one_forward(remedy):
+    """`ExportableDecoder`: ragged rows begin in a cache and go on in a state."""
+    for seed in range(12):
+        draw = Draw(seed)
+        model, reference = draw_model(draw, remedy, LongNetForCausalLM)
+        begin = [draw.integer(1, 40) for _ in range(draw.integer(1, 3))]
+        width, steps = max(begin), draw.integer(1, 40)
+        ids = torch.randint(0, 29, (len(begin), width + steps))
+        mask = torch.stack([torch.arange(width) >= width - n for n in begin])
+        decode, parts = ExportableDecoder(model), []
+        with torch.no_grad():
+            state = decode.state(cache=getattr(model(ids[:, :width], attention_mask=mask), CACHE))
+            for column in range(width, width + steps):
+                logits, *state = decode(ids[:, column : column + 1], *state)
+                parts.append(logits)
+            for row, n in enumerate(begin):
+                alone = reference(ids[row : row + 1, width - n :]).logits[0, n:]
+                assert_close(f"seed {seed}, row {row}", torch.cat(parts, 1)[row], alone, EXACT)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
