@@ -537,7 +537,7 @@ def test_calls_that_do_not_fit_are_refused():
         read(model, ids, is_causal=False)
     cache = DynamicCache(config=model.config)
     read(model, ids, **{CACHE: cache})
-    with refused("cannot go on from a cache"):
+    with refused("cannot continue from a cache"):
         read(model, ids, position_ids=torch.arange(9)[None], **{CACHE: cache})
     model = make_model()
     model.model.layers[0].self_attn.attention_dropout = 0.1

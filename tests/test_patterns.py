@@ -807,8 +807,8 @@ def test_a_config_without_the_fields_is_the_papers(tmp_path):
     pytest.param({"query_rates": [1, 3]}, ["query_rates=", "1, 3", "divisor"], id="no divisor"),
     pytest.param({"query_rates": [1, 0]}, ["query_rates=", "1, 0"], id="rate of 0"),
     pytest.param({"query_rates": [1, 8]}, ["query_rates=", "1, 8"], id="above the rate"),
-    pytest.param({"query_rates": [1, 4], "head_offsets": "blocked"}, ["head_offsets alone"], id="blocked rates"),
-    pytest.param({"rotate_offsets": True, "head_offsets": "blocked"}, ["head_offsets alone"], id="blocked rotation"),
+    pytest.param({"query_rates": [1, 4], "head_offsets": "blocked"}, ["head_offsets out"], id="blocked rates"),
+    pytest.param({"rotate_offsets": True, "head_offsets": "blocked"}, ["head_offsets out"], id="blocked rotation"),
     pytest.param({"keys_once": True, "segment_lengths": [8, 20]}, ["nested", "[8, 20]"], id="once, not nested"),
     pytest.param({"keys_once": True, "is_causal": False}, ["keys_once", "is_causal=True"], id="once, encoder"),
 ])  # fmt: skip
