@@ -846,7 +846,7 @@ def test_the_released_implementation_has_the_papers_pattern_alone(fields):
     given = {"segment_lengths": [8, 32], "dilation_rates": [1, 4], "position_embedding": "rope", "is_causal": False}
     with refused("attend_zero_padding=True", *fields):
         LongNetConfig(**given, **fields, attend_zero_padding=True)
-    with refused(*fields, "TorchScale's LongNet", "paper's pattern alone"):
+    with refused(*fields, "TorchScale's LongNet", "only the paper's pattern"):
         to_torchscale(make_model(LongNetModel, **(given | fields | {"position_embedding": "none"})))
     slide = LongNetSlideConfig(
         hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=6, segment_lengths=[8, 32],
