@@ -222,8 +222,8 @@ def layers(count: int):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (make_model, ["dilated attention alone"]),
-        (lambda: layers(1), ["dilated attention alone"]),
+        (make_model, ["only with dilated attention"]),
+        (lambda: layers(1), ["only with dilated attention"]),
         (lambda: use_dilated_attention(make_model(), [8, 32], [1, 4]), ["another config", "(8, 32)"]),
         (lambda: use_dilated_attention(layers(3), *BRANCHES), ["another config", "3)"]),
     ],
@@ -510,7 +510,7 @@ def test_layers_of_different_sizes_are_refused():
 
 def test_arguments_that_do_not_fit_are_refused():
     model = make_model()
-    with refused("segment_lengths and dilation_rates", "notes none"):
+    with refused("segment_lengths and dilation_rates", "stores none"):
         use_dilated_attention(model)
     with refused("one dilation rate for each"):
         use_dilated_attention(model, [4, 8], [1])
@@ -520,7 +520,7 @@ def test_arguments_that_do_not_fit_are_refused():
         use_dilated_attention(model, *BRANCHES, head_offsets="middle")
     with refused("backend='fast'"):
         use_dilated_attention(model, *BRANCHES, backend="fast")
-    with refused("after use_dilated_attention"):
+    with refused("call use_dilated_attention"):
         DilatedCache(model)
     model.set_attn_implementation("dilated")
     with refused("needs branches"):
