@@ -58,7 +58,10 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     shared = {name: tensors[name] for name in _SHARED}
     found = [(x.dim(), x.dtype) for x in shared.values()]
     if found != [(1, torch.int64), (0, torch.int64), (0, torch.int64), (0, torch.bool)] or not len(shared["lengths"]):
-        raise ValueError(f"saved cache: {', '.join(_SHARED)} have (dimensions, dtype) {found}, which do not fit.")
+        raise ValueError(
+            f"saved cache: {', '.join(_SHARED)} have (dimensions, dtype) {found}; expected int64 of 1, 0 and 0 "
+            "dimensions and bool of 0, and a length for at least one row."
+        )
     shared = {name: x.tolist() for name, x in shared.items()}
     lengths, columns, capacity, _ = shared.values()
     needed = min(max(lengths), max(b.w for b in first.branches))
@@ -126,11 +129,15 @@ class StateFile:
         for name, value in self.fields.items():
             if (found := metadata.get(name, self.absent.get(name))) != value:
                 raise ValueError(
-                    f"state file {self.path} belongs to another model: its {name} is {found}, this model's {value}."
+                    f"state file {self.path} belongs to another model: its {name} is {found}, this model's {value}; "
+                    "use that model, or another state_file."
                 )
         self.add_text(tokens[:position])
         if position >= len(tokens) or metadata["text"] != self.text.hexdigest():
-            raise ValueError(f"state file {self.path} belongs to another text: the tokens before {position} differ.")
+            raise ValueError(
+                f"state file {self.path} belongs to another text: the tokens before {position} differ; use that text, "
+                "or another state_file."
+            )
         load_cache_tensors(cache, {name: x.to(self.device) for name, x in tensors.items()})
         if (cache.lengths, cache.get_seq_length()) != ([position], position):
             raise ValueError(

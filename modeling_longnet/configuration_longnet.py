@@ -50,7 +50,7 @@ def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], l
     """Return nested segments and rates that grow by 4 until a segment holds the sequence; rates stop at `heads`."""
     segments, rates = [first], [1]
     while segments[-1] < length:
-        if rates[-1] < heads:  # else a longer segment of the same rate replaces the last one, which adds nothing
+        if rates[-1] < heads:  # at the highest rate a longer segment replaces the last one, which would add nothing
             segments.append(segments[-1])
             rates.append(min(4 * rates[-1], heads))
         segments[-1] *= 4

@@ -294,7 +294,7 @@ def _prefix_columns(
 def _padding_mask(
     *args, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs
 ) -> Tensor | None:
-    """Return the layers' mask: the (B, S) padding mask, or for layers with a window that of Transformers' "sdpa"."""
+    """Return the layers' mask: the (B, S) padding mask, or for layers with a window Transformers' mask for "sdpa"."""
     if local_size is None:
         return attention_mask
     mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]

@@ -63,7 +63,7 @@ class LongNetImageConfig(LongNetConfig):
         super().__post_init__(**kwargs)
 
     def validate_image(self):
-        """Check the sizes of image and patches, and that every patch sees the whole image."""
+        """Check the sizes of image and patches, and that the model is bidirectional and has no vocabulary."""
         sizes = "image_size", "patch_size", "num_channels"
         self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_numbers(["num_classes"], lambda number: number >= 0, "must be at least 0")

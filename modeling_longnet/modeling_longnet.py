@@ -42,7 +42,7 @@ from .sharding_accelerate import SequenceSharded
 from .sharding_plan import Shard
 
 
-# Written `torch.nn.Module`: Transformers 5.24 takes a file with `class ...Attention(nn.Module)` for one that ignores
+# Written `torch.nn.Module`: Transformers 5.24 believes that a file with `class ...Attention(nn.Module)` ignores
 # set_attn_implementation.
 class LongNetAttention(torch.nn.Module):
     """Projections, positions, dilated attention, and sub-LN's inner norm before the output projection."""
@@ -316,7 +316,7 @@ class LongNetModel(LongNetBackbone):
                 "generate() and use_cache=True create it."
             )
         if not self.config.is_causal:
-            raise ValueError("a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones.")
+            raise ValueError("a model with is_causal=False has no cache, as its tokens see later ones; pass none.")
         cache.check(self.config, batch)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(

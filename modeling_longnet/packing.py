@@ -120,11 +120,8 @@ def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) ->
     holes = (counts > 0) & (last - first != counts)
     if holes.any():
         row = int(holes.nonzero()[0])
-        sides = (
-            'on the left, as new tokens follow (tokenizer.padding_side = "left")'
-            if columns
-            else "on the left or right only"
-        )
+        left = 'on the left, as new tokens follow (tokenizer.padding_side = "left")'
+        sides = left if columns else "on the left or right only"
         raise ValueError(
             f"attention_mask row {row} has holes: its {int(counts[row])} real tokens lie between columns "
             f"{int(first[row])} and {int(last[row])}. They must lie side by side; pad {sides}, or pack documents with "
@@ -167,7 +164,7 @@ def _cut_row(row: int, ids: Tensor, begin: int, end: int, start: int, columns: i
     # Position ids may count columns instead, as in Transformers' models for padded batches.
     if ids[begin] not in (start, columns + begin):
         raise ValueError(
-            f"position_ids row {row} begin at {int(ids[begin])}, but the cache holds {start} tokens: they must begin "
+            f"position_ids row {row} begin at {int(ids[begin])}; after {start} tokens in the cache they must begin "
             f"at {start}. Packed documents, and positions with gaps, cannot continue from a cache."
         )
     return [begin, *inner, end]

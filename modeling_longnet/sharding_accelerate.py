@@ -103,7 +103,7 @@ def _accelerate_group() -> "dist.ProcessGroup | None":
         raise ValueError(
             f"a {type(parallelism).__name__} with cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size} cuts "
             "sequences in a way that LongNet's segments cannot use; pass parallelism_config=SequenceSharding() "
-            "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments, which takes its "
+            "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments; it takes its "
             "sizes from the launch configuration."
         )
     return accelerator_state()["device_mesh"]["cp"].get_group()

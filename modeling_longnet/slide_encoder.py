@@ -59,7 +59,7 @@ class LongNetSlideConfig(LongNetConfig):
     pooling_norm_eps: float = 1e-6
 
     def validate_slide(self):
-        """Check the grid, and that every token sees the whole slide."""
+        """Check the grid, and that the model is bidirectional, with no positions of its own and no vocabulary."""
         sizes = "tile_features", "tile_size", "grid_size"
         self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_name("pooling", POOLING)
