@@ -122,7 +122,7 @@ class StateFile:
         self.stamp = stamp(self.path)
 
     def load(self, cache, tokens: Tensor) -> tuple[int, float]:
-        """Fill the cache; return the position in the text and the total, 0 and 0.0 if there is no file."""
+        """Fill the cache; return the position in the text and the sum of log-probabilities: (0, 0.0) without a file."""
         if not self.path.exists():
             return 0, 0.0
         tensors, metadata, position, total = read_state_file(self.path)

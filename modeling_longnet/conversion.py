@@ -55,7 +55,7 @@ def read_state(source: Path) -> dict[str, Tensor]:
         if re.match("(?i)unsupported (global|class)", reason):
             raise ValueError(
                 f"{source} is not a file of plain tensors, and reading it as a pickle could run code, so it is refused "
-                f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
+                f"({reason}). Save only the state dict: torch.save(model.state_dict(), path)."
             ) from error
         raise ValueError(f"{source} is damaged, cut short, or not a file of plain tensors ({reason}).") from error
     while isinstance(state, dict) and len(found := [k for k in ("model", "state_dict", "module") if k in state]) == 1:

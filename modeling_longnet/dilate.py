@@ -120,7 +120,7 @@ def _check_model(model: PreTrainedModel) -> None:
     """Raise ValueError if the model has a part without a dilated form; the message names it."""
     config, name = model.config, type(model).__name__
     if config.get_text_config() is not config or config.is_encoder_decoder:
-        raise ValueError(f"{name} is made of several models; give its text decoder alone.")
+        raise ValueError(f"{name} is made of several models; pass only its text decoder.")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not support attn_implementation functions.")
     found = _parts_without_dilated_form(model)
@@ -142,7 +142,7 @@ def _parts_without_dilated_form(model: PreTrainedModel) -> list[str]:
     dense = 'layer_types=["full_attention"] * num_hidden_layers'
     found = [f"layers of the type {kind!r} ({dense})" for kind in sorted(layer_types - {_DILATED, _LEFT})]
     if layer_types == {_LEFT}:
-        found.append(f"sliding windows alone ({dense})")
+        found.append(f"only sliding windows ({dense})")
     if window is not None and not layer_types:
         found.append(f"a sliding window in every layer, of {window} tokens (sliding_window=None)")
     if softcap is not None:

@@ -334,7 +334,7 @@ def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise on values that are no token ids, which on a GPU would trigger a device-side assert."""
+    """Raise on values that are not token ids, which on a GPU would trigger a device-side assert."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
     if torch.compiler.is_compiling() or transforms_are_active() or ids.device.type == "meta":
@@ -418,7 +418,7 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
                 "logits with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get this "
                 "rank's logits (gather_sequence concatenates them)."
             )
-        # Trainer passes skip_logits in evaluations with use_liger_kernel that need the loss alone.
+        # Trainer passes skip_logits in evaluations with use_liger_kernel that need only the loss.
         returns_logits = self._returns_logits() and not kwargs.get("skip_logits")
         if logits_to_keep is None and (targets is None or (shard is None and returns_logits)):
             logits_to_keep = 0

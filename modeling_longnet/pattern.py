@@ -208,7 +208,7 @@ def parse_pattern(words: str) -> dict[str, object]:
     """Return the arguments of `dilated_attention`, `LongNetConfig` or `use_dilated_attention` for a written pattern.
 
     Raises:
-        ValueError: names the word that is no part of a pattern.
+        ValueError: names the word that is not part of a pattern.
 
     Example:
         >>> parse_pattern("w256 2048/8:1 once")["window_size"]

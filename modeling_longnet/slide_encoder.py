@@ -318,7 +318,7 @@ class LongNetSlideEncoder(LongNetBackbone):
         return of_queries, counts, zero_keys
 
     def _attention_map(self, layer: LongNetBlock, hidden_states: Tensor, columns, counts, zero_keys) -> Tensor:
-        """Return the (B, H, Q, K) weights of a layer's dense attention, for the requested queries alone."""
+        """Return the (B, H, Q, K) weights of a layer's dense attention, for the requested queries only."""
         attention, scale = layer.self_attn, self.config.head_dim**-0.5
         hidden_states = layer.self_attn_layer_norm(hidden_states)
         query = attention.project(_gather_columns(hidden_states, columns), attention.q_proj).transpose(1, 2)

@@ -379,7 +379,7 @@ def with_config(make, config_class, **fields):
         ),
         (
             with_config(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-            ["sliding windows alone", 'layer_types=["full_attention"] * num_hidden_layers'],
+            ["only sliding windows", 'layer_types=["full_attention"] * num_hidden_layers'],
         ),
         (
             with_config(Qwen3ForCausalLM, Qwen3Config, layer_types=["full_attention", "chunked_attention"]),
