@@ -21,10 +21,10 @@ from .branches import Branch, Chunk, flatten_branch, prefix_lengths, unflatten_b
 
 
 class AttentionPlan(NamedTuple):
-    """What the op computes: which chunks of the tensors' rows, over which branches, and how.
+    """The chunks, the branches and the options of one call of the op. Tokens in no chunk get out 0.
 
-    `zero_padding` attends to the zero keys of the released implementation (bidirectional only). Tokens in no chunk get
-    out 0. In a compiled graph that reads a mask the chunks are a tensor, a row for each (`packing.find_chunks`).
+    With `zero_padding`, queries also attend to the zero keys of the released implementation (bidirectional only). In a
+    compiled graph with a mask or position ids, `chunks` is a tensor with one row per chunk (`packing.find_chunks`).
     """
 
     chunks: tuple[Chunk, ...] | Tensor
@@ -35,13 +35,13 @@ class AttentionPlan(NamedTuple):
     zero_padding: bool = False
 
     def flatten(self) -> tuple:
-        """Return the plan as the operators' schema takes it."""
+        """Return the plan as arguments of the operators' schema."""
         chunks = () if isinstance(self.chunks, Tensor) else self.chunks
         return [*chain(*chunks)], [*chain(*map(flatten_branch, self.branches))], *self[2:]
 
     @classmethod
     def unflatten(cls, table: Tensor | None, chunks: list[int], branches: list[int], *others) -> "AttentionPlan":
-        """Return the plan from what `flatten` made of it, and the chunks if they are a tensor."""
+        """Rebuild the plan from the values of `flatten`; `table` holds the chunks if they are a tensor."""
         size = len(Chunk._fields)
         chunks = chunks if table is None else table[table[:, 0] < table[:, 1]].flatten().tolist()
         chunks = tuple(Chunk(*chunks[i : i + size]) for i in range(0, len(chunks), size))
@@ -49,13 +49,13 @@ class AttentionPlan(NamedTuple):
 
 
 class HaloKV(NamedTuple):
-    """Prefix or halo: keys and values outside the chunks that their queries see, in the segments that a chunk cuts.
+    """Halo: the keys and values outside the chunks that their queries see, in the segments that chunk borders cut.
 
     A prefix is before the chunks, in a cache or on other devices; a suffix is after them, on other devices.
 
     Attributes:
-        key, value: (B, G, P, D). The P slots are the branches' slots one after another; in each, slot j of head g holds
-            its j-th kept token of that segment before (after) the chunk. Slots that a head lacks are never read.
+        key, value: (B, G, P, D). The P slots are those of each branch in turn; within a branch, slot j of head g holds
+            its j-th kept token of the segment before (after) the chunk. Slots that a head lacks are never read.
         slots: number of slots of each branch.
     """
 
@@ -131,7 +131,7 @@ def backward_chunks(
 ) -> Grads:
     """Return the gradients of `forward_chunks` for query, key and value, in the dtype of the sum.
 
-    `grad_out` is contiguous, `lse` the merged one, `saved` the backend's `prepare_backward` of the merged out.
+    `grad_out` is contiguous. `lse` is merged over all branches, `saved` is `prepare_backward` of the merged out.
     """
     grads = tuple(_accumulator(x, plan) for x in (query, key, value))
     for _, call in _branch_calls(plan):
@@ -169,9 +169,9 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? halo_key, Tensor? hal
 
 
 def register_operator(schema: str, function: Callable, fake: Callable, reads_values: bool = False) -> Callable:
-    """Register an operator and return it. `fake` gives a compiler the shapes of its results.
+    """Register an operator and return it. `fake` returns empty results, whose shapes and dtypes a compiler reads.
 
-    One that reads values of its inputs waits for the GPU, which a CUDA graph cannot hold.
+    Set `reads_values` if it reads its inputs' values: that waits for the GPU, which a CUDA graph cannot capture.
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_values else ())
@@ -181,13 +181,13 @@ def register_operator(schema: str, function: Callable, fake: Callable, reads_val
 
 
 def _check_prefix(plan: AttentionPlan, slots: list[int]) -> None:
-    """Raise ValueError unless each branch has a slot for every token before the chunks; kernels read that many."""
+    """Raise ValueError if a branch has fewer prefix slots than the kernels read."""
     needed = prefix_lengths(plan.branches, *(chunk.start for chunk in plan.chunks))
     for branch, least, given in zip(plan.branches, needed, slots or repeat(0), strict=False):
         if given < least:
             raise ValueError(
                 f"branch ({branch.w}, {branch.r}) has {given} slots in `prefix`; the chunks begin inside a segment and "
-                f"need {least}. The order is that of `make_branches`."
+                f"need {least}. List the branches in the order of `make_branches`."
             )
 
 
@@ -234,7 +234,7 @@ _attend_backward = register_operator(
 
 
 def _vmap(function, info, dims, *inputs):
-    """Apply one of the functions below under vmap: its dimension joins the batch, and the chunks are repeated."""
+    """Apply one of the functions below under vmap: the mapped dimension joins the batch; the chunks are repeated."""
     *tensors, slots, plan = inputs
     size, plan = info.batch_size, AttentionPlan.unflatten(None, *plan)
     for i, (x, dim) in enumerate(zip(tensors, dims, strict=False)):
@@ -265,7 +265,7 @@ class _DilatedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        # A compiled graph is never differentiated again.
+        # A compiled graph is never differentiated twice.
         run = _DilatedAttentionBackward.forward if torch.compiler.is_compiling() else _DilatedAttentionBackward.apply
         grads = run(grad_out.contiguous(), *ctx.saved_tensors, ctx.slots, ctx.plan)
         return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 3
@@ -299,7 +299,7 @@ class _DilatedAttentionBackward(torch.autograd.Function):
         return _vmap(_DilatedAttentionBackward, info, dims, *inputs)
 
 
-# PyTorch reads the signature in every call, and inspecting it takes longer than launching a kernel.
+# PyTorch reads the signature in every call. Set it once: inspecting it takes longer than launching a kernel.
 for _function in (_DilatedAttention, _DilatedAttentionBackward):
     _function.forward.__signature__ = inspect.signature(_function.forward)
 
@@ -315,7 +315,7 @@ def _strided(x: Tensor) -> Tensor:
 def attend_chunks(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, prefix: HaloKV | None = None
 ) -> Tensor:
-    """Dilated attention of chunks with their prefixes by a fast backend: training, prefill and packed documents.
+    """Compute dilated attention of chunks and their prefixes on a fast backend: training, prefill, packed documents.
 
     Args:
         query: (B, L, H, D). key, value: (B, L, G, D), same dtype, positions already applied.
@@ -323,7 +323,7 @@ def attend_chunks(
             a chunk begins inside a segment.
 
     Returns:
-        (B, L, H, D) in the query's dtype. Differentiable in q, k, v and the prefix, once.
+        (B, L, H, D) in the query's dtype. Differentiable once, in query, key, value and prefix.
     """
     *halo, slots = prefix or (None, None, ())
     tensors = [None if x is None else _strided(x) for x in (query, key, value, *halo)]

@@ -1,4 +1,4 @@
-"""What every layer's attention needs from a batch, made once in a forward pass.
+"""What the attention of every layer needs to know about a batch, computed once per forward pass.
 
 Letters: B batch, L tokens, H query heads, G key/value heads, D head dimension, P cached slots (0 without a cache).
 """
@@ -31,9 +31,9 @@ class AttentionContext:
         cache: the bounded cache to read and extend.
         steps: one per layer in a decoding step of one token per batch row, else empty.
         sharded: one per plan if other processes hold parts of the same sequences, else empty.
-        counts: one per plan, (B or 1, G or H, L, P + L), in how many branches a query sees each cached slot and each
-            key of the batch; dense reference only.
-        zero_keys: (B, G, L), the zero keys of the released implementation per query; dense reference only.
+        counts: one per plan, (B or 1, G or H, L, P + L), the number of branches in which a query sees each cached
+            slot and each key of the batch; dense reference only.
+        zero_keys: (B, G, L), the number of zero keys of the released implementation per query; dense reference only.
     """
 
     plans: tuple[AttentionPlan, ...]
@@ -45,7 +45,7 @@ class AttentionContext:
     zero_keys: Tensor | None = None
 
     def of_layer(self, of_plans: tuple, layer_idx: int):
-        """Return a layer's own of what there is once per plan."""
+        """Return a layer's entry of a tuple that has one entry per plan."""
         return of_plans[layer_idx if len(of_plans) > 1 else 0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +106,7 @@ def make_context(
     starts, columns = (None, 0) if cache is None else (cache.lengths or [0] * batch, cache.get_seq_length())
     packing = pack(batch, length, embeds.device, attention_mask, position_ids, starts, columns)
     if backend == "eager" and isinstance(packing.chunks, Tensor) and not torch.compiler.is_exporting():
-        # Dense attention reads the documents alone: let them depend on the operator, or a graph drops its checks.
+        # Dense attention reads the documents only: make them depend on the operator, or a graph drops its checks.
         is_checked = packing.chunks.sum().to(embeds.device) >= 0
         packing = packing._replace(documents=packing.documents.where(is_checked, -1))
     rotary = make_rotary(config, packing.positions, autocast_dtype(embeds))
@@ -134,13 +134,13 @@ def make_sharded_context(
     """
     if backend == "eager":
         raise ValueError(
-            'the dense reference, attn_implementation="eager" (or what backend "auto" fell back to), cannot share a '
-            'sequence among processes; use attn_implementation="sdpa".'
+            'the dense reference (attn_implementation="eager", or "sdpa" where no fast backend runs) cannot shard a '
+            'sequence; use attn_implementation="sdpa" and a dtype and device on which a fast backend runs.'
         )
     batch, device = embeds.shape[0], embeds.device
     chunks, packing = pack_shard(shard, batch, device, attention_mask, position_ids)
     plans, rotary = _plans(config, packing, backend), make_rotary(config, packing.positions, autocast_dtype(embeds))
-    # A group in the cache of `plan_exchange` would outlive its destruction.
+    # `plan_exchange` caches its arguments: a process group among them would outlive its destruction.
     local = shard._replace(group=None)
     exchanges = (plan_exchange(local, chunks, x.branches, x.is_causal, batch, device) for x in plans)
     return AttentionContext(plans, rotary, sharded=tuple(GroupExchange(shard.group, x) for x in exchanges))

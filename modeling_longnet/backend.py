@@ -19,12 +19,12 @@ class BranchCall(NamedTuple):
         keys: "chunk" for the chunk's own keys, "prefix" or "suffix" for those of the first or last segment that lie
             before or after the chunk.
         is_causal: a query sees no later key. In the paper's pattern a query of the first (last) segment sees all of its
-            head's prefix (suffix), and other queries see none of it; see `Branch` for patterns beyond it.
+            head's prefix (suffix), and other queries see none of it. For other patterns see `Branch`.
         scale: factor of the scores, above 0.
         zero_padding: also attend to the zero keys of the released implementation (with keys="chunk" only).
         is_first: this call covers every token of the chunk and none was written yet: overwrite instead of merging.
-        overlaps: the previous call wrote none of query, key and value, so a GPU kernel may start before that one ends.
-            It waits before it reads or writes a result (programmatic dependent launch).
+        overlaps: the previous call wrote none of query, key and value, so a GPU kernel may start before that call ends
+            and wait for it only before reading or writing results (programmatic dependent launch).
     """
 
     chunk: Chunk

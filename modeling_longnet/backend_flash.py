@@ -24,7 +24,7 @@ class FlashAttentionBackend(StridedBackend):
         if query.dtype not in (torch.float16, torch.bfloat16):
             return f"flash-attn computes in float16 and bfloat16, not in {query.dtype}; use 'torch'"
         if query.shape[-1] % 8 or query.shape[-1] > 256:
-            return f"flash-attn takes head dimensions that are multiples of 8 up to 256, not {query.shape[-1]}"
+            return f"flash-attn needs a head dimension divisible by 8, up to 256, not {query.shape[-1]}; use 'auto'"
         return None
 
     def forward(self, query, key, value, is_causal, scale) -> list[Part]:
@@ -37,7 +37,7 @@ class FlashAttentionBackend(StridedBackend):
         grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
         inputs = (grad_out, query, key, value, out, lse.contiguous(), *grads, 0.0, scale)
-        # Without it dq is summed by atomics, in no fixed order.
+        # Otherwise dq is summed by atomics, in no fixed order.
         deterministic = torch.are_deterministic_algorithms_enabled()
         flash_attn_backward(*inputs, causal=is_causal, deterministic=deterministic, **_NO_WINDOW)
         return tuple(x.transpose(1, 2) for x in grads)

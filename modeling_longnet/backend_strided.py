@@ -42,9 +42,9 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
 
 
 def strided_view(x: Tensor, view: View, chunk: Chunk, column: int) -> Tensor:
-    """Return what a view shows of a (B, L, heads, ...) tensor as a strided (B, n, h, seqlen, ...) one.
+    """Return the tokens that `view` shows of x, (B, L, heads, ...), as a strided (B, n, h, seqlen, ...) tensor.
 
-    `column` is that of the chunk's first token, or 0 in a halo.
+    `column` is the column of the chunk's first token, or 0 in a halo.
     """
     batch_stride, token_stride, head_stride, *dim_strides = x.stride()
     first = (column + view.first) * token_stride + view.head * head_stride + chunk.batch_begin * batch_stride
@@ -71,14 +71,14 @@ def _product_calls(call: BranchCall, product: Product, of_queries: list[Tensor],
 
 
 def _whole_views(call: BranchCall, product: Product, *tensors: Tensor, keys: tuple[int, ...]) -> list[Tensor]:
-    """Return the (batch, h, seqlen, ...) views of a product that one kernel call computes; `keys` are those tensors."""
+    """Return the (batch, h, seqlen, ...) views of a product for one kernel call; `keys` are indices of key tensors."""
     views = (product.keys if i in keys else product.queries for i in range(len(tensors)))
     column = call.chunk.column_begin
     return [strided_view(x, view, call.chunk, column).flatten(0, 1) for x, view in zip(tensors, views, strict=True)]
 
 
 def _reversed(rows: slice, seqlen: int) -> slice:
-    """Return the rows that are these when counted backwards."""
+    """Return the slice of the rows that `rows` selects when counted from the last row."""
     begin, end, _ = rows.indices(seqlen)
     return slice(seqlen - end, seqlen - begin)
 
@@ -163,7 +163,7 @@ class StridedBackend(Backend):
                         queries, new_out, new_lse = _reversed(queries, q.shape[2]), new_out.flip(2), new_lse.flip(2)
                     _write(is_first, o[:, :, queries], s[:, :, queries], new_out, new_lse)
             if call.zero_padding and product.padding:
-                # n zero keys have out 0 and lse ln(n). They are constants: backward, they act through lse alone.
+                # n zero keys have out 0 and lse ln(n). They are constants: backward they act through lse only.
                 o, s = (strided_view(x, product.queries, call.chunk, call.chunk.column_begin) for x in (out, lse))
                 merge_(o, s, torch.zeros_like(o), torch.full_like(s, product.padding).log_())
         return out, lse
@@ -187,7 +187,7 @@ class StridedBackend(Backend):
                 parts = self.backward(g, q, *inputs[5:7], o, s, is_causal, call.scale, **product.mask())
                 dq, dk, dv = (part.flip(2) if is_reversed else part for part in parts)
                 _sum(views[4], dq, call.is_first and product.is_first)
-                # The keys of neighbouring bands overlap, `step` apart.
+                # Bands of keys overlap: each begins `step` keys after the one before. Add `step` keys at a time.
                 step = product.queries.seqlen if product.band else dk.shape[2]
                 for begin in range(0, dk.shape[2], step):
                     keys = slice(begin, begin + step)
@@ -198,7 +198,7 @@ class StridedBackend(Backend):
     def is_whole(self, call: BranchCall, product: Product, query: Tensor, key: Tensor) -> bool:
         """Return True if one kernel call computes every head and token, in the order of memory.
 
-        Not in half precision, which is slower this way (benchmarks/README.md).
+        Half precision is excluded: it is slower this way (benchmarks/README.md).
         """
         batch, length, heads = query.shape[:3]
         queries, keys = product.queries, product.keys

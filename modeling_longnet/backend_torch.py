@@ -16,9 +16,9 @@ from .compat import (
     cuda_flash_backward,
 )
 
-# Of a causal call that is split, the first queries see their own keys; the others are a second call under a mask.
+# A causal call that is split: the first _SPLIT queries are one causal call, the others a second call with a mask.
 _SPLIT = 256
-# Over fewer keys than a vector register holds, the CPU kernel returns out 0 and lse 0 where all scores are NaN.
+# With fewer keys than a vector register holds, the CPU kernel returns out 0 and lse 0 where all scores are NaN.
 _VECTOR = 16
 _KERNELS = {
     "cpu": (cpu_flash, cpu_flash_backward),
@@ -30,8 +30,8 @@ class TorchBackend(StridedBackend):
     """PyTorch's kernels on CPU and CUDA.
 
     Args:
-        split_seqlens: causal attention over so many tokens takes two CPU calls. The CPU kernel computes whole blocks of
-            512 keys, so one call costs as much as attention without a mask (benchmarks/README.md).
+        split_seqlens: causal attention over this many tokens takes two CPU calls. The CPU kernel computes whole blocks
+            of 512 keys, so one call costs as much as attention without a mask (benchmarks/README.md).
         gathered_bytes: up to this size, half-precision slices are made contiguous before a CPU kernel, which is faster
             copies included (benchmarks/README.md); larger copies would cost memory.
     """
@@ -46,11 +46,11 @@ class TorchBackend(StridedBackend):
         if None in _KERNELS[device]:
             return f"PyTorch {torch.__version__} has no attention kernel that returns its log-sum-exp; use 'eager'"
         if not query.is_floating_point():
-            return f"dtype {query.dtype} is no floating-point type"
+            return f"dtype {query.dtype} is not a floating-point dtype"
         if device == "cuda" and query.dtype == torch.float64:
             return "PyTorch's CUDA kernels have no float64; use float32, or 'eager'"
         if device == "cuda" and query.shape[-1] % 8:
-            return f"PyTorch's CUDA kernels take head dimensions of a multiple of 8, not {query.shape[-1]}; use 'eager'"
+            return f"PyTorch's CUDA kernels need a head dimension divisible by 8, not {query.shape[-1]}; use 'eager'"
         return None
 
     def splits_queries(self, query, seqlen):
@@ -134,7 +134,7 @@ def join_tokens(*parts: Tensor) -> Tensor:
 
 
 def _uses_flash(query: Tensor) -> bool:
-    """Flash takes half precision, head dimensions that are multiples of 8 up to 256, and Ampere or newer."""
+    """Return True if flash runs: half precision, D a multiple of 8 up to 256, a GPU of Ampere or newer."""
     fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 <= query.shape[-1] <= 256
     return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 

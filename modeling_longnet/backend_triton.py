@@ -78,7 +78,7 @@ class _Launch(NamedTuple):
         """Launch on the tensors' device: Triton itself launches on the current one."""
         is_current = self.device.type != "cuda" or self.device.index == torch.cuda.current_device()
         with nullcontext() if is_current else torch.cuda.device(self.device):
-            # enable_fp_fusion is the default up to Triton 3.9 and no longer in 3.10.
+            # Explicit, since enable_fp_fusion is on by default only up to Triton 3.9.
             self.kernel[self.programs, 1, 1](*tensors, **self.arguments, enable_fp_fusion=True)
 
 
@@ -101,7 +101,7 @@ def _padded_dim(dim: int) -> int:
 def _offset_tables(branch: Branch, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Return the offset of each key/value head, and those of each query head: int32 on the device; None if all are 0.
 
-    None for the queries also where their offsets are those of their keys. The query offsets of a head are adjacent.
+    For queries also None if they are kept at their keys' offsets. The query offsets of a head are adjacent.
     """
     if branch.r == 1:
         return None, None
@@ -111,7 +111,7 @@ def _offset_tables(branch: Branch, device: torch.device) -> tuple[Tensor | None,
 
 
 class _Place(NamedTuple):
-    """Where a chunk lies in the segments of a branch: the kernels' arguments of these names.
+    """Where a chunk lies in the segments of a branch, as the kernel arguments of the same names.
 
     `prefix` and `suffix` are the tokens before and after the chunk in its first and its last segment.
     """
@@ -152,7 +152,7 @@ def _visibility(call: BranchCall, prefix: int) -> dict[str, object]:
     gap, span, shift = branch.after_window, branch.after_segment, 0
     if branch.is_window:
         gap, span = 0 if call.is_causal else 1 - branch.w, branch.w
-    elif span:  # not negative, so that the remainder is not, from the first token of the prefix on
+    elif span:  # keeps the kernels' remainders at 0 or above, from the first token of the prefix on
         shift = (start + branch.after_phase) % span + -(-prefix // span) * span
     return {"VISIBLE": _visible(call), "gap": gap, "span": span, "span_shift": shift}
 
@@ -238,7 +238,7 @@ class TritonBackend(Backend):
             return f"the Triton kernels take head dimensions up to 256, not {dim}; use 'eager'"
         if device.type == "cuda" and (available := _shared_memory(device)) < _MIN_SHARED_MEMORY:
             needed = f"{_MIN_SHARED_MEMORY >> 10} KB of shared memory per block"
-            return f"the Triton kernels need {needed}, and this GPU has {available >> 10}; use 'torch'"
+            return f"the Triton kernels need {needed}, and this GPU has {available >> 10} KB; use 'torch'"
         return None
 
     def forward_branch(

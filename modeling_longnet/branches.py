@@ -18,10 +18,10 @@ class Branch(NamedTuple):
     Attributes:
         w, r, offsets: key/value head g keeps every r-th token of a segment as keys, from offsets[g] on.
         query_rate, query_offsets: query head h keeps every query_rate-th token as queries, from query_offsets[h] on.
-            0 and empty: the tokens that its keys are kept at (the paper).
-        phase: the first token of a sequence stands at this place of its segment; none lies before it.
-        is_window: no segments; a query sees the last w tokens, itself included.
-        after_window: if above 0, a query sees no key among its last `after_window` tokens: a window shows those.
+            0 and empty: queries are kept where their keys are (the paper).
+        phase: place of the sequence's first token in its segment; the places before it are empty.
+        is_window: no segments; a query sees the last w tokens, itself included (bidirectional: w - 1 after it too).
+        after_window: if above 0, a query sees no key among its last `after_window` tokens, which a window covers.
         after_segment, after_phase: if above 0, a query sees no key in its segment of the branch with this w and phase.
     """
 
@@ -38,7 +38,7 @@ class Branch(NamedTuple):
 
     @property
     def covers_all(self) -> bool:
-        """Whether every token sees a key: itself."""
+        """Whether every token sees at least one key, itself."""
         return self.r == 1 and not self.after_window and not self.after_segment
 
 
@@ -50,7 +50,7 @@ def flatten_branch(branch: Branch) -> list[int]:
 
 @lru_cache(maxsize=256)
 def unflatten_branches(numbers: tuple[int, ...]) -> tuple[Branch, ...]:
-    """Return the branches whose `flatten_branch` one after another make these numbers."""
+    """Rebuild branches from the concatenated lists of `flatten_branch`."""
     branches, i = [], 0
     while i < len(numbers):
         groups, heads = numbers[i : i + 2]
@@ -77,19 +77,19 @@ class Chunk(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of the chunk."""
+        """Number of tokens."""
         return self.column_end - self.column_begin
 
     @property
     def batch(self) -> int:
-        """Batch rows of the chunk."""
+        """Number of batch rows."""
         return self.batch_end - self.batch_begin
 
 
 class View(NamedTuple):
     """Heads `head + i * head_step` for i < heads, in `segments` segments, `segment_step` tokens apart.
 
-    Row j of such a head is token `first + i * token_step + j * rate` of the chunk, or that slot of a halo.
+    Row j of the i-th head is token `first + i * token_step + j * rate` of the chunk, or that slot of a halo.
     """
 
     first: int
@@ -159,7 +159,7 @@ def whole_batch(batch: int, length: int) -> tuple[Chunk, ...]:
 
 
 class Part(NamedTuple):
-    """What of a branch's segments lies in a chunk: one partial segment, or whole ones.
+    """The part of a branch's segments that lies in a chunk: one partial segment, or several whole ones.
 
     Attributes:
         begin: first token, counted from the start of the chunk.
@@ -202,8 +202,8 @@ def even_runs(specs: list[tuple], strides: Sequence[int], largest_step: int) -> 
 
     Args:
         specs: per head two numbers that may be evenly spaced, such as its first query and first key, then counts.
-        strides: of which heads, so far apart, a run may be made.
-        largest_step: between two neighbours of a run; a view takes no negative stride.
+        strides: candidate distances between neighbouring heads of a run.
+        largest_step: the most by which either number may grow between neighbours; a view takes no negative stride.
 
     Returns:
         The stride, and (first head, heads, step of each of the two numbers) of each run.
@@ -229,7 +229,7 @@ def _even_runs(specs: list[tuple], stride: int, largest_step: int) -> list[tuple
 
 
 def head_strides(heads: int, r: int) -> list[int]:
-    """Return which heads may be evenly spaced: adjacent ones, interleaved ones, blocked ones."""
+    """Return the candidate distances between evenly spaced heads: adjacent, interleaved or blocked."""
     return sorted({1, min(r, heads), math.ceil(heads / r)})
 
 
@@ -246,7 +246,7 @@ def _key_specs(chunk: Chunk, branch: Branch, part: Part) -> list[tuple[int, ...]
 def chunk_slices(chunk: Chunk, branch: Branch) -> tuple[Slice, ...]:
     """Return all kept keys of a branch in a chunk, in as few slices as possible.
 
-    Where queries have offsets of their own, slices without a key tell what lies before and after the chunk.
+    Where queries have their own offsets, slices without a key are kept: their prefix and suffix still count.
     """
     slices = []
     for part in [] if branch.is_window else cut_at_borders(chunk, branch):

@@ -2,9 +2,10 @@
 
 Tensors of a cache: "{i}.keys" and "{i}.values" (B, G, P, D) of layer i; "lengths" (B,), "columns", "capacity" and
 "ends_in_padding", equal in all layers; "branches" (n, 2 + G), each w, r and the offset per key/value head (for
-patterns beyond the paper the numbers of `flatten_branch`, a row for each layer). A state file
-is a safetensors file of these with B = 1. Its metadata are "position", "total" (a hexadecimal float), "text" (SHA-256
-of the tokens before the position), the fields of `_model_fields`, and "sha256" of all this.
+patterns beyond the paper the numbers of `flatten_branch`, a row for each layer).
+
+A state file is a safetensors file of these with B = 1. Its metadata are "position", "total" (a hexadecimal float),
+"text" (SHA-256 of the tokens before the position), the fields of `_model_fields`, and "sha256", the hash of all these.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ def cache_to_tensors(cache) -> dict[str, Tensor]:
     """Return a copy of everything that the `LongNetCache` holds."""
     first = cache.layers[0]
     if not first.is_initialized:
-        raise ValueError("an empty cache has nothing to save.")
+        raise ValueError("the cache is empty: run a forward pass with it before saving it.")
     cache.check_whole()
     tensors = {name: torch.tensor(getattr(first, name)) for name in _SHARED}
     tensors["branches"] = torch.tensor(_branch_table(cache))
@@ -48,7 +49,7 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     first = cache.layers[0]
     names = [f"{i}.{name}" for i in range(len(cache.layers)) for name in ("keys", "values")]
     if set(tensors) != {*names, *_SHARED, "branches"}:
-        raise ValueError(f"a saved cache of {len(cache.layers)} layers was expected; found {sorted(tensors)}.")
+        raise ValueError(f"expected a saved cache of {len(cache.layers)} layers; found {sorted(tensors)}.")
     if (branches := tensors["branches"].tolist()) != _branch_table(cache):
         raise ValueError(
             f"saved cache: its branches, each (w, r, offset of each key/value head), are {branches}; this model's are "
@@ -57,12 +58,15 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     shared = {name: tensors[name] for name in _SHARED}
     found = [(x.dim(), x.dtype) for x in shared.values()]
     if found != [(1, torch.int64), (0, torch.int64), (0, torch.int64), (0, torch.bool)] or not len(shared["lengths"]):
-        raise ValueError(f"saved cache: {', '.join(_SHARED)} have (dimensions, dtype) {found}, which do not fit.")
+        raise ValueError(
+            f"saved cache: {', '.join(_SHARED)} have (dimensions, dtype) {found}; expected int64 of 1, 0 and 0 "
+            "dimensions and bool of 0, and a length for at least one row."
+        )
     shared = {name: x.tolist() for name, x in shared.items()}
     lengths, columns, capacity, _ = shared.values()
     needed = min(max(lengths), max(b.w for b in first.branches))
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
-        raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} contradict.")
+        raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} do not agree.")
     sample = tensors[names[0]]
     expected = (
         (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]),
@@ -70,7 +74,7 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
     )
     for name in names:
         if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
-            raise ValueError(f"saved cache: {name} has shape {given}; expected {expected}.")
+            raise ValueError(f"saved cache: {name} has (shape, dtype) {given}; expected {expected}.")
     for i, layer in enumerate(cache.layers):
         layer.keys, layer.values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
         layer.map_slots(torch.clone)
@@ -79,7 +83,7 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
 
 
 def _branch_table(cache) -> list[list[int]]:
-    """Return w, r and offsets of each branch; if there is more to them, `flatten_branch` of those of each layer."""
+    """Return w, r and offsets of each branch; beyond the paper's pattern, `flatten_branch` of each layer's branches."""
     layers = [layer.branches for layer in cache.layers]
     plain = [Branch(b.w, b.r, b.offsets) for b in layers[0]]
     if all(list(branches) == plain for branches in layers):
@@ -88,7 +92,7 @@ def _branch_table(cache) -> list[list[int]]:
 
 
 class StateFile:
-    """The state file of one model and one text; each method raises ValueError for what it cannot use."""
+    """The state file of one model and one text; each method raises ValueError for input that it cannot use."""
 
     def __init__(self, path: str | os.PathLike, model):
         self.path = Path(path)
@@ -96,7 +100,7 @@ class StateFile:
             raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists and can be written to.")
         self.stamp = stamp(self.path)
         self.device, self.fields, self.text = model.device, _model_fields(model), hashlib.sha256()
-        # A file of an earlier version lacks newer fields of the config: it means their defaults.
+        # A file from an earlier version lacks newer fields of the config: they had their defaults.
         self.absent = {name: json.dumps(default) for name, default in Pattern._field_defaults.items()}
 
     def add_text(self, tokens: Tensor) -> None:
@@ -118,18 +122,22 @@ class StateFile:
         self.stamp = stamp(self.path)
 
     def load(self, cache, tokens: Tensor) -> tuple[int, float]:
-        """Fill the cache; return the position in the text and the total, 0 and 0.0 if there is no file."""
+        """Fill the cache; return the position in the text and the sum of log-probabilities: (0, 0.0) without a file."""
         if not self.path.exists():
             return 0, 0.0
         tensors, metadata, position, total = read_state_file(self.path)
         for name, value in self.fields.items():
             if (found := metadata.get(name, self.absent.get(name))) != value:
                 raise ValueError(
-                    f"state file {self.path} belongs to another model: its {name} is {found}, this model's {value}."
+                    f"state file {self.path} belongs to another model: its {name} is {found}, this model's {value}; "
+                    "use that model, or another state_file."
                 )
         self.add_text(tokens[:position])
         if position >= len(tokens) or metadata["text"] != self.text.hexdigest():
-            raise ValueError(f"state file {self.path} belongs to another text: the tokens before {position} differ.")
+            raise ValueError(
+                f"state file {self.path} belongs to another text: the tokens before {position} differ; use that text, "
+                "or another state_file."
+            )
         load_cache_tensors(cache, {name: x.to(self.device) for name, x in tensors.items()})
         if (cache.lengths, cache.get_seq_length()) != ([position], position):
             raise ValueError(
@@ -139,7 +147,7 @@ class StateFile:
 
 
 def read_state_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str], int, float]:
-    """Return tensors, metadata, position and total; raise ValueError if the file is damaged or no state file."""
+    """Return tensors, metadata, position and total; raise ValueError if the file is damaged or not a state file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -151,9 +159,8 @@ def read_state_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
             raise ValueError(f"position {position}, fields {sorted(metadata)}")
         return tensors, metadata, position, total
     except (SafetensorError, KeyError, ValueError, OverflowError, OSError) as error:
-        raise ValueError(
-            f"state file {path} is damaged or no state file ({error}); delete it to start anew."
-        ) from error
+        message = f"state file {path} is damaged or not a state file ({error}); delete it to start again."
+        raise ValueError(message) from error
 
 
 def _model_fields(model) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The bounded cache: it keeps the current segment of each branch, which is all that later tokens can see.
 
-After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values per head, not t. Its memory doubles
-from 64 tokens on: at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch keeps the j-th kept token of
-the current segment in slot j; a new segment begins again at slot 0. A window of W tokens keeps position p in slot
-`p mod W`.
+After t tokens a layer holds at most `sum_i ceil(min(w_i, t) / r_i)` keys and values per head, not t. Memory grows by
+doubling, from 64 tokens on: it is at most twice that, and never above `sum_i ceil(w_i / r_i)`. A branch stores the j-th
+kept token of the current segment in slot j; a new segment begins again at slot 0. A window of W tokens stores position
+p in slot `p mod W`.
 
 Letters: B batch, L new columns, H query heads, G key/value heads, D head dimension, P slots in all, n branches.
 """
@@ -29,7 +29,7 @@ from .pattern import Pattern, layer_branches
 
 
 class _Record(NamedTuple):
-    """Enough to take back any columns of some updates."""
+    """What `crop` needs to undo the last columns of some updates."""
 
     before: dict[str, object]  # the layer's attributes before the first of them
     updates: list[tuple[Tensor, Tensor, tuple[Chunk, ...]]]  # keys, values and chunks, as `update` takes them
@@ -76,9 +76,9 @@ class LongNetCacheLayer(CacheLayerMixin):
         return tuple(-(-min(b.w, capacity) // b.r) for b in self.branches)
 
     def map_slots(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace keys and values by what `function` makes of each, writable in and outside of inference mode.
+        """Apply `function` to keys and values. The results can be written in and outside of inference mode.
 
-        If it raises, for lack of memory say, the layer is unchanged.
+        If it raises, because memory is full for example, the layer is unchanged.
         """
         with torch.inference_mode(False):
             self.keys, self.values = function(self.keys), function(self.values)
@@ -95,14 +95,14 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.capacity = capacity
 
     def prefix(self, key_states: Tensor) -> HaloKV | None:
-        """Return what precedes the next tokens, None if nothing; ValueError if their (B, L, G, D) keys do not fit."""
+        """Return the prefix of the next tokens, None if empty; ValueError if their (B, L, G, D) keys do not fit."""
         if not self.is_initialized or not any(self.lengths):
             return None
         self._prepare(key_states)
         return HaloKV(self._in_order(self.keys), self._in_order(self.values), self.slots(self.capacity))
 
     def _in_order(self, slots: Tensor) -> Tensor:
-        """Return (B, G, P, D) slots with those of a window from the oldest token that the next one sees, in order."""
+        """Return (B, G, P, D) slots; those of a window are sorted, from the oldest token that the next one sees."""
         window = self.branches[0].w
         if not self.branches[0].is_window or max(self.lengths) < window:
             return slots
@@ -120,7 +120,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             chunks: where the real tokens are in the L columns, from `packing.pack`.
 
         Returns:
-            The arguments: a bounded cache has no (B, G, all tokens, D) to return.
+            Its arguments, as a bounded cache does not hold the keys and values of all tokens.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -150,7 +150,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _store(self, chunk: Chunk, key_states: Tensor, value_states: Tensor) -> None:
-        """Copy the last tokens of a window, and the kept tokens of a segment that goes on after the chunk."""
+        """Copy the last tokens of a window, and the kept tokens of a segment that continues after the chunk."""
         batch, sizes = slice(chunk.batch_begin, chunk.batch_end), self.slots(self.capacity)
         slots = zip(self.keys.split(sizes, 2), self.values.split(sizes, 2), strict=True)
         for branch, (keys, values) in zip(self.branches, slots, strict=True):
@@ -173,7 +173,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def check_whole(self) -> None:
         """Raise ValueError if writing was interrupted: some slots then hold other tokens than the lengths claim."""
         if self.columns < 0:
-            raise ValueError("an earlier forward was interrupted while it wrote the cache; start a new one.")
+            raise ValueError("an earlier forward pass was interrupted while it wrote this cache; start a new one.")
 
     def _prepare(self, key_states: Tensor) -> None:
         """Move the slots to the model's device; raise ValueError unless new (B, L, G, D) keys fit those held."""
@@ -215,7 +215,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Keep the first `max_length` columns; if negative, remove that many (0: none). Ends the record.
 
         Raises:
-            ValueError: keys before those columns were discarded at the end of their segment.
+            ValueError: keys that the remaining tokens need are gone, or padding hides which to remove.
         """
         back = self.check_crop(max_length)
         if back and self._can_replay(back):
@@ -243,24 +243,24 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Raise ValueError if a key before the last `back` columns was discarded since."""
         if self.ends_in_padding:
             raise ValueError(
-                f"crop({max_length}): padding followed the tokens of a row, and in which of the last {back} columns "
-                "is not kept; keep a copy of the cache from then, or pad on the left."
+                f"crop({max_length}): a row has padding after its tokens, and the cache does not know in which of the "
+                f"last {back} columns; restore an earlier copy of the cache, or pad on the left."
             )
         if min(self.lengths) < back:
             raise ValueError(
                 f"crop({max_length}): the rows hold {self.lengths} tokens, and some row has fewer than the {back} to "
-                "remove; keep a copy of the cache from before that row began."
+                "remove; restore a copy of the cache from before that row began."
             )
         for t, b in product(self.lengths, self.branches):
             if _is_discarded(b, t - back, t):
                 raise ValueError(
                     f"crop({max_length}): removing {back} of {t} tokens needs keys of a "
-                    f"{'window' if b.is_window else 'segment'} of {b.w} tokens, which were discarded since; restore a "
-                    "copy of the cache from then, or feed the text again."
+                    f"{'window' if b.is_window else 'segment'} of {b.w} tokens, which are already discarded; "
+                    "restore an earlier copy of the cache, or feed the text again."
                 )
 
     def _replay(self, record: _Record, kept: int) -> None:
-        """Return to the start of the record and store again what leaves `kept` columns."""
+        """Return to the start of the record, then repeat its updates up to `kept` columns."""
         record_past = self.record_past
         vars(self).update(record.before, record_past=False)
         for keys, values, chunks in record.updates:
@@ -270,7 +270,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.record_past = record_past
 
     def decode(self, query: Tensor, key_states: Tensor, value_states: Tensor, step: DecodingStep, scale: float):
-        """Store one token and attend: one softmax over every slot its heads see (the multiset of Eq. 9-10).
+        """Store one token per row and attend: one softmax over all slots that a head sees (the multiset of Eq. 9-10).
 
         Args:
             query: (B, 1, H, D). key_states, value_states: (B, 1, G, D).
@@ -296,7 +296,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             out = out.masked_fill(~step.covered, 0.0)
         return out.transpose(1, 2)
 
-    # Synchronous, unlike Transformers': beams are reordered on the CPU at once.
+    # Synchronous, unlike Transformers' own: `generate` reorders beams on the CPU right after.
     def prefetch(self) -> None:
         """Move the slots to the device of the model's keys."""
         if self.is_initialized and self.keys.device != self.device:
@@ -308,7 +308,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             self.map_slots(Tensor.cpu)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Let batch row i continue the i-th of these rows, given by number or by a mask."""
+        """Keep these batch rows, in this order; `indices` are row numbers or a mask."""
         if self.is_initialized:
             rows = torch.arange(len(self.lengths), device="cpu")[indices.cpu()]
             index = rows.to(self.keys.device)
@@ -321,7 +321,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch row `repeats` times, side by side."""
+        """Repeat every batch row `repeats` times, copies next to each other."""
         self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
 
@@ -382,9 +382,9 @@ class SlotCounts:
         return kept - ghosts
 
     def seen(self, positions, ends):
-        """Return the first slot that queries see, and the number of the last one plus 1: (B, H, L, n) each.
+        """Return the first slot that queries see and the last one plus 1, counted within a branch: (B, H, L, n) each.
 
-        Takes positions (B, L) and ends (B, 1): the slots hold what lies before `ends`, a window from the oldest on.
+        `positions` is (B, L), `ends` (B, 1). The slots hold the tokens before `ends`; a window's are in order.
         """
         where, maximum, minimum = self.xp.where, self.xp.maximum, self.xp.minimum
         position, ends = positions[:, None, :, None], ends[:, None, :, None]
@@ -437,27 +437,27 @@ class LongNetCache(Cache):
         if given != held:
             raise ValueError(
                 f"the cache belongs to another config: its (pattern, key/value heads, query heads), layers are {held}, "
-                f"the model has {given}."
+                f"the model has {given}; start a new cache."
             )
         if self.lengths and len(self.lengths) != batch:
-            raise ValueError(f"the cache holds {len(self.lengths)} rows, the input has {batch}.")
+            raise ValueError(f"the cache holds {len(self.lengths)} rows, the input has {batch}; start a new cache.")
         self.check_whole()
 
     def check_whole(self) -> None:
         """Raise ValueError if an interrupted forward left a layer half written or behind the others."""
         if len({(layer.columns, layer.capacity) for layer in self.layers}) > 1:
-            raise ValueError("an earlier forward was interrupted and left the cache's layers unequal; start a new one.")
+            raise ValueError("an earlier forward pass was interrupted and left this cache incomplete; start a new one.")
         self.layers[0].check_whole()
 
     def crop(self, max_length: int) -> None:
-        """As `LongNetCacheLayer.crop`; if any layer refuses, none is changed."""
+        """As `LongNetCacheLayer.crop`; if any layer raises, none is changed."""
         for layer in self.layers:  # layers differ in their segments (`stagger_segments`)
             layer.check_crop(max_length)
         super().crop(max_length)
 
     @property
     def lengths(self) -> list[int]:
-        """Real tokens seen in each batch row; empty before the first."""
+        """Real tokens seen in each batch row; empty before the first forward pass."""
         return self.layers[0].lengths
 
     def slots(self) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -517,7 +517,7 @@ class LongNetCache(Cache):
         return cache_to_tensors(self)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Become a copy of the cache that `to_tensors` saved; ValueError, and no change, if they do not fit."""
+        """Load a copy of what `to_tensors` returned; raise ValueError and change nothing if it does not fit."""
         load_cache_tensors(self, tensors)
 
 

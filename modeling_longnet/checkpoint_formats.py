@@ -30,7 +30,7 @@ class CheckpointFormat:
         model_class: the class of its models. LongNetModel includes LongNetForCausalLM.
         defaults: fields of the config that overrides may replace.
         hints: fields that the weights do not determine -> where to find the value.
-        modules: our modules and parameters -> theirs, where names differ. Several with one name there are fused.
+        modules: our modules and parameters -> theirs, where names differ. Several that map to one name are fused there.
         encoder: prefix of the blocks, and of the norm after them, in their names.
         marker: a name beside the encoder by which files are recognised.
         reasons: patterns of "missing NAME" or "unknown NAME" -> what a model with such names has.
@@ -67,7 +67,7 @@ class CheckpointFormat:
         numbers = re.findall(rf"(?m)^{re.escape(inside + self.encoder)}layers\.(\d+)\.", "\n".join(state))
         layers = 1 + max(map(int, numbers))
         if layers > len(state):
-            raise ValueError(f"a name in the file says layer {layers - 1}, and the file holds {len(state)} tensors.")
+            raise ValueError(f"the file names layer {layers - 1} but holds {len(state)} tensors; it may be damaged.")
         return {
             "num_hidden_layers": layers,
             "hidden_size": _size(state, query, -1),
@@ -102,7 +102,7 @@ class CheckpointFormat:
         return result
 
     def transform(self, ours: str, tensor: Tensor, config: LongNetConfig, to_foreign: bool) -> Tensor:
-        """Return a parameter, which has our name `ours`, in their layout (`to_foreign`) or back in ours."""
+        """Return the parameter that we name `ours` in their layout (`to_foreign`) or back in ours."""
         return tensor
 
     def buffers(self, model: LongNetPreTrainedModel) -> dict[str, Tensor]:
@@ -160,10 +160,10 @@ class TorchScaleFormat(CheckpointFormat):
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         lists = config.segment_lengths, config.dilation_rates, heads
         if groups != heads:
-            raise ValueError(f"num_key_value_heads={groups} of {heads}: {self.title} has no shared key/value heads.")
+            raise ValueError(f"num_key_value_heads={groups}: {self.title} has as many as num_attention_heads={heads}.")
         if beyond := Pattern.of(config).beyond:
             given = ", ".join(f"{name}={x!r}" for name, x in beyond.items())
-            raise ValueError(f"{given}: {self.title} has the paper's pattern alone.")
+            raise ValueError(f"{given}: {self.title} has only the paper's pattern.")
         if make_branches(*lists, config.head_offsets) != make_branches(*lists, "blocked"):
             raise ValueError(f"head_offsets={config.head_offsets!r} keeps other tokens than TorchScale's 'blocked'.")
         if config.position_embedding == "rope":
@@ -172,8 +172,8 @@ class TorchScaleFormat(CheckpointFormat):
             raise ValueError(f"rope_theta={config.rope_theta}: TorchScale's xPos has 10000.")
         if config.hidden_act not in ("gelu", "relu", "silu", "swish"):
             raise ValueError(f"hidden_act={config.hidden_act!r}: TorchScale has gelu, relu and swish (silu).")
-        if config.layer_norm_eps != 1e-5 or getattr(config, "pooling_norm_eps", 1e-6) != 1e-6:
-            raise ValueError("the original code's LayerNorms have eps 1e-5, and the pooled one of slides 1e-6.")
+        if (eps := (config.layer_norm_eps, getattr(config, "pooling_norm_eps", 1e-6))) != (1e-5, 1e-6):
+            raise ValueError(f"(layer_norm_eps, pooling_norm_eps)={eps}: the original code has (1e-5, 1e-6).")
         if config.vocab_size and not any(math.isclose(config.embedding_scale, x) for x in (1, config.hidden_size**0.5)):
             raise ValueError(f"embedding_scale={config.embedding_scale}: TorchScale has 1 or sqrt(hidden_size).")
 
@@ -196,7 +196,7 @@ class ProvGigaPathFormat(TorchScaleFormat):
 
 
 class LongViTFormat(TorchScaleFormat):
-    """LongViT, which holds a TorchScale encoder; fine-tuned, all under "model." except `fc_norm` and `head`."""
+    """LongViT, which holds a TorchScale encoder. A fine-tuned file puts all but `fc_norm` and `head` under "model."."""
 
     key, title = "longvit", "LongViT"
     model_class = LongNetImageEncoder
@@ -289,5 +289,5 @@ class FusedLlamaFormat(CheckpointFormat):
             raise ValueError(f"{given}: {self.title} is causal and does not scale embeddings.")
 
 
-# The first that recognises a file reads it. Prov-GigaPath and LongViT also hold TorchScale's names.
+# The first to recognise a file reads it. TorchScale comes after the two formats that include its names.
 FORMATS = [ProvGigaPathFormat(), LongViTFormat(), TorchScaleFormat(), FusedLlamaFormat()]

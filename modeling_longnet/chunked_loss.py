@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _Scale(torch.autograd.Function):
-    """The saved gradient times the loss's, as a function of its own that refuses a second derivative by name."""
+    """The saved gradient times that of the loss, as its own function, so that a second derivative raises."""
 
     @staticmethod
     def forward(grad, saved, x):
@@ -64,8 +64,8 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise NotImplementedError(
-            "the loss of labels has no second derivative: its gradients are computed in the forward pass. Set "
-            "model.logits_with_labels = True, which takes the loss from the logits of every token."
+            "the loss from labels has no second derivative: its gradients are computed in the forward pass. Set "
+            "model.logits_with_labels = True, which computes the loss from the logits of every token."
         )
 
 
@@ -88,7 +88,7 @@ def _plain_sum(hidden: Tensor, targets: Tensor, head: Callable, size: int) -> Te
 
 
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the same sum from the logits (T, V), cast chunk by chunk; differentiable any number of times."""
+    """Return the sum of losses from logits (T, V), cast in chunks; -100 is ignored. Differentiable repeatedly."""
     return _plain_sum(logits, targets, lambda x: x, _tokens_per_chunk(logits, logits.shape[-1]))
 
 
@@ -107,7 +107,7 @@ def _linear_forward(hidden, targets, weight, bias, size, needed):
     total, grad_hidden, *sums = _linear_fake(hidden, targets, weight, bias, size, needed)
     for x in (total, grad_hidden, *sums):
         x.zero_()
-    weight, bias = (None if x is None else x.to(hidden.dtype) for x in (weight, bias))  # under autocast they differ
+    weight, bias = (None if x is None else x.to(hidden.dtype) for x in (weight, bias))  # autocast: their dtypes differ
     for rows in (targets != -100).nonzero().flatten().split(size):
         part, target = hidden[rows], targets[rows, None]
         logits = nn.functional.linear(part, weight, bias).to(precise)
@@ -142,7 +142,7 @@ _linear_loss = register_operator(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`_ChunkedCrossEntropy` of a linear head as one operator of a graph, which cannot call any module's gradient."""
+    """`_ChunkedCrossEntropy` of a linear head as one operator: a compiled graph cannot differentiate a module."""
 
     @staticmethod
     def forward(hidden, targets, weight, bias, size, needed):
@@ -174,7 +174,7 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module, igno
     Returns:
         A scalar in at least float32, differentiable once in `hidden` and the head's parameters.
     """
-    # Hooks and other heads (adapters, quantized weights, FSDP2) end a graph instead.
+    # Hooks and other heads (adapters, quantized weights, FSDP2) cause a graph break instead.
     hooks = head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks
     is_plain = type(head) is nn.Linear and not any(hooks) and type(head.weight) is nn.Parameter
     dtype = autocast_dtype(hidden)

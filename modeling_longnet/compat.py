@@ -29,7 +29,7 @@ cuda_efficient = _aten("_scaled_dot_product_efficient_attention")
 cuda_efficient_backward = _aten("_scaled_dot_product_efficient_attention_backward")
 
 
-# Without it `vmap` over a loss of labels ends in PyTorch's error about control flow.
+# Without it `vmap` over a loss with labels ends in PyTorch's error about control flow.
 def transforms_are_active() -> bool:
     """Return True inside `torch.func` transforms, where no Python decision may depend on a tensor's values."""
     return getattr(torch._C, "_are_functorch_transforms_active", bool)()
@@ -88,7 +88,7 @@ def accelerator_state() -> dict:
 
 
 def use_fsdp_on_cpu() -> None:
-    """Shard parameters as the launch configuration says on CPUs too, where Accelerate would run DDP."""
+    """Apply the launch configuration's FSDP on CPUs too, where Accelerate would run DDP."""
     is_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if is_asked and accelerator_state().get("distributed_type") == DistributedType.MULTI_CPU:
         for state in (PartialState, AcceleratorState):
@@ -118,7 +118,7 @@ except ImportError:  # then config defaults are not merged, and hidden states an
         @wraps(forward)
         def checked(self, *args, output_hidden_states=None, output_attentions=None, **kwargs):
             if output_hidden_states or output_attentions:
-                raise ValueError("this version of Transformers has no capture_outputs to record hidden states with.")
+                raise ValueError("this Transformers has no capture_outputs: request no hidden states or attentions.")
             return forward(self, *args, **kwargs)
 
         return checked
@@ -130,9 +130,9 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 @contextmanager
 def refusing_damage(what: str):
-    """Turn what Transformers and safetensors raise on files that do not hold what they should into a ValueError.
+    """Raise a ValueError that names `what` for the errors of Transformers and safetensors on damaged files.
 
-    Without it a `config.json`, index or weights file that is damaged may end in any of these, without the file's name.
+    A damaged `config.json`, index or weights file may raise any of these, without the file's name.
     """
     try:
         yield

@@ -20,7 +20,7 @@ from .pattern import LONGEST_SEGMENT, Pattern
 from .saving import merging
 
 logger = logging.getLogger(__name__)
-MOST_LAYERS = 10_000  # more are no plan but a damaged file, and would be built for hours
+MOST_LAYERS = 10_000  # more must be a damaged file, and building the model would take hours
 MOST_LABELS = 1 << 20
 LARGEST_INTEGER = (1 << 63) - 1
 POSITION_EMBEDDINGS = ("xpos", "rope", "none")
@@ -47,7 +47,7 @@ _OTHER_NAMES = {
     "attention_backend": "backend",
 }
 OTHER_NAMES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
-# The largest xPos scale: three quarters of a dtype's exponents. The rest is for the values that it multiplies.
+# The largest xPos scale: three quarters of a dtype's exponent range, the rest being for the values it multiplies.
 FLOAT32_SCALE = 2.0**96
 FLOAT16_SCALE = 2.0**12
 
@@ -56,7 +56,7 @@ def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], l
     """Return nested segments and rates that grow by 4 until a segment holds the sequence; rates stop at `heads`."""
     segments, rates = [first], [1]
     while segments[-1] < length:
-        if rates[-1] < heads:  # else a longer segment of the same rate replaces the last one, which adds nothing
+        if rates[-1] < heads:  # at the highest rate a longer segment replaces the last one, which would add nothing
             segments.append(segments[-1])
             rates.append(min(4 * rates[-1], heads))
         segments[-1] *= 4
@@ -74,14 +74,14 @@ def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
         segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
         for keys in (window, window // 2):  # of all branches together
             rates = tuple(min(w, 1 << (w * count // (2 * keys) - 1).bit_length()) for w in segments)
-            # The tokens between two keys of a branch must have been read by what lies before the branch.
+            # A key stands for the r tokens up to it: the window or segment before must be long enough to see them.
             if all(r <= before for r, before in zip(rates, (window, *segments), strict=False)):
                 patterns.append(Pattern(segments, rates, "interleaved", window, (1,) * count, keys_once=is_causal))
     return patterns
 
 
 def _widen_window(pattern: Pattern, length: int, effort: int) -> Pattern:
-    """Return the pattern with the longest window, in steps of 8 tokens to less than twice its size, that fits."""
+    """Widen the window, in steps of 8 tokens to less than twice its size, as far as `effort` allows."""
     sizes = range(pattern.window_size, min(2 * pattern.window_size, pattern.segment_lengths[0]), 8)
     fits = bisect.bisect_right(sizes, effort, key=lambda size: pattern._replace(window_size=size).count_work(length))
     return pattern._replace(window_size=sizes[fits - 1])
@@ -103,15 +103,15 @@ class LongNetConfig(PreTrainedConfig):
         dilation_rates: r of each branch, 1 <= r <= w: a head keeps every r-th token of a segment (Eq. 5).
         head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13), "blocked" is
             TorchScale's `g // ceil(G / r)`, which converted checkpoints need.
-        window_size: a sliding window before the branches: every query sees the last so many tokens. None: no window.
-            Beyond the paper, as the next four; a good choice of all is `LongNetConfig.for_context`.
+        window_size: tokens of a sliding window beside the branches, the query's own included; None: no window.
+            It goes beyond the paper, as do the next four fields; `LongNetConfig.for_context` chooses among them.
         query_rates: for each branch the rate at which queries are kept, a divisor of its dilation rate; 1 lets every
             query see the branch's keys. None: the dilation rates, as in the paper.
-        rotate_offsets: queries and keys of a head are kept at two offsets, which turn from layer to layer, so that any
-            two tokens of a segment meet in some head or layer.
+        rotate_offsets: queries and keys of a head are kept at two offsets, which change from layer to layer, so that
+            any two tokens of a segment meet in some head or layer.
         stagger_segments: odd layers place segment borders half a segment earlier.
         keys_once: a branch leaves out the segment, or window, of the branch before it: no key counts twice. A text
-            within the first branch then gets dense attention. Causal models only.
+            that fits into the first of them then gets dense attention. Causal models only.
         is_causal: decoder (True) or bidirectional encoder (False).
         position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)), "rope"
             (rotation alone) or "none". Positions are taken modulo `position_period`.
@@ -133,8 +133,8 @@ class LongNetConfig(PreTrainedConfig):
             Linear layers follow Magneto (arXiv 2210.06423) in any case.
         use_cache: `forward` returns a `LongNetCache` (never in training with gradient checkpointing).
         tie_word_embeddings: the output projection shares the embedding table.
-        max_position_embeddings: tokens that other tools take for the context (`generate` without a length stops there,
-            lm-eval cuts there); the model ignores it. The default is the longest segment: farther tokens never meet.
+        max_position_embeddings: context length that other tools read (`generate` without a length stops there, lm-eval
+            cuts there); the model ignores it. The default is the longest segment: farther tokens never meet.
 
     Raises:
         StrictDataclassError or ValueError: names the field, the value and what is allowed.
@@ -210,13 +210,13 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        """Read the file as in Transformers; refuse what is no JSON object."""
+        """Read the file as in Transformers; raise ValueError if it holds no JSON object."""
         with refusing_damage("the config"):
             return super().get_config_dict(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Load as in Transformers, which ignores or sets unchecked what `from_pretrained` overrides."""
+        """As in Transformers, but check the overrides of `from_pretrained`, which it ignores or sets unchecked."""
         cls._refuse_near_misses(kwargs)
         with refusing_damage("the config"):
             loaded = super().from_dict(config_dict, **kwargs)
@@ -224,7 +224,7 @@ class LongNetConfig(PreTrainedConfig):
         return loaded
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """As in Transformers, but an interrupted save leaves the former files."""
+        """As in Transformers, but an interrupted save leaves the former files in place."""
         if push_to_hub:  # the upload reads the folder itself
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
         with merging(Path(save_directory)) as scratch:
@@ -232,12 +232,12 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, paper=False, **fields):
-        """Return a configuration whose pattern suits sequences of `length` tokens; print which, and why.
+        """Return a configuration whose pattern suits sequences of `length` tokens; print the pattern and its cost.
 
-        Half of the effort or more goes into a window, the rest in equal parts into branches whose segments grow, by at
-        most 16, until one holds the sequence. Every query sees one key in r of a branch, the last token of each r,
-        which has read those before it; in causal models no key counts twice. Any two tokens are then a few steps apart,
-        and the work grows with L log L. If the effort allows dense attention, that is what you get.
+        At least half of the effort goes into a window, the rest in equal parts into branches whose segments grow, by
+        factors of at most 16, until one holds the sequence. Every query sees one key in r of a branch, the last of each
+        r tokens, which has read the others; in causal models no key counts twice. Any two tokens are then connected by
+        a few layers, and the work grows with L log L. If the effort allows dense attention, you get that.
 
         Args:
             length: tokens of the sequences.
@@ -291,7 +291,7 @@ class LongNetConfig(PreTrainedConfig):
     def _refuse_near_misses(cls, kwargs: dict, is_saved: bool = False) -> None:
         """Raise ValueError on a misspelt field: Transformers turns unknown keywords into attributes silently.
 
-        A file of `save_pretrained` names its Transformers version and must load whatever a tool set: only warn.
+        A saved config, which names its Transformers version, must load whatever other tools added: only warn.
         """
         own = [field.name for field in fields(cls)]
         for key in kwargs:
@@ -321,8 +321,8 @@ class LongNetConfig(PreTrainedConfig):
         pattern.check(self.is_causal)
         if self.attend_zero_padding and pattern.beyond:
             raise ValueError(
-                "attend_zero_padding=True is for checkpoints of the released implementation, which has the paper's "
-                f"pattern alone: leave out {', '.join(Pattern._fields[3:])}."
+                "attend_zero_padding=True is for checkpoints of the released implementation, which has only the "
+                f"paper's pattern: leave out {', '.join(Pattern._fields[3:])}."
             )
         self._check_name("position_embedding", POSITION_EMBEDDINGS)
         self._check_name("attention_backend", [name for name in backend_names() if name != "eager"])
@@ -342,7 +342,7 @@ class LongNetConfig(PreTrainedConfig):
             )
 
     def validate_positions(self):
-        """Check that positions hold over one period: pairs of dimensions rotate, and xPos scales fit float32."""
+        """Check that dimensions pair up to rotate, and that xPos scales fit float32 over one period."""
         if self.position_embedding == "none":
             return
         if self.head_dim % 2:
@@ -358,8 +358,8 @@ class LongNetConfig(PreTrainedConfig):
         if self.position_embedding == "xpos" and self.smallest_xpos_scale_base() > self.xpos_scale_base:
             raise ValueError(
                 f"xpos_scale_base={self.xpos_scale_base} is too small for segments {self.segment_lengths} (positions "
-                f"repeat every {self.position_period} tokens): its scales leave float32. A trained model needs its own "
-                "base, so give it shorter segments. A new one may take xpos_scale_base="
+                f"repeat every {self.position_period} tokens): its scales overflow float32. A trained model needs its "
+                "own base, so give it shorter segments. A new one may take xpos_scale_base="
                 f'{self.smallest_xpos_scale_base()} or more, or position_embedding="rope".'
             )
 
@@ -378,7 +378,7 @@ class LongNetConfig(PreTrainedConfig):
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """What `from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))` shards apart, by module name."""
+        """Modules that `from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))` shards as units."""
         plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", "layer_norm": "keep_full_weight"}
         absent = {"embed_tokens"} if self.vocab_size is None else set()
         absent |= set() if self.final_layer_norm else {"layer_norm"}

@@ -54,8 +54,8 @@ def read_state(source: Path) -> dict[str, Tensor]:
         reason = found[0] if found else type(error).__name__
         if re.match("(?i)unsupported (global|class)", reason):
             raise ValueError(
-                f"{source} is no file of plain tensors, and reading it as a pickle could run code, so it is refused "
-                f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
+                f"{source} is not a file of plain tensors, and reading it as a pickle could run code, so it is refused "
+                f"({reason}). Save only the state dict: torch.save(model.state_dict(), path)."
             ) from error
         raise ValueError(f"{source} is damaged, cut short, or not a file of plain tensors ({reason}).") from error
     while isinstance(state, dict) and len(found := [k for k in ("model", "state_dict", "module") if k in state]) == 1:
@@ -64,7 +64,7 @@ def read_state(source: Path) -> dict[str, Tensor]:
     if not items or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in items):
         raise ValueError(f"{source} holds no state dict: expected tensors by name, alone or under 'model'.")
     if absent := [name for name, x in items if x.is_meta]:
-        raise ValueError(f"{source} was saved without the numbers of {', '.join(absent)} (device meta).")
+        raise ValueError(f"{source} holds no values of {', '.join(absent)}: they were on device meta when saved.")
     return state
 
 
@@ -75,8 +75,8 @@ def recognise(state: dict[str, Tensor]) -> tuple[CheckpointFormat, dict[str, Ten
     if format is None:
         first = tuple({x.theirs("layers.0.self_attn.q_proj.weight").removeprefix(x.encoder): x for x in FORMATS})
         raise ValueError(
-            f"not recognised: {sum(name.endswith(first) for name in state)} parameters end in "
-            f"{' or '.join(map(repr, first))} instead of one. Known are {', '.join(x.title for x in FORMATS)}. "
+            f"format not recognised: {sum(name.endswith(first) for name in state)} parameters end in "
+            f"{' or '.join(map(repr, first))} instead of one. Known formats are {', '.join(x.title for x in FORMATS)}. "
             f"The file begins with {', '.join(sorted(state)[:5])}."
         )
     if twice := [name for name in state if prefix and prefix + name in state]:
@@ -96,8 +96,8 @@ def _check_weights(state: dict[str, Tensor], progress: bool) -> None:
         found = "; ".join(f"{name} ({tuple(x.shape)}, {x.layout}, {x.dtype})" for name, x in wrong.items())
         allowed = ", ".join(map(str, DTYPES))
         raise ValueError(
-            f"weights must be dense, as large as what is stored of them, of {allowed}; found {found}. Convert them, or "
-            "list them in `ignore`."
+            f"weights must be dense, stored in full, and of {allowed}; found {found}. Convert them, or list them in "
+            "`ignore`."
         )
     empty, size = [], sum(x.nbytes for x in state.values())
     with tqdm(desc="Reading weights", total=size, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -112,14 +112,14 @@ def _check_weights(state: dict[str, Tensor], progress: bool) -> None:
 def _make_config(format: CheckpointFormat, facts: dict, overrides: dict) -> LongNetConfig:
     config_class = format.model_class.config_class
     if unknown := sorted(set(overrides) - {field.name for field in fields(config_class)}):
-        raise ValueError(f"{', '.join(unknown)}: no field of {config_class.__name__}.")
+        raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
     # Published branches may be replaced on purpose.
     for name in sorted(set(overrides) & set(facts) - {"segment_lengths", "dilation_rates"}):
         if overrides[name] != facts[name]:
-            raise ValueError(f"{name}={overrides[name]!r} contradicts the weights: there it is {facts[name]!r}.")
+            raise ValueError(f"{name}={overrides[name]!r} contradicts the weights, which have {facts[name]!r}.")
     given = format.defaults | facts | overrides
     if missing := [f"{name} ({hint})" for name, hint in format.missing(given).items()]:
-        raise ValueError(f"{format.title}: the weights do not tell, so please give {'; '.join(missing)}.")
+        raise ValueError(f"{format.title}: the weights do not determine all fields; give {'; '.join(missing)}.")
     try:
         return config_class(**given)
     except StrictDataclassError as error:
@@ -175,7 +175,7 @@ def convert_checkpoint(
         output_dir: the folder to make, not the current one. It must be new or empty, and stays so on any error.
         ignore: patterns ("decoder*") of foreign tensors to leave out.
         progress: show the bytes of weights read. Transformers shows the files written.
-        overrides: fields of the config. Those that the weights do not tell must be given; the error lists them.
+        overrides: fields of the config. Those that the weights do not determine are required; an error lists them.
             Published models need none. `attend_zero_padding=True` follows the released kernels' padding.
 
     Raises:
@@ -195,11 +195,11 @@ def convert_checkpoint(
 
 def _check_output(output_dir: Path) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists and is no empty folder; name another one, or remove it first.")
+        raise ValueError(f"{output_dir} exists and is not an empty folder; name another one, or remove it first.")
     if output_dir == Path.cwd():
         raise ValueError(f"{output_dir} is the current folder, which cannot be replaced by another; name a new one.")
     if files := [str(parent) for parent in output_dir.parents if parent.exists() and not parent.is_dir()]:
-        raise ValueError(f"{output_dir} cannot be made: {files[0]} is no folder.")
+        raise ValueError(f"{output_dir} cannot be made: {files[0]} is not a folder.")
 
 
 def export_checkpoint(model: LongNetPreTrainedModel, format_name: str, file: str | Path | None = None):
@@ -215,7 +215,7 @@ def export_checkpoint(model: LongNetPreTrainedModel, format_name: str, file: str
     """
     formats = {x.key: x for x in FORMATS if x.model_class.config_class.model_type == model.config.model_type}
     if (format := formats.get(format_name)) is None:
-        raise ValueError(f"format_name={format_name!r}: a {type(model).__name__} has {' or '.join(formats)}.")
+        raise ValueError(f"format_name={format_name!r}: for a {type(model).__name__} give {' or '.join(formats)}.")
     format.check(model.config)
     state = format.to_foreign(model) | format.buffers(model)
     if file is None:
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         hint = "; ".join(dict.fromkeys(x.hints[name] for x in FORMATS if name in x.hints))
         kind = kinds.get(type(getattr(LongNetConfig, name)), {"type": _value})
         parser.add_argument(f"--{name.replace('_', '-')}", help=hint, **kind)
-    parser.add_argument("--attend-zero-padding", action="store_true", default=None, help="as the released kernels do")
+    parser.add_argument("--attend-zero-padding", action="store_true", default=None, help="as in the released kernels")
     parser.add_argument("--set", type=_field, action="append", default=[], metavar="FIELD=VALUE", help="JSON or text")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="tensors to leave out")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

@@ -31,7 +31,7 @@ from .sharding_accelerate import check_whole_sequences
 
 IMPLEMENTATION = "dilated"
 _DEFAULTS = {"segment_lengths": [], "dilation_rates": []} | Pattern._field_defaults | {"backend": "auto"}
-# Layers of these types are dilated, and left as they are.
+# Types of layers: the first is dilated, the second left as it is.
 _DILATED, _LEFT = "full_attention", "sliding_attention"
 # What else a model may request of its attention, by the keyword argument that requests it.
 _UNSUPPORTED = {
@@ -57,7 +57,7 @@ def use_dilated_attention(
     Measure what this does to quality: until the model is fine-tuned, a head sees other tokens than in its training. One
     branch (w, 1) with w at least the length changes nothing. Left padding, packed documents (position ids that restart
     at 0), training and `generate` work as before; the segments of each sequence begin at its first token. The model's
-    own cache still grows with the sequence, see `DilatedCache`. `model.set_attn_implementation("sdpa")` reverts it.
+    own cache still grows with the sequence, see `DilatedCache`. `model.set_attn_implementation("sdpa")` switches back.
 
     A saved model loads dense again (servers such as vLLM run it dense), as Transformers does not save the
     implementation: call this function after loading or, with this package imported,
@@ -67,7 +67,7 @@ def use_dilated_attention(
     Args:
         model: changed in place. Its config stores the branches as `dilated_attention`.
         segment_lengths, dilation_rates: w and r of each branch (see `dilated_attention`).
-        head_offsets, backend: as in `dilated_attention`; "interleaved" and "auto" at first.
+        head_offsets, backend: as in `dilated_attention`; "interleaved" and "auto" by default.
         beyond: window_size, query_rates, rotate_offsets, stagger_segments and keys_once, as in `LongNetConfig`. With a
             window and keys_once, texts of up to window_size tokens get exactly the model's dense attention.
 
@@ -99,7 +99,7 @@ def use_dilated_attention(
 
 def _check_setting(backend, **pattern) -> None:
     if not pattern["segment_lengths"] and not pattern["dilation_rates"] and pattern.get("window_size") is None:
-        raise ValueError("give segment_lengths and dilation_rates: the model's config notes none.")
+        raise ValueError("give segment_lengths and dilation_rates: the model's config stores none.")
     Pattern(**pattern).check()
     if backend not in backend_names():
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backend_names()))}.")
@@ -120,14 +120,14 @@ def _check_model(model: PreTrainedModel) -> None:
     """Raise ValueError if the model has a part without a dilated form; the message names it."""
     config, name = model.config, type(model).__name__
     if config.get_text_config() is not config or config.is_encoder_decoder:
-        raise ValueError(f"{name} is made of several models; give its text decoder alone.")
+        raise ValueError(f"{name} is made of several models; pass only its text decoder.")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not support attn_implementation functions.")
     found = _parts_without_dilated_form(model)
     if found:
         raise ValueError(
-            f"{name} has {', '.join(found)}, which has no dilated form. Loading it with the fields in brackets makes "
-            "another model of it, to be fine-tuned; without such fields take another model."
+            f"{name} has {', '.join(found)}, which has no dilated form. Loaded with the fields in brackets it is "
+            "another model, which needs fine-tuning; if none are given, use another model."
         )
 
 
@@ -142,7 +142,7 @@ def _parts_without_dilated_form(model: PreTrainedModel) -> list[str]:
     dense = 'layer_types=["full_attention"] * num_hidden_layers'
     found = [f"layers of the type {kind!r} ({dense})" for kind in sorted(layer_types - {_DILATED, _LEFT})]
     if layer_types == {_LEFT}:
-        found.append(f"sliding windows alone ({dense})")
+        found.append(f"only sliding windows ({dense})")
     if window is not None and not layer_types:
         found.append(f"a sliding window in every layer, of {window} tokens (sliding_window=None)")
     if softcap is not None:
@@ -199,8 +199,8 @@ class _DilatedContext(AttentionContext):
 
     Attributes:
         key_columns: columns of the keys that each layer passes: all seen so far, or with a DilatedCache the new ones.
-        prefixes: one per plan, (B, G, P), which of them are the prefix, and the slots of each branch; empty without
-            past in them.
+        prefixes: one per plan, the (B, G, P) columns of the prefix among them and the slots of each branch; empty if
+            the layers pass no past keys.
     """
 
     key_columns: int = 0
@@ -294,7 +294,7 @@ def _prefix_columns(
 def _padding_mask(
     *args, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs
 ) -> Tensor | None:
-    """Return the layers' mask: the (B, S) padding mask, or for layers with a window that of Transformers' "sdpa"."""
+    """Return the layers' mask: the (B, S) padding mask, or for layers with a window Transformers' mask for "sdpa"."""
     if local_size is None:
         return attention_mask
     mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
@@ -320,9 +320,9 @@ def _attend(
         context.cache.pending_layer = None
         if not fits:
             expected = context.cache.pattern[1]
-            raise ValueError(f"the model has {groups} key/value heads, its config {expected}: use its own cache.")
+            raise ValueError(f"the model has {groups} key/value heads, its config says {expected}; use its own cache.")
     elif not fits:
-        # Loaded by name without a hook, or a family that drops keyword arguments or repeats key/value heads itself.
+        # A model loaded by name, without a hook, or one that drops keyword arguments or repeats key/value heads itself.
         pattern, past = _pattern(layer.config, groups), columns - query.shape[2]
         context = _make_context(pattern, query, attention_mask, position_ids, past, None)
     _check_columns("a layer's key", (rows, columns), (rows, context.key_columns))
@@ -355,7 +355,7 @@ class DilatedCache(LongNetCache):
 
     def __init__(self, model: PreTrainedModel, max_length: int | None = None):
         if not _is_dilated(model.config):
-            raise ValueError("a DilatedCache is for a model after use_dilated_attention(model, ...).")
+            raise ValueError("call use_dilated_attention(model, ...) before DilatedCache(model).")
         if _has_windows(model.config):
             raise ValueError(
                 "a DilatedCache is for models whose layers are all dilated; this one has layers with a sliding window, "
@@ -368,11 +368,11 @@ class DilatedCache(LongNetCache):
         _install_hook(model)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Return the new keys and values as they are: the attention finds the cache in its context and stores them."""
+        """Return the new keys and values unchanged: attention finds this cache in its context and stores them there."""
         # Set by the layer before: its attention was not dilated, so it saw nothing of the cache.
         if self.pending_layer is not None or not _is_dilated(self.config):
             raise ValueError(
-                "a DilatedCache works with dilated attention alone: this model is not, or no longer, switched by "
+                "a DilatedCache works only with dilated attention: this model is not, or no longer, switched by "
                 "use_dilated_attention. Start again, without this cache."
             )
         self.pending_layer = layer_idx

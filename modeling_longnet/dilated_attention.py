@@ -9,7 +9,7 @@ from .branches import whole_batch
 from .pattern import Pattern
 from .reference import count_branches, dense_attention
 
-# Computed once: a graph of torch.compile cannot call it.
+# Computed here, since a compiled graph cannot call is_autocast_available.
 _AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)}
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -54,10 +54,10 @@ def dilated_attention(
     backend: str = "auto",
     **pattern,
 ) -> Tensor:
-    """Dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3).
+    """Compute dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3).
 
     Branch (w, r) cuts the sequence into segments of w tokens, in which a head keeps the tokens at its offset modulo r.
-    Branches are merged by their softmax denominators (Eq. 9-10): one softmax over the keys of all, in which a key of
+    Branches are merged by their softmax denominators (Eq. 9-10): one softmax over the keys of all, in which a key in
     two branches counts twice. Any length, w and r are exact, without padding.
 
     Args:

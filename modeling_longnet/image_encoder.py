@@ -16,7 +16,7 @@ from .compat import capture_outputs, merge_with_config_defaults
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetBackbone, check_shape
 
-# Arguments of language models, which raise an error.
+# Arguments of language models: passing one raises an error.
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values")
 
 
@@ -63,7 +63,7 @@ class LongNetImageConfig(LongNetConfig):
         super().__post_init__(**kwargs)
 
     def validate_image(self):
-        """Check the sizes of image and patches, and that every patch sees the whole image."""
+        """Check the sizes of image and patches, and that the model is bidirectional and has no vocabulary."""
         sizes = "image_size", "patch_size", "num_channels"
         self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_numbers(["num_classes"], lambda number: number >= 0, "must be at least 0")
@@ -129,7 +129,7 @@ class LongNetImageEncoder(LongNetBackbone):
             ValueError: no images, arguments of a language model, or images of another size than the learned positions.
         """
         if self.sequence_group() is not None:
-            raise ValueError("processes that share sequences cannot share an image; give each one its own images.")
+            raise ValueError("images cannot be sharded; turn sequence sharding off, give each process its own images.")
         given = [name for name in TEXT_INPUTS if kwargs.get(name) is not None]
         if pixel_values is None or given:
             raise ValueError(f"an image encoder takes pixel_values and no arguments of language models; given {given}.")

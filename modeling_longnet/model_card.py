@@ -2,7 +2,7 @@
 
 The metadata field `longnet_card` is a digest of the text: if it matches, nobody edited the card, and saving renews it.
 Transformers' generic card is replaced. The Trainer's card stays and ours goes in front. Any other README.md is left
-alone. A card that is replaced leaves its tags and other metadata to the new one.
+alone. Tags and other metadata of a replaced card are kept in the new one.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ TAGS = ["longnet", "dilated-attention", "long-context", "custom_code"]
 # By model type; before the licence of the code.
 NOTICES = {
     "longnet_slide": (
-        "\nThis encoder turns the tiles of a slide into embeddings. It diagnoses nothing: it is no medical device, "
+        "\nThis encoder turns the tiles of a slide into embeddings. It diagnoses nothing: it is not a medical device, "
         "and no\ndecision about a patient may rest on it. A classifier on top of it must be validated for its purpose, "
         "scanners,\nstains and patients.\n"
     )
@@ -68,7 +68,7 @@ model = {auto_class}.from_pretrained("path/of/this/folder", trust_remote_code=Tr
 - `attn_implementation="eager"` is the dense reference with attention maps, quadratic in the length.
   The default, `"sdpa"`, is the fast path.
 - `segment_lengths=[...]` and `dilation_rates=[...]` passed to `from_pretrained` use the same weights
-  with other branches; pass `query_rates` and `window_size` too (or None), if the config has some.
+  with other branches; pass `query_rates` and `window_size` too (or None), if the config sets them.
   Measure the quality of the result.
 - Attention dropout is not supported. Attention is dense to nearby tokens and sparse to distant ones:
   whether a head sees a distant token depends on the token's position.
@@ -93,9 +93,9 @@ class ModelCardMixin:
     def save_pretrained(
         self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, *args, **kwargs
     ):
-        """As in Transformers, but an interrupted save leaves the former files; the folder also gets the model card.
+        """As in Transformers, but an interrupted save keeps the former files; the folder also gets the model card.
 
-        The card replaces no README.md that a person wrote.
+        A README.md that a person wrote is kept.
         """
         arguments = is_main_process, state_dict, push_to_hub, *args
         is_shared = kwargs.get("distributed_checkpoint") or getattr(self.config, "distributed_config", None)
@@ -143,7 +143,7 @@ def make_model_card(model, previous: str | None = None) -> ModelCard | None:
             return None
         metadata |= card.data.to_dict()
         if TRAINER in card.text:
-            text += card.text  # the digest no longer matches: kept from now on
+            text += card.text  # the digest no longer matches, so later saves keep this card
     data = ModelCardData(**metadata | own | {"tags": [*TAGS, *metadata.get("tags", [])]})
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 

@@ -42,7 +42,7 @@ from .sharding_accelerate import SequenceSharded
 from .sharding_plan import Shard
 
 
-# Written `torch.nn.Module`: Transformers 5.24 takes a file with `class ...Attention(nn.Module)` for one that ignores
+# Written `torch.nn.Module`: Transformers 5.24 believes that a file with `class ...Attention(nn.Module)` ignores
 # set_attn_implementation.
 class LongNetAttention(torch.nn.Module):
     """Projections, positions, dilated attention, and sub-LN's inner norm before the output projection."""
@@ -134,15 +134,15 @@ class LongNetPreTrainedModel(SequenceSharded, ModelCardMixin, PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    # Who shards sequences or replaces the attention expects dense attention: Accelerate's context parallelism (use
-    # `SequenceSharding`), the Transformers backends of vLLM and SGLang.
+    # False: tools that shard sequences (Accelerate's context parallelism; use `SequenceSharding`) or replace attention
+    # (the Transformers backends of vLLM and SGLang) expect dense attention.
     _supports_context_parallel = False
     _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": LongNetBlock, "attentions": LongNetAttention}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in Transformers; a damaged file is a ValueError that names the folder."""
+        """As in Transformers; a damaged file raises a ValueError that names the folder."""
         with refusing_damage(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -204,7 +204,7 @@ class LongNetBackbone(LongNetPreTrainedModel):
     def encode(self, embeds: Tensor, context: AttentionContext) -> Tensor:
         """Return the hidden states after the final norm: (B, L, E) -> (B, L, E)."""
         hidden_states = self.dropout(embeds)
-        # Early exit as a draft (`generate(assistant_early_exit=n)`) lowers the config's number for a while.
+        # `generate(assistant_early_exit=n)` lowers the config's number while it drafts with the first n layers.
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, context)
         return self.layer_norm(hidden_states)
@@ -250,7 +250,7 @@ class LongNetModel(LongNetBackbone):
             input_ids: (B, L) token ids; or inputs_embeds: (B, L, E), used as they are.
             attention_mask: (B, columns so far), nonzero for real tokens, with padding on the left or the right. The
                 segments and positions of a document begin at its first real token. Outputs at padding are meaningless.
-            position_ids: (B or 1, L), for packed documents: a 0 begins another one, which sees nothing before it.
+            position_ids: (B or 1, L), for packed documents: each 0 begins a new one, which sees nothing before it.
             cache, past_key_values: a `LongNetCache` to continue from and extend (the names of two versions of
                 Transformers); use_cache creates one.
             output_hidden_states, output_attentions: as in Transformers; attention weights need
@@ -281,7 +281,7 @@ class LongNetModel(LongNetBackbone):
                 )
             context = make_sharded_context(self.config, embeds, backend, attention_mask, position_ids, shard)
         else:
-            # torch.export takes no cache in or out: its lengths are Python numbers. `ExportableDecoder` has tensors.
+            # torch.export takes no cache in or out: its lengths are Python numbers (see `ExportableDecoder`).
             if cache is None and use_cache and self.config.is_causal and not torch.compiler.is_exporting():
                 cache = LongNetCache(self.config)
             if cache is not None:
@@ -311,14 +311,14 @@ class LongNetModel(LongNetBackbone):
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
     def _check_cache(self, cache, batch: int) -> None:
-        # Compared by name: beside remote code there may be a second class of this name.
+        # Compared by name: with remote code, a second class of this name may be loaded.
         if type(cache).__name__ != "LongNetCache":
             raise ValueError(
                 f"a LongNet model cannot use a {type(cache).__name__}; pass a LongNetCache(model.config), or none: "
                 "generate() and use_cache=True create it."
             )
         if not self.config.is_causal:
-            raise ValueError("a bidirectional model (is_causal=False) has no cache: earlier tokens see later ones.")
+            raise ValueError("a model with is_causal=False has no cache, as its tokens see later ones; pass none.")
         cache.check(self.config, batch)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
@@ -336,7 +336,7 @@ def check_shape(name: str, x: Tensor, *expected: int | str) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise on values that are no token ids, which on a GPU would trigger a device-side assert."""
+    """Raise on values that are not token ids, which on a GPU would trigger a device-side assert."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {ids.dtype}; expected whole numbers, such as torch.int64.")
     if torch.compiler.is_compiling() or transforms_are_active() or ids.device.type == "meta":
@@ -357,7 +357,7 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
 
     Attributes:
         logits_with_labels: whether `forward` with labels also returns the logits: always (True), never (False), or in
-            eval mode (None), where metrics read them. With False, evaluation is as flat in memory as training.
+            eval mode (None), where metrics read them. With False, evaluation takes as little memory as training.
     """
 
     logits_with_labels: bool | None = None
@@ -397,10 +397,10 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
             Others: as in `LongNetModel.forward`.
 
         Returns:
-            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache (with labels none unless
-            use_cache=True is passed), and what was requested. With
-            sequence sharding, the loss is that of the whole sequence, logits_to_keep counts in this rank's shard, and
-            use_cache=True computes the whole sequence on every rank.
+            loss (a scalar, in at least float32), logits (B, kept, V) or None, the cache (with labels only if
+            use_cache=True is passed), and what was requested. With sequence sharding, the loss is that of the whole
+            sequence, logits_to_keep counts in this rank's shard, and use_cache=True computes the whole sequence on
+            every rank.
         """
         cache = cache if cache is not None else past_key_values
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -416,11 +416,11 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
         if logits_to_keep is None and targets is None and shard is not None:
             # Must follow the forward pass: raising earlier on one rank would deadlock the others in `check_same_batch`.
             raise ValueError(
-                "a shared sequence needs labels here: label smoothing and compute_loss_func would compare local logits "
-                "with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get the logits of "
-                "this rank's shard (gather_sequence concatenates them)."
+                "a sharded sequence needs labels here: label smoothing and compute_loss_func would compare a shard's "
+                "logits with the labels of the whole sequence. Turn them off, or pass logits_to_keep=0 to get this "
+                "rank's logits (gather_sequence concatenates them)."
             )
-        # Trainer passes skip_logits in evaluations with use_liger_kernel that need the loss alone.
+        # Trainer passes skip_logits in evaluations with use_liger_kernel that need only the loss.
         returns_logits = self._returns_logits() and not kwargs.get("skip_logits")
         if logits_to_keep is None and (targets is None or (shard is None and returns_logits)):
             logits_to_keep = 0
@@ -470,7 +470,7 @@ class LongNetLanguageModel(LongNetPreTrainedModel):
 
 
 def _padded_behind(mask: Tensor) -> int | None:
-    """Return the first row of a (B, columns) mask with a 0 behind another number, None if there is none."""
+    """Return the first row of a (B, columns) mask with a 0 after another number, None if there is none."""
     wrong = ((mask[:, 1:] == 0) & (mask[:, :-1] != 0)).any(1)
     return int(wrong.nonzero()[0]) if wrong.any() else None
 
@@ -479,7 +479,7 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
     """A decoder that predicts the next token and generates."""
 
     def generate(self, *args, **kwargs):
-        """As in Transformers; an error in a draft by `assistant_early_exit` leaves the model whole."""
+        """As in Transformers, but an error while drafting (`assistant_early_exit`) keeps the number of layers."""
         count = self.config.num_hidden_layers
         try:
             return super().generate(*args, **kwargs)
@@ -489,20 +489,19 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         """Refuse `generate_batch` and Transformers' other entries to continuous batching, which end here."""
         raise ValueError(
-            "continuous batching (generate_batch) keeps every key in pages, under masks that know no branches; LongNet "
-            "would need pages of each branch's slots, and an attention that reads them. Use generate() on batches of "
-            "prompts padded on the left: its cache is bounded."
+            "continuous batching (generate_batch) is not supported: it keeps every key, in pages, and its masks know "
+            "no branches. Use generate() on batches of prompts padded on the left, with a bounded cache."
         )
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, generation_config, *args) -> Tensor:
-        """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those behind other tokens."""
+        """Infer the mask from the prompt's pad tokens, as Transformers does; refuse those after other tokens."""
         if generation_config.is_assistant:  # the caller's mask is passed on unless it is all ones
             return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args)
         row = _padded_behind(mask)
         if row is not None:
             raise ValueError(
-                f"row {row} of the prompts holds the pad token behind other tokens, and without an attention_mask "
+                f"row {row} of the prompts holds the pad token after other tokens, and without an attention_mask "
                 'generate() takes it for padding. Pad on the left (tokenizer.padding_side = "left"), or pass '
                 "attention_mask=torch.ones_like(input_ids) if the token belongs to the prompt."
             )
@@ -515,7 +514,7 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
             row = _padded_behind(mask)
             if row is not None:
                 raise ValueError(
-                    f"attention_mask row {row} has padding behind real tokens, where generate() would continue: pad "
+                    f"attention_mask row {row} has padding after real tokens, where generate() would continue: pad "
                     'prompts on the left (tokenizer.padding_side = "left").'
                 )
         name, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
@@ -525,7 +524,7 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
                 "'offloaded' and pass no cache."
             )
         if isinstance(given, Cache):
-            given._is_user_defined = True  # it outlives `generate`, which must leave no step too many in it
+            given._is_user_defined = True  # it outlives `generate`, which must leave no extra step in it
             return
         if generation_config.use_cache is False:
             if self.sequence_group() is not None:
@@ -538,13 +537,11 @@ class LongNetForCausalLM(LongNetLanguageModel, GenerationMixin):
 
 
 class LongNetForMaskedLM(LongNetLanguageModel):
-    """An encoder that predicts masked tokens: `labels` are those of the tokens themselves, not shifted."""
+    """An encoder that predicts masked tokens: `labels` are the tokens' own ids, not shifted."""
 
     def __init__(self, config: LongNetConfig):
         if config.is_causal:
-            raise ValueError(
-                "LongNetForMaskedLM needs is_causal=False: no token before a masked one sees what follows."
-            )
+            raise ValueError("LongNetForMaskedLM needs is_causal=False: a masked token must see what follows it.")
         super().__init__(config)
 
     def _targets(self, labels: Tensor | None, shift_labels: Tensor | None, inputs: Tensor | None) -> Tensor | None:
@@ -552,7 +549,7 @@ class LongNetForMaskedLM(LongNetLanguageModel):
 
 
 class LongNetClassifier(LongNetPreTrainedModel):
-    """A LongNet whose final hidden states a linear layer classifies; the loss is Transformers' of the same name."""
+    """A LongNet with a linear head on its final hidden states, and the loss of Transformers' heads of that name."""
 
     accepts_loss_kwargs = False  # a mean over the batch: Trainer divides it by the accumulation steps
 
@@ -565,7 +562,7 @@ class LongNetClassifier(LongNetPreTrainedModel):
 
     def _encode(self, input_ids: Tensor | None, **inputs) -> BaseModelOutputWithPast:
         if self.sequence_group() is not None:
-            raise ValueError("processes that share sequences cannot classify them; give each process its own ones.")
+            raise ValueError("this head needs whole sequences; turn sequence sharding off, give each process its own.")
         return self.model(input_ids, **{"use_cache": False} | inputs | {"return_dict": True})
 
 

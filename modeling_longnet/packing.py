@@ -1,4 +1,4 @@
-"""Padding masks and position ids become chunks: where each document is in the batch. No later step sees padding.
+"""Convert padding masks and position ids to chunks: where each document is in the batch. No later step sees padding.
 
 Letters: B batch, L new columns, S columns seen so far including the new ones (S = L without a cache).
 """
@@ -49,7 +49,7 @@ def pack(
         columns: columns that the cache has seen, padding included.
 
     Raises:
-        ValueError: a mask of another shape or with holes; position ids that jump; either against the cache.
+        ValueError: a mask of the wrong shape or with holes; position ids that jump; either one contradicts the cache.
     """
     if attention_mask is None and position_ids is None and columns == 0:
         return lay_out(whole_batch(batch, length), batch, length, device)
@@ -70,7 +70,7 @@ def pack(
 
 
 def _pack_in_graph(batch, length, device, mask: Tensor | None, position_ids: Tensor | None) -> Packing:
-    """As `pack`, as part of a graph, which sees no values: an operator checks the inputs and finds the chunks."""
+    """As `pack`, in a compiled graph, which cannot read values: an operator checks the inputs and finds the chunks."""
     shape = batch, length
     real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device) != 0
     begins, positions = real.clone(), real.cumsum(1) - 1
@@ -79,7 +79,7 @@ def _pack_in_graph(batch, length, device, mask: Tensor | None, position_ids: Ten
         ids = position_ids.to(device).long().expand(shape)
         begins[:, 1:] |= real[:, 1:] & (ids[:, 1:] != ids[:, :-1] + 1)
     numbers = begins.cumsum(1)  # of the documents in each row, from 1
-    if position_ids is not None:  # the first document's may count columns
+    if position_ids is not None:  # the first document's ids may count columns
         positions = ids - (numbers == 1) * ids.gather(1, real.int().argmax(1, keepdim=True))
     documents = numbers + length * torch.arange(batch, device=device)[:, None]
     chunks = find_chunks(mask, position_ids, batch, length)
@@ -113,18 +113,15 @@ def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) ->
     if tuple(mask.shape) != shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; expected {shape}: (batch, columns), nonzero for real "
-            "tokens, the columns in the cache included. Masks of pairs are not supported."
+            "tokens, the columns in the cache included. Masks of (query, key) pairs are not supported."
         )
     real = (mask != 0).cpu().int()
     counts, first, last = real.sum(1), real.argmax(1), shape[1] - real.flip(1).argmax(1)
     holes = (counts > 0) & (last - first != counts)
     if holes.any():
         row = int(holes.nonzero()[0])
-        sides = (
-            'on the left, as new tokens follow (tokenizer.padding_side = "left")'
-            if columns
-            else "on the left or right only"
-        )
+        left = 'on the left, as new tokens follow (tokenizer.padding_side = "left")'
+        sides = left if columns else "on the left or right only"
         raise ValueError(
             f"attention_mask row {row} has holes: its {int(counts[row])} real tokens lie between columns "
             f"{int(first[row])} and {int(last[row])}. They must lie side by side; pad {sides}, or pack documents with "
@@ -164,11 +161,11 @@ def _cut_row(row: int, ids: Tensor, begin: int, end: int, start: int, columns: i
                 "they must grow by 1, or start again at 0 for the next packed document (which a cache cannot hold: "
                 "pass packed documents without one)."
             )
-    # They may count columns instead, as in Transformers' models for padded batches.
+    # Position ids may count columns instead, as in Transformers' models for padded batches.
     if ids[begin] not in (start, columns + begin):
         raise ValueError(
-            f"position_ids row {row} begin at {int(ids[begin])}, but the cache holds {start} tokens: they must begin "
-            f"at {start}. Packed documents, and positions with gaps, cannot go on from a cache."
+            f"position_ids row {row} begin at {int(ids[begin])}; after {start} tokens in the cache they must begin "
+            f"at {start}. Packed documents, and positions with gaps, cannot continue from a cache."
         )
     return [begin, *inner, end]
 

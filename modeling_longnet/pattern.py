@@ -22,10 +22,10 @@ class Pattern(NamedTuple):
     Attributes:
         segment_lengths, dilation_rates: w and r of each branch, ascending w.
         head_offsets: "interleaved" (g mod r, the paper's Eq. 13) or "blocked" (g // ceil(G / r), TorchScale's).
-        window_size: tokens of a sliding window before the branches, which may then be none; None for no window.
+        window_size: tokens of a sliding window beside the branches, of which there may then be none; None: no window.
         query_rates: a query rate for each branch, a divisor of its r: a head keeps every query_rate-th token as a
             query. 1 lets every query see the branch (r times the work). None: r, as in the paper.
-        rotate_offsets: a head keeps queries and keys at two offsets, which turn from layer to layer, so that any two
+        rotate_offsets: a head keeps queries and keys at two offsets, which change from layer to layer, so that any two
             tokens of a segment meet in some head or layer.
         stagger_segments: odd layers place the borders of segments half a segment earlier.
         keys_once: a branch leaves out the region of the branch before it, so that no key counts twice.
@@ -42,12 +42,12 @@ class Pattern(NamedTuple):
 
     @classmethod
     def parse(cls, words: str) -> "Pattern":
-        """Return the pattern that one line writes: "w256 512/1 2048/8:1 rotate stagger once".
+        """Return the pattern that is written in one line, such as "w256 512/1 2048/8:1 rotate stagger once".
 
-        These are a window (w and its size), branches (w/r, or w/r:query_rate), and what is switched on.
+        The words are a window (w and its size), branches (w/r, or w/r:query_rate), and flags.
 
         Raises:
-            ValueError: names the word that is none of these.
+            ValueError: names the word that is none of these, or that is a second window.
         """
         flags = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
         branches, fields = [], {}
@@ -62,8 +62,8 @@ class Pattern(NamedTuple):
                 branches.append([int(x or match[2]) for x in match.groups()])
             else:
                 raise ValueError(
-                    f"pattern {words!r}: {word!r} is no (first) window such as w256, no branch such as 2048/4 or "
-                    f"2048/8:1, and none of {', '.join(flags)}."
+                    f"pattern {words!r}: {word!r} must be a window such as w256 (one at most), a branch such as "
+                    f"2048/4 or 2048/8:1, or one of {', '.join(flags)}."
                 )
         w, r, rates = (tuple(x) for x in zip(*branches, strict=True)) if branches else ((), (), ())
         return cls(w, r, query_rates=None if rates == r else rates, **fields)
@@ -85,7 +85,7 @@ class Pattern(NamedTuple):
         return dict.fromkeys(cls._fields, ()) | cls._field_defaults
 
     def check(self, is_causal: bool = True) -> None:
-        """Raise ValueError unless the fields make branches and fit each other."""
+        """Raise ValueError unless the fields are valid and fit each other."""
         check_branches(self.segment_lengths, self.dilation_rates, allows_none=self.window_size is not None)
         w, r, window = self.segment_lengths, self.dilation_rates, self.window_size
         if self.head_offsets not in HEAD_OFFSETS:
@@ -109,7 +109,7 @@ class Pattern(NamedTuple):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if (self.rotate_offsets or rates is not None) and self.head_offsets != "interleaved":
-            raise ValueError("rotate_offsets and query_rates choose offsets themselves: leave head_offsets alone.")
+            raise ValueError("rotate_offsets and query_rates choose offsets themselves: leave head_offsets out.")
         if self.keys_once and any(long % short for short, long in pairwise(w)):
             raise ValueError(
                 f"keys_once needs nested segments, each length a multiple of the one before; got {list(w)}."
@@ -140,7 +140,7 @@ class Pattern(NamedTuple):
                 offsets = tuple(g % r for g in groups)
             else:
                 offsets = tuple(g // math.ceil(num_kv_heads / r) for g in groups)
-            queries = (0, ())  # the tokens of the keys
+            queries = (0, ())  # kept where keys are
             if self.rotate_offsets or rate < r:
                 queries = rate, tuple(h % rate for h in range(heads))
             after = (window, inner, inner_phase) if self.keys_once else (0, 0, 0)
@@ -159,15 +159,13 @@ class Pattern(NamedTuple):
         return " ".join(words + [word for word, is_on in flags.items() if is_on])
 
     def describe(self, is_causal: bool = True) -> str:
-        """Return a sentence or two that say which keys a query sees."""
+        """Return a sentence that says which keys a query sees."""
         branches = ", ".join(f"({w}, {r})" for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
         if self.window_size is None and self.dilation_rates == (1,):
             return f"Dense attention: branch {branches}."
         if self.window_size is None:
-            reach = (
-                f"a query sees up to {self.segment_lengths[0]} tokens of its own segment, and ever fewer farther ones"
-            )
-            return f"Branches {branches}: {reach}."
+            near = f"up to {self.segment_lengths[0]} tokens of its own segment"
+            return f"Branches {branches}: a query sees {near}, and farther ones ever more sparsely."
         shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
         near = f"the last {self.window_size} tokens"
         if not is_causal:
@@ -210,7 +208,7 @@ def parse_pattern(words: str) -> dict[str, object]:
     """Return the arguments of `dilated_attention`, `LongNetConfig` or `use_dilated_attention` for a written pattern.
 
     Raises:
-        ValueError: names the word that is no part of a pattern.
+        ValueError: names the word that is not part of a pattern.
 
     Example:
         >>> parse_pattern("w256 2048/8:1 once")["window_size"]

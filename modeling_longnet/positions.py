@@ -17,8 +17,8 @@ _POSITIONS_PER_STEP = 1 << 16
 class Rotary(NamedTuple):
     """scale * (cos + i sin) of each pair (2i, 2i+1), for queries and keys: (B or 1, L, 1, D/2), complex64 or 128.
 
-    In a compiled graph real: (B or 1, L, 1, D/2, 2). Inductor and ONNX have no complex numbers; outside of a graph one
-    complex product is faster.
+    In a compiled graph the factors are real, (B or 1, L, 1, D/2, 2): Inductor and ONNX have no complex numbers.
+    Elsewhere one complex product is faster.
     """
 
     query: Tensor
@@ -29,8 +29,8 @@ def make_rotary(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) ->
     """Return zeta_i ** (n / base) * exp(1j * n * theta_i) for queries and, with the inverse scale, for keys.
 
     n is the position modulo `config.position_period`. xPos centres it in the period, which keeps its scales small; only
-    differences of n matter, and tokens that meet share a period. Rotation alone needs no centre, and the middle of a
-    very long period would cost digits of the angle. theta_i = rope_theta ** (-2i / D) and
+    differences of n matter, and tokens that meet share a period. Rotation alone is not centred: around the middle of a
+    very long period, angles would lose digits. theta_i = rope_theta ** (-2i / D) and
     zeta_i = (2i + 0.4 D) / (1.4 D) (xPos, section 3).
 
     Args:

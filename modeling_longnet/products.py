@@ -1,4 +1,4 @@
-"""Which queries of a chunk meet which keys, as strided views: what a kernel without masks computes a branch from.
+"""Split a branch of a chunk into pairs of strided views, queries and keys, that a kernel without masks can compute.
 
 A **view** shows kept tokens of some heads. A **product** is a view of queries and one of keys, with a staircase that
 says how many of the keys each query sees.
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from .branches import Branch, Chunk, Part, View, count_kept, cut_at_borders, even_runs, head_strides
 
-# Queries of a product with a band. On a CPU more compute more keys that none of them sees, fewer use vectors badly
-# (benchmarks/README.md).
+# Queries of a product with a band. On a CPU, more would compute more keys that no query sees; fewer would use vectors
+# badly (benchmarks/README.md).
 _BAND_ROWS = 64
 
 
@@ -135,10 +135,10 @@ class _QueryRows(NamedTuple):
                 yield self._product(tuple(spec), (head, count, head_step, step), (g, 1, 1, 0))
 
     def _offset_runs(self, group: int, head: int) -> list[tuple[tuple, int]]:
-        """Return the specs of the first of a head's query offsets that differ in no count, and how many these are.
+        """Group a head's query offsets with equal counts: return the first offset's spec and the size of each group.
 
-        Only two offsets begin a run: that with one query fewer, and that which sees one key more. There may be
-        thousands of them.
+        The counts change at two offsets only, where there is one query fewer or one key more. A head may have thousands
+        of offsets, so only these two are computed.
         """
         branch, r, rate = self.branch, self.branch.r, self.branch.query_rate
         begin, runs = (branch.query_offsets[head] - self.place) % rate, []
@@ -155,10 +155,10 @@ class _QueryRows(NamedTuple):
         return runs
 
     def _spec(self, group: int, offset: int) -> tuple:
-        """Return what queries at this offset see of a key/value head.
+        """Describe the product of the queries at this offset with a key/value head.
 
-        These are the tokens of the first query and the first key in the chunk, the number of queries, of keys, and the
-        diagonal and padding of `Product`.
+        Returns the tokens of the first query and of the first key in the chunk, the number of queries, the number of
+        keys, and the diagonal and padding of `Product`.
         """
         part, branch, r, o = self.part, self.branch, self.branch.r, self.branch.offsets[group]
         seqlen = count_kept(self.place + self.length, offset, r) - count_kept(self.place, offset, r)
@@ -184,7 +184,7 @@ class _QueryRows(NamedTuple):
         queries = View(first, segments, w, *of_queries, seqlen, r)
         if self.keys == "chunk":
             view = View(key_first, segments, w, *of_keys, keys, r)
-        else:  # a chunk that begins or ends inside a segment cuts that one alone
+        else:  # the halo belongs to the one segment that the chunk's border cuts
             view = View(0, 1, 0, *of_keys[:3], 0, keys, 1)
         return Product(queries, view, diagonal, padding=padding)
 

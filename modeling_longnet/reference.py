@@ -17,13 +17,13 @@ def count_branches(
     key_documents: Tensor | None = None,
     is_causal: bool = True,
 ) -> Tensor:
-    """Count the branches in which each query sees each key (LongNet, Eq. 4-8 and 13-15, and design beyond the paper).
+    """Count the branches in which each query sees each key (LongNet, Eq. 4-8 and 13-15, and beyond the paper).
 
     In branch (w, r, phase) position p stands at place (p + phase) mod w of a segment. Query i sees key j if
     - they share a segment; in a window: |i - j| < w;
     - the head keeps both: the query's place modulo query_rate and the key's modulo r are the head's offsets;
     - if causal, j <= i;
-    - the regions that `after_window` and `after_segment` leave out do not hold the key.
+    - the key lies in no region that `after_window` or `after_segment` leaves out.
 
     Args:
         query_positions, key_positions: (B, L) and (B, S) integers, each token's position in its own document.
@@ -86,11 +86,11 @@ def count_zero_padding(branches: tuple[Branch, ...], length: int) -> Tensor:
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float, zero_padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one softmax over the multiset of keys of all branches (Eq. 9-10); a key of two branches counts twice.
+    """Take one softmax over the multiset of keys of all branches (Eq. 9-10); a key in two branches counts twice.
 
     Args:
         query: (B, H, L, D); key, value: (B, G, S, D), any floating dtype. Scores are computed in at least float32.
-        counts: (B or 1, H, G or 1, L, S), how often a key counts for a query.
+        counts: (B or 1, heads, L, S) with H, G or 1 heads, how often a key counts for a query.
         zero_padding: (B or 1, G, L), number of further keys with score 0 and value 0.
 
     Returns:

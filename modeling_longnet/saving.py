@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all: a kill, a full disk or a second process leaves the former ones.
+"""Write files and folders whole or not at all: after a kill or on a full disk the former ones are still there.
 
 A killed process may leave a folder whose name begins with a dot. Nothing reads it; it can be deleted.
 """
@@ -61,7 +61,7 @@ def merging(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(target: Path, folder: Path) -> Iterator[Path]:
-    """Yield a new folder inside `folder`; name the target in the errors of its disk."""
+    """Yield a new folder inside `folder`; raise OSError with the target's name if writing fails."""
     try:
         with TemporaryDirectory(dir=folder, prefix=f".{target.name}-") as scratch:
             yield Path(scratch)
@@ -70,7 +70,7 @@ def _scratch(target: Path, folder: Path) -> Iterator[Path]:
 
 
 def stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what differs once a file is replaced; None if there is none."""
+    """Return values that change when the file is replaced; None if there is no file."""
     with suppress(FileNotFoundError):
         found = path.stat()
         return found.st_ino, found.st_mtime_ns, found.st_size
@@ -82,7 +82,7 @@ def _is_same(first: Path, second: Path) -> bool:
 
 
 def _loading_order(name: str) -> tuple[bool, bool]:
-    """Sort the file last without which no weights load."""
+    """Return a sort key that puts last the file without which no weights load."""
     return _weights(name) is not None, name.endswith(".json")
 
 

@@ -39,7 +39,7 @@ class GroupExchange(NamedTuple):
 
 
 class _ShardedAttention(torch.autograd.Function):
-    """The out of a shard's tokens over all branches.
+    """The attention output of a shard's tokens over all branches.
 
     The exchange overlaps with attention within the shard, in forward and in backward. The backward of each part takes
     the merged out and lse, as in `attention_autograd`.
@@ -87,14 +87,14 @@ class _ShardedAttention(torch.autograd.Function):
 
 @torch.compiler.disable
 def attend_sharded(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, sharded: GroupExchange) -> Tensor:
-    """Dilated attention of this rank's part of a sequence. Every rank of the group must call it, in backward too.
+    """Compute dilated attention of this rank's part of a sequence. Every rank must call it, and run its backward.
 
     Args:
         query: (B, n, H, D). key, value: (B, n, G, D), same dtype, positions already applied; n may be 0.
         plan: its chunks are this rank's, with `total` the length of the whole sequence.
 
     Returns:
-        (B, n, H, D) in the query's dtype. Differentiable in q, k, v, once; the gradients of k and v include the
+        (B, n, H, D) in the query's dtype. Differentiable once; the gradients of key and value include the
         contributions of other ranks, which are summed in at least float32.
     """
     query, key, value = (x.contiguous() for x in (query, key, value))
@@ -119,7 +119,7 @@ def group_loss(total: Tensor, count: Tensor, num_items: Tensor | int | None, gro
     else:
         num_items = num_items.to(total.device) if isinstance(num_items, Tensor) else num_items
         own, value = total / num_items, summed[0] / (size * num_items)
-    # The value of the loss of the group with the gradient of `own`.
+    # The value is the group's loss, the gradient that of `own`.
     return own + (value.to(total.dtype) - own).detach()
 
 

@@ -89,7 +89,7 @@ def check_whole_sequences(what: str) -> None:
         raise ValueError(
             f"{what} needs whole sequences on each process, but Accelerate runs a {type(parallelism).__name__} with "
             f"cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}: each shard would be a sequence of its own. "
-            "Leave these sizes at 1; LongNetModel shards sequences by SequenceSharding."
+            "Leave these sizes at 1; LongNetModel shards sequences with SequenceSharding."
         )
 
 
@@ -98,12 +98,12 @@ def _accelerate_group() -> "dist.ProcessGroup | None":
     parallelism = _sequence_parallelism()
     if parallelism is None:
         return None
-    # Compared by name: beside remote code there may be a second class of this name.
+    # Compared by name: with remote code, a second class of this name may be loaded.
     if type(parallelism).__name__ != "SequenceSharding":
         raise ValueError(
             f"a {type(parallelism).__name__} with cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size} cuts "
             "sequences in a way that LongNet's segments cannot use; pass parallelism_config=SequenceSharding() "
-            "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments, which takes its "
+            "(`from modeling_longnet import SequenceSharding`) to Accelerator or TrainingArguments; it takes its "
             "sizes from the launch configuration."
         )
     return accelerator_state()["device_mesh"]["cp"].get_group()

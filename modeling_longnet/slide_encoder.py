@@ -1,7 +1,7 @@
 """Prov-GigaPath's slide encoder (Xu et al., Nature 630, 2024): embeds whole slides from the features of their tiles.
 
-Letters: B slides, T tiles, L = 1 + T tokens (CLS first), K tokens without the tiles left out (of the slide that has
-most), E hidden size, H heads, G key/value heads, N layers, Q queries.
+Letters: B slides, T tiles, L = 1 + T tokens (CLS first), K tokens that remain once tiles are left out (in the slide
+with most), E hidden size, H heads, G key/value heads, N layers, Q queries.
 """
 
 import math
@@ -59,7 +59,7 @@ class LongNetSlideConfig(LongNetConfig):
     pooling_norm_eps: float = 1e-6
 
     def validate_slide(self):
-        """Check the grid, and that every token sees the whole slide."""
+        """Check the grid, and that the model is bidirectional, with no positions of its own and no vocabulary."""
         sizes = "tile_features", "tile_size", "grid_size"
         self._check_numbers(sizes, lambda size: size >= 1, "must be at least 1")
         self._check_name("pooling", POOLING)
@@ -206,7 +206,7 @@ class LongNetSlideEncoder(LongNetBackbone):
             ValueError: shapes or dtypes that do not fit, a slide without tiles, a tile outside the grid.
         """
         if self.sequence_group() is not None:
-            raise ValueError("processes that share sequences cannot share a slide; give each one its own slides.")
+            raise ValueError("slides cannot be sharded; turn sequence sharding off, give each process its own slides.")
         self._check_slides(tiles, coordinates, attention_mask)
         layout, length = _make_layout(attention_mask), 1 + tiles.shape[1]
         if layout is not None:
@@ -221,8 +221,8 @@ class LongNetSlideEncoder(LongNetBackbone):
     def _encode_tiles(self, hidden_states: Tensor, layout, queries, every, kept: set[int]) -> SlideEncoderOutput:
         """Run the layers on (B, K, E); return the maps of `queries` and of `every` token, and the states `kept`.
 
-        Hooks (`capture_outputs`) would record columns without the tiles left out, and a compiled encoder would lose
-        what they record.
+        It records states itself: hooks (`capture_outputs`) would record columns without the tiles left out, and a
+        compiled encoder would lose what they record.
         """
         real = None if layout is None else layout.real
         context = make_context(self.config, hidden_states, self.backend(hidden_states), real)
@@ -255,7 +255,7 @@ class LongNetSlideEncoder(LongNetBackbone):
             raise ValueError(f"attention_mask has shape {given}; expected {expected}, as the CLS token has no entry.")
         if coordinates.dtype not in COORDINATES:
             allowed = ", ".join(map(str, COORDINATES))
-            raise ValueError(f"coordinates has dtype {coordinates.dtype}, which skips pixels; give {allowed}.")
+            raise ValueError(f"coordinates has dtype {coordinates.dtype}, which skips pixels; give one of {allowed}.")
         has_tiles = [] if attention_mask is None else (attention_mask != 0).any(1).tolist()
         if not all(has_tiles):
             empty = has_tiles.index(False)
@@ -318,7 +318,7 @@ class LongNetSlideEncoder(LongNetBackbone):
         return of_queries, counts, zero_keys
 
     def _attention_map(self, layer: LongNetBlock, hidden_states: Tensor, columns, counts, zero_keys) -> Tensor:
-        """Return the (B, H, Q, K) weights of a layer's dense attention, for the requested queries alone."""
+        """Return the (B, H, Q, K) weights of a layer's dense attention, for the requested queries only."""
         attention, scale = layer.self_attn, self.config.head_dim**-0.5
         hidden_states = layer.self_attn_layer_norm(hidden_states)
         query = attention.project(_gather_columns(hidden_states, columns), attention.q_proj).transpose(1, 2)

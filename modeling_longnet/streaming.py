@@ -49,7 +49,7 @@ def stream(
     progress: bool = True,
     cache: LongNetCache | None = None,
 ) -> Iterator[Scored]:
-    """Score a text chunk by chunk. Chunk size does not affect the result, and the text's length not the memory.
+    """Score a text chunk by chunk. The chunk size does not affect the result, the length does not affect memory.
 
     Args:
         model: a `LongNetForCausalLM` in eval mode.
@@ -66,7 +66,7 @@ def stream(
         its sum). Token 0 has no earlier token and is not scored.
 
     Raises:
-        ValueError: at the call: bad sizes, a model that is no causal language model or in training mode, a state file
+        ValueError: at the call: bad sizes, a model that is not causal or is in training mode, a state file
             that cannot be written, is damaged, or belongs to another model or text. Before a chunk: ids in it that
             are not in the vocabulary. When the state is saved: another process has written the state file.
     """

@@ -15,9 +15,9 @@ Symbols:
     BLOCK_M, BLOCK_N      queries and keys of a block; start_m, start_n: its first, offs_m, offs_n: all of them
     BLOCK_D               head dimension D rounded up to a power of 2
     KEYS                  "chunk" for the chunk's own keys, "prefix" or "suffix" for those before or after it
-    VISIBLE               which of a segment's keys a query sees: "all"; "causal" ones, up to its own; those "shifted"
-                          by `gap`, at least so many tokens before it; of those, the ones before its inner "segments" of
-                          `span` tokens; or those in a "window" of `span` tokens
+    VISIBLE               which of a segment's keys a query sees: "all"; "causal": up to its own; "shifted": at least
+                          `gap` tokens before it; "segments": of those, the keys before its inner segment of `span`
+                          tokens; "window": from span - 1 to `gap` tokens before it (gap below 0: after it)
     query, key            token of a segment's first query and first key, counted from the start of the chunk
     diagonal, lower       query i of a segment sees keys i + lower (in a window) to i + diagonal, by row
     seqlen_q, seqlen_k    kept tokens of a head in a segment: queries in the chunk, keys that they attend to
@@ -98,7 +98,7 @@ def _first_key(token, seqlen, prefix, r, KEYS: tl.constexpr):
 
 @_jit
 def _rows_between(tokens, r):
-    """Return how many times r goes into a distance, rounded down, in 32 bits."""
+    """Return floor(tokens / r), clamped to +-2^30, as int32."""
     rows = (tokens - (tokens % r + r) % r) // r
     return tl.minimum(tl.maximum(rows, -(1 << 30)), 1 << 30).to(tl.int32)
 
@@ -116,7 +116,7 @@ def _diagonals(query, key, r, gap, span, VISIBLE: tl.constexpr):
 
 @_jit
 def _last_keys(rows, diagonal, query, key, r, span, span_shift, VISIBLE: tl.constexpr):
-    """Return the last key that each query of `rows` sees; it may be negative or lie behind the last one."""
+    """Return the last key that each query of `rows` sees; it may be negative or lie beyond the last one."""
     last = rows + diagonal
     if VISIBLE == "segments":
         token = query + tl.cast(rows, tl.int64) * r
@@ -127,7 +127,7 @@ def _last_keys(rows, diagonal, query, key, r, span, span_shift, VISIBLE: tl.cons
 
 @_jit
 def _first_queries(rows, diagonal, query, key, r, span, span_shift, VISIBLE: tl.constexpr):
-    """Return the first query that sees each key of `rows`; it may be negative or lie behind the last one."""
+    """Return the first query that sees each key of `rows`; it may be negative or lie beyond the last one."""
     first = rows - diagonal
     if VISIBLE == "segments":
         token = key + tl.cast(rows, tl.int64) * r
@@ -142,9 +142,9 @@ def _key_range(
     start_m, seqlen_q, seqlen_k, diagonal, lower, query, key, r, span, span_shift,
     VISIBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return the first key that a block of queries sees, the end of those keys, and which ones every query sees.
+    """Return begin_n, end_n, full_n and all_n. A block of queries sees no key outside [begin_n, end_n).
 
-    The first key and those that every query sees are rounded to whole blocks; the latter lie from `full_n` to `all_n`.
+    Each of its queries sees all keys in [full_n, all_n). All but end_n are multiples of BLOCK_N.
     """
     if VISIBLE == "all":
         return 0, seqlen_k, 0, seqlen_k // BLOCK_N * BLOCK_N
@@ -496,7 +496,7 @@ def backward_dq_kernel(
     delta = tl.load(delta_ptr + offs_lse, mask=offs_m < seqlen_q, other=0.0)
     last_n = _last_keys(offs_m, diagonal, query, key, r, span, span_shift, VISIBLE)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for MASKED in tl.static_range(0 if VISIBLE == "causal" else 1, 2):  # as forward
+    for MASKED in tl.static_range(0 if VISIBLE == "causal" else 1, 2):  # as in the forward kernel
         first_n = all_n if VISIBLE == "causal" and MASKED else begin_n
         for start_n in range(first_n, end_n if MASKED else all_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)

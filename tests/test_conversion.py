@@ -329,7 +329,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     torch.save(weights, tmp_path / "source.pt")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").write_text("kept")
-    with refused("no empty folder"):
+    with refused("not an empty folder"):
         convert_checkpoint(tmp_path / "source.pt", tmp_path / "folder", **overrides_of(notes, "a"))
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine"]
 
@@ -343,7 +343,7 @@ def test_where_a_folder_can_be_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "empty")
     with refused("current folder"):
         convert_checkpoint(source, ".", **given)
-    with refused("cannot be made", "source.pt is no folder"):
+    with refused("cannot be made", "source.pt is not a folder"):
         convert_checkpoint(source, source / "under", **given)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -368,7 +368,7 @@ def test_what_weights_cannot_tell_is_asked_for():
     stripped = {name: x for name, x in weights.items() if "xpos" not in name}
     given = overrides_of(notes, "a")
     for name in ("position_embedding", "embedding_scale"):
-        with refused("please give", name):
+        with refused("not determine", name):
             convert(stripped, **{key: value for key, value in given.items() if key != name})
     whole, model = convert(weights, **given), convert(stripped, **given)
     assert whole.config.to_dict() == model.config.to_dict()
@@ -568,7 +568,7 @@ def test_what_the_fused_llama_format_needs_and_cannot_be():
     model, given = make_llama(num_key_value_heads=2)
     state = export_checkpoint(model, "llama_fused")
     for name in given:
-        with refused("please give", name, "(fused wqkv)"):
+        with refused("not determine", name, "(fused wqkv)"):
             convert(state, **{key: value for key, value in given.items() if key != name})
     with refused("layers.0.attention.wqkv.weight (60, 36), expected (72, 36)"):
         convert(state, **(given | {"num_key_value_heads": 3}))

@@ -224,8 +224,8 @@ def layers(count: int):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (make_model, ["dilated attention alone"]),
-        (lambda: layers(1), ["dilated attention alone"]),
+        (make_model, ["only with dilated attention"]),
+        (lambda: layers(1), ["only with dilated attention"]),
         (lambda: use_dilated_attention(make_model(), [8, 32], [1, 4]), ["another config", "(8, 32)"]),
         (lambda: use_dilated_attention(layers(3), *BRANCHES), ["another config", "3)"]),
     ],
@@ -381,7 +381,7 @@ def with_config(make, config_class, **fields):
         ),
         (
             with_config(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-            ["sliding windows alone", 'layer_types=["full_attention"] * num_hidden_layers'],
+            ["only sliding windows", 'layer_types=["full_attention"] * num_hidden_layers'],
         ),
         (
             with_config(Qwen3ForCausalLM, Qwen3Config, layer_types=["full_attention", "chunked_attention"]),
@@ -514,7 +514,7 @@ def test_layers_of_different_sizes_are_refused():
 
 def test_arguments_that_do_not_fit_are_refused():
     model = make_model()
-    with refused("segment_lengths and dilation_rates", "notes none"):
+    with refused("segment_lengths and dilation_rates", "stores none"):
         use_dilated_attention(model)
     with refused("one dilation rate for each"):
         use_dilated_attention(model, [4, 8], [1])
@@ -524,7 +524,7 @@ def test_arguments_that_do_not_fit_are_refused():
         use_dilated_attention(model, *BRANCHES, head_offsets="middle")
     with refused("backend='fast'"):
         use_dilated_attention(model, *BRANCHES, backend="fast")
-    with refused("after use_dilated_attention"):
+    with refused("call use_dilated_attention"):
         DilatedCache(model)
     model.set_attn_implementation("dilated")
     with refused("needs branches"):
@@ -541,7 +541,7 @@ def test_calls_that_do_not_fit_are_refused():
         read(model, ids, is_causal=False)
     cache = DynamicCache(config=model.config)
     read(model, ids, **{CACHE: cache})
-    with refused("cannot go on from a cache"):
+    with refused("cannot continue from a cache"):
         read(model, ids, position_ids=torch.arange(9)[None], **{CACHE: cache})
     dense = dilated(backend="eager")
     with refused("DilatedCache needs a fast backend"):

@@ -792,7 +792,7 @@ def test_flash_attn_says_why_it_cannot_run(sample, word):
 @pytest.mark.usefixtures("fake_flash")
 @pytest.mark.parametrize(("dtype", "dim", "word"), [
     pytest.param(torch.float32, 64, "float16 and bfloat16", id="dtype"),
-    pytest.param(torch.bfloat16, 20, "multiples of 8", id="head dimension"),
+    pytest.param(torch.bfloat16, 20, "divisible by 8", id="head dimension"),
     pytest.param(torch.bfloat16, 264, "256", id="large head dimension"),
 ])  # fmt: skip
 def test_flash_attn_limits_on_a_gpu(dtype, dim, word):

@@ -641,7 +641,7 @@ def test_two_conversions_to_one_folder_leave_a_whole_one(foreign, tmp_path):
         try:
             convert_checkpoint(source, tmp_path / "output", **fields)
         except (OSError, ValueError) as error:
-            clear = r"/output exists and is no empty folder|could not save .*/output: .*not empty"
+            clear = r"/output exists and is not an empty folder|could not save .*/output: .*not empty"
             os._exit(7 if re.search(clear, str(error)) else 8)
 
     for _ in range(4):
@@ -662,7 +662,7 @@ def test_a_conversion_that_finds_another_ones_folder_leaves_it(foreign, tmp_path
         (tmp_path / "output" / "config.json").write_text("another one's")
 
     monkeypatch.setattr(LongNetForCausalLM, "save_pretrained", slower)
-    with pytest.raises(ValueError, match="output exists and is no empty folder"):
+    with pytest.raises(ValueError, match="output exists and is not an empty folder"):
         convert_checkpoint(source, tmp_path / "output", **fields)
     assert read(tmp_path / "output") == {"config.json": b"another one's"}
     assert leftovers(tmp_path) == []

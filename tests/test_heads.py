@@ -251,7 +251,7 @@ def test_images_are_classified(tmp_path):
 def test_shared_sequences_are_refused(name, monkeypatch):
     model = make_head(name)
     monkeypatch.setattr(type(model), "sequence_group", lambda self: "a group")
-    with refused("share sequences"):
+    with refused("whole sequences"):
         model(torch.randint(0, 29, (2, 13)))
 
 

@@ -829,8 +829,8 @@ def test_a_config_without_the_fields_is_the_papers(tmp_path):
     pytest.param({"query_rates": [1, 3]}, ["query_rates=", "1, 3", "divisor"], id="no divisor"),
     pytest.param({"query_rates": [1, 0]}, ["query_rates=", "1, 0"], id="rate of 0"),
     pytest.param({"query_rates": [1, 8]}, ["query_rates=", "1, 8"], id="above the rate"),
-    pytest.param({"query_rates": [1, 4], "head_offsets": "blocked"}, ["head_offsets alone"], id="blocked rates"),
-    pytest.param({"rotate_offsets": True, "head_offsets": "blocked"}, ["head_offsets alone"], id="blocked rotation"),
+    pytest.param({"query_rates": [1, 4], "head_offsets": "blocked"}, ["head_offsets out"], id="blocked rates"),
+    pytest.param({"rotate_offsets": True, "head_offsets": "blocked"}, ["head_offsets out"], id="blocked rotation"),
     pytest.param({"keys_once": True, "segment_lengths": [8, 20]}, ["nested", "[8, 20]"], id="once, not nested"),
     pytest.param({"keys_once": True, "is_causal": False}, ["keys_once", "is_causal=True"], id="once, encoder"),
 ])  # fmt: skip
@@ -868,7 +868,7 @@ def test_the_released_implementation_has_the_papers_pattern_alone(fields):
     given = {"segment_lengths": [8, 32], "dilation_rates": [1, 4], "position_embedding": "rope", "is_causal": False}
     with refused("attend_zero_padding=True", *fields):
         LongNetConfig(**given, **fields, attend_zero_padding=True)
-    with refused(*fields, "TorchScale's LongNet", "paper's pattern alone"):
+    with refused(*fields, "TorchScale's LongNet", "only the paper's pattern"):
         to_torchscale(make_model(LongNetModel, **(given | fields | {"position_embedding": "none"})))
     slide = LongNetSlideConfig(
         hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=6, segment_lengths=[8, 32],

@@ -326,12 +326,12 @@ def test_the_example_draws_a_slide(tmp_path):
 def test_slides_and_images_are_not_shared_among_processes():
     encoder = make_encoder()
     encoder._sequence_group = object()
-    with refused("share a slide"):
+    with refused("slides cannot be sharded"):
         encoder(*make_slides(9))
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4, "segment_lengths": [4]}
     images = LongNetImageEncoder(LongNetImageConfig(dilation_rates=[1], **sizes))
     images._sequence_group = object()
-    with refused("share an image"):
+    with refused("images cannot be sharded"):
         images(torch.zeros(1, 3, 8, 8))
     images._sequence_group = None
     with refused("pixel_values has shape (1, 3, 8, 4)", "(images, 3, 8, 8)"):

@@ -275,7 +275,7 @@ def test_cache_refuses_tensors_of_another_config_and_stays_as_it_was(model, toke
     fresh = LongNetCache(model.config)
     with pytest.raises(ValueError, match="saved cache"):
         fresh.load_tensors({name: x for name, x in tensors.items() if name != "1.keys"})
-    with pytest.raises(ValueError, match=r"1\.values has shape"):
+    with pytest.raises(ValueError, match=r"1\.values has .shape, dtype."):
         fresh.load_tensors(tensors | {"1.values": tensors["1.values"][:, :2]})
     assert fresh.get_seq_length() == 0
 
