@@ -255,7 +255,7 @@ def test_a_cluster_is_planned(tmp_path, monkeypatch):
     assert step["predicted"] == pytest.approx(step["measured"], rel=0.1)  # an H100 that 131,072 tokens calibrated
     # A border at 20,032 tokens lies 64 tokens into a segment of 512, of which six heads keep every fourth.
     assert result["rows"][0]["received"] == 6 * 16 * 2 * 4 * 2
-    assert "Memory limits first" in page.read_text()
+    assert "Memory is the first limit" in page.read_text()
     assert path.with_suffix(".png").stat().st_size > 0
     run.main(["cluster", "--devices", "--processes", "2", "--shard", "48", "--threads", "1", "--output", str(path)])
     figures.main(["--results", str(path.parent), "--pages", str(page), "--docs", str(tmp_path)])
@@ -283,7 +283,7 @@ def test_least_devices_fit_the_memory():
     ("memory", "text"),
     [
         (80, "at least 100 devices"),
-        (30, "no number of devices suffices, for the ids, labels and targets of the whole sequence take 24 KB each"),
+        (30, "no number of devices suffices, as the ids, labels and targets of the whole sequence take 24 KB on each"),
         (12, "no number of devices suffices: weights and keys"),
     ],
 )
@@ -349,7 +349,7 @@ def test_peers_run_a_folder_of_torchscale(tmp_path):
     sizes = "--lengths 64 --dtypes float32 --heads 3 --head-dim 16 --rounds 1 --seconds 0 --error-length 90 --threads 1"
     command = ["peers", "--torchscale", str(tmp_path), *sizes.split(), "--output", str(path), "--pattern"]
     try:
-        with pytest.raises(ValueError, match="does not divide"):
+        with pytest.raises(ValueError, match="must divide its length"):
             run.main([*command, "96/1 256/6"])
         run.main([*command, "96/1"])
     finally:
