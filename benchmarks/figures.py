@@ -106,7 +106,7 @@ def fill_markers(text: str, name: str, content: str) -> str:
         flags=re.DOTALL,
     )
     if count != 1:
-        raise ValueError(f"the page has {begin} to {end} {count} times; it needs it exactly once.")
+        raise ValueError(f"the page has {count} places from {begin} to {end}; it needs exactly one.")
     return filled
 
 

@@ -465,7 +465,7 @@ def main() -> None:
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
         if not run_missing(make_cells(), settings, folder, text, until):  # needs the results of the parts before
             return
-    print(f"Every cell is done: {folder}; for tables and plots run python -m examples.paper.figures.")
+    print(f"Every cell has results in {folder}; for tables and plots run python -m examples.paper.figures.")
 
 
 if __name__ == "__main__":
