@@ -1,1 +1,1 @@
-"""Timings against the rivals, alternately in one run, and what makes tables and plots of them."""
+"""Timings against the rivals, alternately in one run, and the tables and plots made from them."""

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="HEADSxDIMENSION each")
     parser.add_argument("--pattern", default=op.PATTERNS[1], help="'LENGTH/RATE ...'")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"], choices=DTYPES)
-    parser.add_argument("--error-length", type=int, default=3000, help="tokens of the error's run")
+    parser.add_argument("--error-length", type=int, default=3000, help="tokens of the run that measures the error")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing one case")
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     ]
     if args.device == "cuda":
         with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_compile, cases, [args.pattern] * len(cases)))  # side by side: that takes seconds each
+            list(pool.map(_compile, cases, [args.pattern] * len(cases)))  # in parallel: each takes seconds
     with mock.patch.dict(BACKENDS, VARIANTS if args.device == "cpu" else {}):
         for case in tqdm(cases, desc="backends", unit="case"):
             rows += _measure_case(case, args)
@@ -74,7 +74,7 @@ def _measure_case(case: op.Case, args: argparse.Namespace) -> list[dict]:
 
 
 def _ran(result: dict) -> list[tuple[dict, Spread]]:
-    """The rows of what could run, each with its time divided by that of the kernel alone."""
+    """Return the rows of what could run, each with its time divided by that of the kernel alone."""
     ran = []
     for row in (row for row in result["rows"] if row["unavailable"] is None):
         kernel = row["kernel_seconds" if "kernel_seconds" in row else "floor_seconds"]  # the latter in older files
@@ -83,7 +83,7 @@ def _ran(result: dict) -> list[tuple[dict, Spread]]:
 
 
 def tables(result: dict) -> str:
-    """One line for each case that ran, then what could not run."""
+    """Format one line for each case that ran, then what could not run and why."""
     lines = ["| heads x dimension | dtype | mode | backend | / kernel alone | error | / dense reference's |"]
     lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
     for row, ratio in _ran(result):
@@ -100,7 +100,7 @@ def tables(result: dict) -> str:
 
 
 def headline(result: dict) -> str:
-    """The least and the most overhead of each backend and mode."""
+    """Format the least and the most overhead of each backend and mode."""
     lines = ["| backend | mode | / kernel alone, least to most over shapes and dtypes |", "| --- | --- | ---: |"]
     groups: dict[tuple[str, str], list[float]] = {}
     for row, ratio in _ran(result):
@@ -112,7 +112,7 @@ def headline(result: dict) -> str:
 
 @styled
 def plot(result: dict, path: str) -> None:
-    """Time divided by that of the kernel alone, least to most over shapes and dtypes."""
+    """Draw time divided by that of the kernel alone, least to most over shapes and dtypes."""
     groups: dict[tuple[str, str], list[float]] = {}
     for row, ratio in _ran(result):
         groups.setdefault((row["backend"], row["mode"]), []).append(ratio.median)

@@ -1,19 +1,20 @@
-"""A training step of a sequence shared among many devices, on paper: memory, bytes, seconds, and what limits it.
+"""A training step of one sequence on many devices, simulated: memory, bytes, seconds, and what limits it.
 
 - The load of every device is counted from the plans that sharding itself uses: pairs of query and key, keys received
-  from every other device. Memory is counted as in `memory`, with what a device holds of the whole sequence.
+  from every other device. Memory is counted as in `memory`, plus what a device holds of the whole sequence.
 - The speed of one device comes from stored runs of `length` and `train` on an H100. The links are options: the defaults
-  are the nominal speeds of a node of 8 H100, one NVLink and one 400 Gb/s port a device.
+  are the nominal speeds of a node of 8 H100, with one NVLink and one 400 Gb/s port per device.
 - A simulator then runs the step layer by layer: an exchange starts when all devices that take part have reached it, and
   overlaps with the attention within the shard.
 
 Both are checked: one device against H100 runs that did not calibrate it, several against gloo processes on this
-machine. Left out: launching (a step under 32K tokens a device is CPU-bound), the optimizer, copies around an exchange.
+machine. Left out: launching (with under 32K tokens per device a step is CPU-bound), the optimizer, copies around an
+exchange.
 
 `direct` is the exchange of the package: each device receives its keys from their owners. `two steps` is not built: a
 node receives every key once, spread over its devices by their place in the node, then gathers within the node.
 
-Letters: C devices, L tokens, n of a shard, H query heads, G key/value heads, D head dimension.
+Letters: C devices, L tokens, n tokens of a shard, H query heads, G key/value heads, D head dimension.
 """
 
 import argparse
@@ -63,10 +64,10 @@ from .memory import count_bytes
 
 FOLDER = ROOT / "benchmarks" / "results"
 CONFIGURATION = ROOT / "configuration"
-FORWARD, BACKWARD = 4, 10  # operations a pair and dimension: two products forward, five backward
-ID_BYTES = 24  # a token: ids, labels and shifted targets in int64, which every device holds of the whole sequence
-STATE_BYTES = 16  # a parameter: weight and gradient in bfloat16, AdamW's two moments and weight in float32
-# Of the gloo run: attention and keys are most of the step, so that errors of the simulator would show.
+FORWARD, BACKWARD = 4, 10  # operations per pair and dimension: two products forward, five backward
+ID_BYTES = 24  # per token: ids, labels and shifted targets in int64, which every device holds of the whole sequence
+STATE_BYTES = 16  # per parameter: weight and gradient in bfloat16, AdamW's two moments and weight in float32
+# Model of the gloo run: attention and keys are most of its step, so errors of the simulator show.
 MEASURED = {
     "vocab_size": 97,
     "hidden_size": 256,
@@ -81,14 +82,14 @@ MEASURED_PATTERNS = ("256/1 4096/2", "w64 4096/8:1 once")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark; the defaults are the published run."""
     parser.add_argument("--config", type=Path, default=CONFIGURATION / "longnet-billion.json", help="the paper's model")
-    parser.add_argument("--effort", type=int, default=1024, help="of for_context, the pattern beside the paper's")
+    parser.add_argument("--effort", type=int, default=1024, help="effort of for_context, whose pattern is also planned")
     parser.add_argument("--devices", type=int, nargs="*", default=[256, 1024, 1536], help="none: no plan")
     parser.add_argument("--tokens", type=int, default=10**9)
     parser.add_argument("--short", type=int, nargs="*", default=[10**8, 10**7], help="tokens, on the fewest devices")
     parser.add_argument("--node", type=int, default=8, help="devices of a node")
     parser.add_argument("--inside", type=float, default=450, help="GB/s, one direction of a device's link in its node")
     parser.add_argument("--between", type=float, default=50, help="GB/s, one direction of a device's network port")
-    parser.add_argument("--latency", type=float, default=5, help="microseconds a message, one after another")
+    parser.add_argument("--latency", type=float, default=5, help="microseconds per message, one after another")
     parser.add_argument("--memory", type=float, default=80, help="GB of a device")
     parser.add_argument("--speed", default="nvidia-h100-80gb-hbm3", help="machine of the stored runs to calibrate by")
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="of the check by gloo")
@@ -97,40 +98,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Device(NamedTuple):
-    """The speed of a device in operations a second, and its links."""
+    """The speed of a device in operations per second, and its links."""
 
     forward: float  # attention
     backward: float
-    rest: float  # all else, counted as the products with the weights
+    rest: float  # everything else, counted as the products with the weights
     node: int  # devices of a node
-    inside: float  # bytes a second
+    inside: float  # bytes per second
     between: float
-    latency: float  # seconds a message
+    latency: float  # seconds per message
 
 
 class Load(NamedTuple):
     """What each device of a group computes and exchanges in one layer."""
 
     tokens: np.ndarray  # (C,)
-    own: np.ndarray  # (C,) pairs of a query and a key of its shard, all heads
+    own: np.ndarray  # (C,) pairs of a query and a key in the device's shard, all heads
     halo: np.ndarray  # (C,) pairs of a query and a received key
     keys: np.ndarray  # (C, C) keys that a device (row) receives from another
     node_keys: np.ndarray  # (nodes, C) keys that some device of a node needs from a device outside, each counted once
 
 
 class Sizes(NamedTuple):
-    """The model, as the step needs it."""
+    """Sizes of the model that a step depends on."""
 
     layers: int
     head_dim: int
     key_bytes: int  # a key and its value
     block: int  # parameters of all blocks
-    head: int  # of the output projection
+    head: int  # parameters of the output projection
     total: int
 
 
 def sizes_of(config: LongNetConfig, element: int) -> Sizes:
-    """The sizes of a model whose numbers take `element` bytes."""
+    """Return the sizes of a model whose dtype takes `element` bytes."""
     with torch.device("meta"):
         model = LongNetForCausalLM(config)
     block = sum(x.numel() for x in model.model.layers.parameters() if x.dim() == 2)
@@ -140,10 +141,13 @@ def sizes_of(config: LongNetConfig, element: int) -> Sizes:
 
 
 def count_pairs(chunk: Chunk, branches: tuple[Branch, ...], heads: int, keys: str) -> int:
-    """Pairs of a query of the chunk and a key that it sees, over all heads: `keys` "chunk" its own, "prefix" before."""
+    """Count pairs of a query of the chunk and a key that it sees, over all heads.
+
+    `keys` is "chunk" for the chunk's own keys, "prefix" for those before it.
+    """
     pairs = 0
     for branch in branches:
-        # Whole segments before the chunk's own change nothing: many chunks are alike.
+        # Dropping whole segments before the chunk changes no count, so many chunks become equal.
         start = chunk.start if branch.phase or branch.after_phase else chunk.start % branch.w
         start = min(chunk.start, branch.w) if branch.is_window else start
         pairs += _branch_pairs(chunk._replace(start=start, total=start + chunk.length), branch, heads, keys)
@@ -163,7 +167,7 @@ def _branch_pairs(chunk: Chunk, branch: Branch, heads: int, keys: str) -> int:
 
 
 def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: int, node: int) -> Load:
-    """The load of each device, from the plans alone. Layers are taken to be alike, as without staggered segments."""
+    """Count the load of each device from the plans. Layers are assumed to be alike: no staggered segments."""
     branches = pattern.branches(groups, heads)
     borders = shard_borders(length, devices, min(pattern.segment_lengths, default=1))
     whole = whole_batch(1, length)
@@ -178,7 +182,7 @@ def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: 
         for chunk in shard.cut_chunks(whole, rank):
             own[rank] += count_pairs(chunk, branches, heads, "chunk")
             halo[rank] += count_pairs(chunk, branches, heads, "prefix")
-        for need in needs:  # devices of one segment need the same keys from outside of their node
+        for need in needs:  # devices of one segment need the same keys from outside their node
             unique.setdefault((need.branch, need.head, need.first), need)
         if (rank + 1) % node == 0 or rank + 1 == devices:
             index = rank // node
@@ -189,10 +193,10 @@ def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: 
 
 
 def exchange_seconds(load: Load, size: int, device: Device, is_backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds until each device (C,) has received all, directly and in two steps, if all begin together.
+    """Return seconds until each device (C,) has its keys, directly and in two steps, if all start together.
 
-    A device's links carry both directions at once, those inside and between nodes too. A receiver waits for the whole
-    of what its owners send. The backward exchange is the reverse.
+    A device's links carry both directions at once, and so do links inside and between nodes. A receiver waits until the
+    owners of its keys have sent everything. The backward exchange is the reverse.
     """
     keys = load.keys.T if is_backward else load.keys
     count = len(keys)
@@ -231,12 +235,15 @@ def exchange_seconds(load: Load, size: int, device: Device, is_backward: bool = 
 
 
 def simulate(load: Load, sizes: Sizes, device: Device, *, checkpointing: bool, exchange=0, reduce=0, overlap=True):
-    """Run one step over all devices, layer by layer: each device's clock when the step ends, and its computing seconds.
+    """Simulate one step over all devices, layer by layer.
 
     Args:
-        exchange: 0 for the direct exchange, 1 for that in two steps.
-        reduce: bytes of the gradients that an all-reduce then sums over the group.
-        overlap: whether the exchange runs beside the attention within the shard.
+        exchange: 0 for the direct exchange, 1 for the one in two steps.
+        reduce: bytes of gradients that an all-reduce then sums over the group.
+        overlap: whether the exchange overlaps with the attention within the shard.
+
+    Returns:
+        Each device's clock when the step ends, and its seconds of computing.
     """
     operations = sizes.head_dim * FORWARD / device.forward, sizes.head_dim * BACKWARD / device.backward
     own, halo = (np.outer(operations, pairs) for pairs in (load.own, load.halo))  # (2, C)
@@ -269,25 +276,28 @@ def simulate(load: Load, sizes: Sizes, device: Device, *, checkpointing: bool, e
 
 
 def read_run(name: str, speed: str) -> dict:
-    """The newest stored run of a benchmark on a machine.
+    """Return the newest stored run of a benchmark on a machine.
 
     Raises:
         ValueError: there is none.
     """
     paths = sorted(FOLDER.glob(f"{name}-{speed}-*.json"))
     if not paths:
-        raise ValueError(f"--speed {speed}: benchmarks/results holds no run of `{name}` on such a machine.")
+        raise ValueError(
+            f"--speed {speed}: benchmarks/results holds no run of `{name}` on such a machine. Run that benchmark "
+            "there first, or name another machine."
+        )
     return json.loads(paths[-1].read_text())
 
 
 def median_of(rows: list[dict], **fields) -> dict:
-    """The one row with these fields, with the median of its seconds."""
+    """Return the one row with these fields, its seconds replaced by their median."""
     (row,) = (row for row in rows if all(row.get(name) == x for name, x in fields.items()))
     return row | {"median": statistics.median(row["seconds"])}
 
 
 def calibrate(speed: str, links: dict) -> tuple[Device, list[dict]]:
-    """The speed of one device, and what it predicts of stored runs beside what they measured."""
+    """Return the speed of one device, and what it predicts for other stored runs beside what they measured."""
     runs = {name: read_run(name, speed) for name in ("length", "train", "op", "memory")}
     attention = [
         median_of(runs["length"]["rows"], who="ours", mode=mode, length=1 << 20)
@@ -334,7 +344,7 @@ def _time(call) -> float:
 
 
 def _measure(rank: int, processes: int, n: int, rounds: int, folder: str) -> None:
-    """Measure each pattern in one of the processes; rank 0 writes what they found."""
+    """Measure each pattern in one of the processes; rank 0 writes the results of all."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     samples = [_time_steps(processes, n, words, rounds) for words in MEASURED_PATTERNS]
@@ -344,7 +354,7 @@ def _measure(rank: int, processes: int, n: int, rounds: int, folder: str) -> Non
 
 
 def _time_steps(processes: int, n: int, words: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step alone, its attention alone, messages, and the shared step, in turn: of the slowest process."""
+    """Time, in turn, a step alone, its attention alone, messages, and the shared step; the slowest process counts."""
     torch.manual_seed(0)
     fields = _fields(Pattern.parse(words))
     model = LongNetForCausalLM(LongNetConfig(**MEASURED, **fields)).train()
@@ -391,7 +401,7 @@ def _fields(pattern: Pattern) -> dict[str, object]:
 
 
 def check_processes(processes: int, n: int, rounds: int) -> list[dict]:
-    """The shared step of gloo processes, measured, and simulated from what each process does alone; by pattern."""
+    """Measure the shared step of gloo processes, and simulate it from what each takes alone; one result per pattern."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_measure, (processes, n, rounds, folder), nprocs=processes)
         found = json.loads(Path(folder, "result.json").read_text())
@@ -423,7 +433,7 @@ def _predict(processes: int, n: int, words: str, samples: dict[str, list[float]]
 
 
 def plan(tokens: int, devices: int, name: str, config: LongNetConfig, device: Device, counted: float) -> dict:
-    """Memory, bytes and seconds of a step of one sequence on so many devices, with gradient checkpointing."""
+    """Return memory, bytes and seconds of a step of one sequence on `devices`, with gradient checkpointing."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     sizes, pattern = sizes_of(config, 2), Pattern.of(config)
     load = count_load(tokens, devices, pattern, heads, groups, device.node)
@@ -441,7 +451,7 @@ def plan(tokens: int, devices: int, name: str, config: LongNetConfig, device: De
         "memory": {
             "activations": counted * int(load.tokens.max()),
             "weights": STATE_BYTES * sizes.total,
-            "keys": 3 * received,  # sent, received, in their slots; of one layer at a time
+            "keys": 3 * received,  # those sent, received, and placed in slots; one layer at a time
             "ids": ID_BYTES * tokens,
         },
         "received": received,
@@ -459,7 +469,7 @@ def plan(tokens: int, devices: int, name: str, config: LongNetConfig, device: De
 
 
 def time_planning(tokens: int, devices: int, config: LongNetConfig) -> float:
-    """Seconds that the last device's process takes to plan the exchange."""
+    """Return the seconds that the last device's process takes to plan the exchange."""
     pattern = Pattern.of(config)
     branches = pattern.branches(config.num_key_value_heads, config.num_attention_heads)
     shard = Shard(None, devices - 1, shard_borders(tokens, devices, min(pattern.segment_lengths, default=1)))
@@ -469,7 +479,7 @@ def time_planning(tokens: int, devices: int, config: LongNetConfig) -> float:
 
 
 def count_activations(path: Path, sizes: dict, speed: str) -> float:
-    """Bytes a token at the peak of a step with checkpointing; of the paper's 125M model as stored, else counted."""
+    """Return bytes per token at a step's peak with checkpointing: stored for the paper's 125M model, else counted."""
     stored = LongNetConfig.from_pretrained(CONFIGURATION / "longnet-125m.json")
     if all(getattr(stored, name) == x for name, x in sizes.items()):
         return read_run("memory", speed)["paper_bytes_a_token"]["True"]
@@ -477,7 +487,7 @@ def count_activations(path: Path, sizes: dict, speed: str) -> float:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Check by gloo processes if asked for, and plan unless there are no devices to plan for."""
+    """Check with gloo processes if --processes names any, and plan if --devices names any."""
     measured = [row for count in args.processes for row in check_processes(count, args.shard, args.rounds)]
     return {"measured": measured} | (make_plans(args) if args.devices else {"rows": []})
 
@@ -522,31 +532,31 @@ def _size(count: float) -> str:
 
 
 def least_devices(row: dict, capacity: float, ids: bool = True) -> int | None:
-    """Devices from which on the memory suffices for a plan's tokens; None if it never does."""
+    """Return the least number of devices whose memory holds a plan's tokens; None if none suffices."""
     fixed = row["memory"]["weights"] + row["memory"]["keys"] + (row["memory"]["ids"] if ids else 0)
     a_token = row["memory"]["activations"] / row["shard"]
     return None if fixed >= capacity else int(-(-row["tokens"] * a_token // (capacity - fixed)))
 
 
 def summary(result: dict) -> str:
-    """What one wants to know first: devices, seconds, what limits."""
+    """Say the main results: devices, seconds, and what limits them."""
     most = max(row["tokens"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["tokens"] == most]
     capacity = result["memory_gb"] * 1e9
     paper = [row for row in rows if row["pattern"] == "the paper's"]
     fits = next((row for row in paper if sum(row["memory"].values()) <= capacity), None)
     least, without = (least_devices(paper[-1], capacity, ids) for ids in (True, False))
-    ids = f"the ids, labels and targets of the whole sequence take {_size(ID_BYTES * most)} each"
-    cut = "" if without is None else f" (cut before they reach the device, they would allow {without:,} devices)"
+    ids = f"the ids, labels and targets of the whole sequence take {_size(ID_BYTES * most)} on each"
+    cut = "" if without is None else f" (if they were cut before they reach it, {without:,} devices would do)"
     if least is not None:
-        limit = f"at least {least:,} devices, of whose memory {ids}{cut}."
+        limit = f"it takes at least {least:,} devices; {ids}{cut}."
     elif without is not None:
-        limit = f"no number of devices suffices, for {ids}{cut}."
+        limit = f"no number of devices suffices, as {ids}{cut}."
     else:
-        limit = "no number of devices suffices: weights and keys alone take the memory of each."
+        limit = "no number of devices suffices: weights and keys alone fill the memory of each."
     lines = [
         f"{most:,} tokens, {result['parameters'] / 1e6:.0f}M parameters, bfloat16, gradient checkpointing, AdamW, "
-        f"devices of {result['memory_gb']:.0f} GB. Memory limits first: {limit}"
+        f"devices of {result['memory_gb']:.0f} GB. Memory is the first limit: {limit}"
     ]
     if fits:
         other = next(x for x in rows if x["devices"] == fits["devices"] and x is not fits)
@@ -555,13 +565,13 @@ def summary(result: dict) -> str:
             f"{other['seconds'][0]:.1f} s with a window and summaries "
             f"({fits['seconds'][0] * fits['devices'] / 3600:.1f} and "
             f"{other['seconds'][0] * fits['devices'] / 3600:.1f} device hours); a device receives "
-            f"{_size(fits['received'])} and {_size(other['received'])} a layer, and computes "
+            f"{_size(fits['received'])} and {_size(other['received'])} per layer, and computes "
             f"{fits['computing']:.0%} and {other['computing']:.0%} of the time."
         )
     return " ".join(lines)
 
 
-# Columns of words; all others hold numbers.
+# Columns of words; all other columns hold numbers.
 _WORDS = ("pattern", "fits", "one device")
 
 
@@ -582,8 +592,8 @@ def _plan_table(rows: list[dict], capacity: float) -> str:
             f"{x['seconds'][0]:.2f} | {x['computing']:.0%}"
         )
     header = (
-        "tokens | devices | pattern | tokens a device | GB a device | fits | received a layer (from other nodes) | "
-        "a step | from devices | exchange, ms | own attention, ms | step, s | computing"
+        "tokens | devices | pattern | tokens per device | GB per device | fits | received per layer (from other nodes) "
+        "| per step | from devices | exchange, ms | own attention, ms | step, s | computing"
     )
     return _table(header, lines)
 
@@ -609,7 +619,7 @@ def _where_it_pays(rows: list[dict]) -> str:
         if share > 0.01
     ]
     if not cases:
-        return "In none of these would two steps shorten the step by 1 %: the exchange hides behind attention."
+        return "Two steps would shorten none of these by 1 %: the exchange overlaps with attention."
     return f"Two steps would shorten the step by more than 1 % for {'; '.join(cases)}."
 
 
@@ -632,14 +642,14 @@ def _process_table(measured: list[dict]) -> str:
             f"{slowest:.0f} | {measured_ms} | {shared.median / mean:.2f}"
         )
     header = (
-        "processes | pattern | received a layer | a shard alone, ms | predicted: mean of computing, ms | "
+        "processes | pattern | received per layer | a shard alone, ms | predicted: mean of computing, ms | "
         "slowest process, ms | measured, median (least to most), ms | measured / mean"
     )
     return _table(header, lines)
 
 
 def tables(result: dict) -> str:
-    """Every number: summary, plan, exchange in two steps, and both checks."""
+    """Format all results: summary, plan, exchange in two steps, and both checks."""
     return "\n\n".join((_plan_parts(result) if result["rows"] else []) + _process_parts(result["measured"]))
 
 
@@ -647,9 +657,9 @@ def _process_parts(measured: list[dict]) -> list[str]:
     if not measured:
         return []
     return [
-        f"A step of gloo processes with {measured[0]['shard']:,} tokens each, predicted from what they take alone. "
-        "They share the cores of one machine: the mean of their computing is the least, reached if cores go to whoever "
-        "computes; the slowest process, its exchange not hidden, is the most.",
+        f"A step of gloo processes with {measured[0]['shard']:,} tokens each, predicted from what each takes alone. "
+        "They share the cores of one machine. The lower bound is the mean of their computing, reached if idle "
+        "processes give up their cores. The upper bound is the slowest process with no overlap of its exchange.",
         _process_table(measured),
     ]
 
@@ -659,9 +669,9 @@ def _plan_parts(result: dict) -> list[str]:
     tera = {name: f"{device[name] / 1e12:.0f}" for name in ("forward", "backward", "rest")}
     links = (
         f"Links: nodes of {device['node']}, a device sends and receives {device['inside'] / 1e9:.0f} GB/s inside and "
-        f"{device['between'] / 1e9:.0f} GB/s between them, {device['latency'] * 1e6:.0f} us a message (assumed). One "
+        f"{device['between'] / 1e9:.0f} GB/s between them, {device['latency'] * 1e6:.0f} us per message (assumed). One "
         f"device, from runs on {result['speed']}: attention {tera['forward']} TFLOP/s forward and {tera['backward']} "
-        f"backward, all else as fast as products of {tera['rest']} TFLOP/s. Planning the exchange on this CPU, once "
+        f"backward, everything else as products at {tera['rest']} TFLOP/s. Planning the exchange on this CPU, once "
         f"for each length, takes {' and '.join(f'{x:.1f} s' for x in result['planning'].values())} on "
         f"{result['planned']:,} devices ({', '.join(result['planning'])})."
     )
@@ -679,7 +689,7 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Seconds of a step and memory a device against devices; without plans, the processes' steps and predictions."""
+    """Draw seconds per step and memory per device against devices; without plans, the processes' steps."""
     if result["rows"]:
         _plot_plans(result, Path(path))
     else:

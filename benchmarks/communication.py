@@ -1,11 +1,11 @@
-"""The cost of sharing a sequence among devices: bytes sent, balance of work, memory.
+"""The cost of splitting a sequence over devices: bytes sent, balance of work, memory.
 
 - measured: gloo processes with a fixed number of tokens each, so that the sequence grows with them. The bytes of each
   collective are counted from its own arguments and must equal the plan's.
 - simulated: the same plans for up to 1,024 devices and 10^9 tokens, in integers only.
 
-Two other methods are counted beside ours: gathering the kept tokens of every branch over the whole group (TorchScale)
-and ring attention (all keys and values pass every device). Bytes are those that a device receives in one layer's
+Two other methods are counted beside ours: gathering the kept tokens of every branch over the whole group (TorchScale),
+and ring attention, where all keys and values visit every device. Bytes are those that a device receives in one layer's
 forward pass.
 
 Letters: w, r segment length and dilation rate, G key/value heads, D head dimension, n tokens of a shard.
@@ -39,17 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 6, 8])
     parser.add_argument("--tokens-per-process", type=int, default=512)
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 32, 128, 512, 1024])
-    parser.add_argument("--tokens", type=int, default=10**9, help="at least, of the sequence on the most devices")
+    parser.add_argument("--tokens", type=int, default=10**9, help="least length of the sequence on the most devices")
     parser.add_argument("--config", type=Path, default=Path("configuration/longnet-billion.json"))
 
 
 def whole_group_rows(branches: tuple, n: int, devices: int) -> int:
-    """Rows a device would get if each branch longer than a shard were gathered over the whole group."""
+    """Count the rows a device would receive if each branch longer than a shard were gathered over the whole group."""
     return sum((devices - 1) * math.ceil(n / b.r) * len(b.offsets) for b in branches if b.w > n)
 
 
 def ring_rows(n: int, devices: int) -> int:
-    """Rows that pass a device when all keys and values go round."""
+    """Count the rows that a device receives in ring attention."""
     return (devices - 1) * n * HEADS
 
 
@@ -87,10 +87,10 @@ def _measure(rank: int, processes: int, n: int, folder: str) -> None:
 
 
 def measure(processes: int, n: int) -> dict:
-    """Bytes that each rank received, and what the other methods would send.
+    """Return the bytes that each rank received, and what the other methods would send.
 
     Raises:
-        RuntimeError: the collectives carried other bytes than the plan counts.
+        RuntimeError: the collectives sent another number of bytes than the plan counts.
     """
     with tempfile.TemporaryDirectory() as folder:
         spawn(_measure, (processes, n, folder), nprocs=processes)
@@ -99,7 +99,10 @@ def measure(processes: int, n: int) -> dict:
     borders = shard_borders(n * processes, processes, branches[0].w)
     counted = ROW_BYTES * np.array([count_rows(borders, branches, rank) for rank in range(processes)])
     if (counted.sum(1).tolist(), counted.sum(0).tolist()) != (list(forward), list(backward)):
-        raise RuntimeError(f"{processes} processes: counted {counted.tolist()}, carried {forward}, back {backward}.")
+        raise RuntimeError(
+            f"{processes} processes: the plan counts {counted.tolist()} bytes, but {forward} were received forward and "
+            f"{backward} backward."
+        )
     return {
         "processes": processes,
         "tokens": processes * n,
@@ -111,7 +114,7 @@ def measure(processes: int, n: int) -> dict:
 
 
 def count_pairs(begin: int, end: int, branches: tuple) -> int:
-    """Pairs of a query in [begin, end) and a key that it sees, causal, over all heads and branches."""
+    """Count pairs of a query in [begin, end) and a key that it sees, causal, over all heads and branches."""
     pairs = 0
     for w, r, offsets, *_ in branches:
         starts = np.arange(begin - begin % w, end, w)
@@ -123,13 +126,13 @@ def count_pairs(begin: int, end: int, branches: tuple) -> int:
 
 
 def count_rows(borders: tuple[int, ...], branches: tuple, rank: int) -> np.ndarray:
-    """Keys that a rank receives from each rank, in one layer's forward pass: (devices,), read from the plan."""
+    """Count from the plan the keys that a rank receives from each rank in one layer's forward pass: (devices,)."""
     shard = Shard(None, rank, borders)
     return count_received(shard, list(halo_slices(shard, whole_batch(1, borders[-1]), branches, True, rank)))
 
 
 def simulate(devices: int, n: int, branches: tuple) -> dict:
-    """Bytes, work and memory of every device of a group, from the plans alone."""
+    """Compute bytes, work and memory of every device of a group from the plans alone."""
     length = devices * n
     borders = shard_borders(length, devices, branches[0].w)
     received, sent = np.zeros(devices, dtype=np.int64), np.zeros(devices, dtype=np.int64)
@@ -173,7 +176,7 @@ def _size(count: float) -> str:
 
 
 def headline(result: dict) -> str:
-    """The largest simulated group."""
+    """Describe the largest simulated group."""
     last = result["simulated"][-1]
     return (
         f"{last['tokens']:,} tokens on {last['devices']:,} devices, one layer's forward, {result['heads']} heads of "
@@ -184,17 +187,17 @@ def headline(result: dict) -> str:
 
 
 def tables(result: dict) -> str:
-    """Measured and simulated bytes."""
+    """Format measured and simulated bytes."""
     lines = [
         headline(result),
-        "Carried between gloo processes, as counted in the code: the most that a device received.",
+        "Sent between gloo processes, counted from the arguments of collectives: the most that a device received.",
         "| processes | tokens | forward | backward | whole group | ring |\n| --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(
             f"| {x['processes']} | {x['tokens']:,} | {_size(max(x['received']))} | {_size(max(x['returned']))} | "
             f"{_size(x['whole_group'])} | {_size(x['ring'])} |"
             for x in result["measured"]
         ),
-        "Simulated: the most of any device, in one layer's forward.",
+        "Simulated: the most of any device, in one layer's forward pass.",
         "| devices | tokens | received | received and sent | whole group | ring | own K and V | work, most / mean |"
         "\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(
@@ -208,7 +211,7 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Bytes received by a device against the number of devices, measured and simulated."""
+    """Draw bytes received by a device against the number of devices, measured and simulated."""
     measured = [x | {"devices": x["processes"], "received_most": max(x["received"])} for x in result["measured"]]
     whos = (("received_most", "LongNet", "longnet"), ("whole_group", "all-gather\nof the group", "window"))
     panels = []

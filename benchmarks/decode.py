@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1000, 16_000, 1_000_000])
     parser.add_argument("--dense-contexts", type=int, nargs="+", default=[1000, 16_000])
     parser.add_argument("--batch", type=int, default=8, help="texts continued together, at the longest dense context")
-    parser.add_argument("--steps", type=int, default=512, help="timed; 512 are a whole turn of the first segment")
-    parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="100000000 takes minutes, see README")
+    parser.add_argument("--steps", type=int, default=512, help="timed steps; 512 run through one first segment")
+    parser.add_argument("--stream-tokens", type=int, default=10_000_000, help="tokens streamed; 10^8 take minutes")
 
 
 def longnet_config(sizes: dict) -> LongNetConfig:
@@ -50,14 +50,14 @@ def longnet_model(sizes: dict) -> LongNetForCausalLM:
 
 
 def dense_model(sizes: dict) -> LlamaForCausalLM:
-    # A gated feed-forward of 8/3 hidden sizes has as many parameters as LongNet's of 4.
+    # A gated feed-forward of width 8/3 E has as many parameters as LongNet's of width 4 E.
     config = LlamaConfig(**sizes, intermediate_size=8 * sizes["hidden_size"] // 3, max_position_embeddings=1 << 20)
     return LlamaForCausalLM(config).eval()
 
 
 @torch.no_grad()
 def read_tokens(model, cache, length: int, chunk: int) -> list[tuple[int, float]]:
-    """Feed `length` random tokens; (tokens so far, seconds of the chunk) for each chunk."""
+    """Feed `length` random tokens; return (tokens so far, seconds of the chunk) for each chunk."""
     times = []
     for begin in range(0, length, chunk):
         ids = torch.randint(model.config.vocab_size, (1, min(chunk, length - begin)))
@@ -78,14 +78,14 @@ def make_step(model, cache, batch: int = 1):
 
 
 def _repeated(cache, batch: int):
-    """The same text in each row of a batch."""
+    """Return the cache repeated for a batch that holds the same text in each row."""
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(batch)
     return cache
 
 
 def _products(model, length: int):
-    """What a step cannot do without: each weight read once, and the keys and values seen."""
+    """Return a call that does the least that a step must: read each weight once, and the keys and values seen."""
     config = model.config
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     vectors = [torch.randn(1, 1, linear.in_features) for linear in linears]
@@ -104,7 +104,7 @@ def _products(model, length: int):
 
 
 def _stream_memory(tokens: int, threads: int) -> list[tuple[int, float, int]]:
-    """(tokens read, seconds, resident bytes) ten times along a stream."""
+    """Return (tokens read, seconds, resident bytes) ten times along a stream."""
     torch.set_num_threads(threads)
     text = torch.randint(TINY["vocab_size"], (tokens,), dtype=torch.uint8)
     return read_along(longnet_model(TINY), text, CHUNK)
@@ -141,7 +141,7 @@ def _ratio_line(samples: dict, slow: str, fast: str) -> str:
 
 
 def headline(result: dict) -> str:
-    """Ratios of steps, speed of reading and growth of memory."""
+    """Format ratios of steps, speed of reading and growth of memory."""
     samples = result["step_seconds"]
     ours = [name for name in samples if name.startswith("longnet") and " x " not in name]
     dense = [name for name in samples if name.startswith("dense")]
@@ -169,8 +169,8 @@ def headline(result: dict) -> str:
 
 
 def tables(result: dict) -> str:
-    """The headline and every median."""
-    lines = ["| contestant, tokens of context | ms a step, median (least to most) |", "| --- | --- |"]
+    """Format the headline and every median."""
+    lines = ["| contestant, tokens of context | ms per step, median (least to most) |", "| --- | --- |"]
     for name, seconds in result["step_seconds"].items():
         s = spread([1e3 * x for x in seconds])
         lines.append(f"| {name} | {s.median:.2f} ({s.least:.2f} to {s.most:.2f}) |")
@@ -178,7 +178,7 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Step time against context, and memory along the stream."""
+    """Draw step time against context, and memory along the stream."""
     steps = []
     for who, name in (("dense", "dense"), ("longnet", "LongNet")):
         points = [

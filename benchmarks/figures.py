@@ -1,9 +1,9 @@
 """`python -m benchmarks.figures`: rebuild tables and plots from the JSON files of `benchmarks.run`.
 
-Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`, and
-puts the newest headline of each NAME and command between NAME's two markers in one of the pages, and a table of six
-rows of them in the README. What the examples wrote, kept in `docs/`, becomes tables and pictures in the same way. It
-also draws branches and patterns, and fills `model_card.md`.
+Beside every `results/NAME-MACHINE-DATE.json` it writes a `.md` with all numbers and a `.png`. It puts the newest
+headline of each NAME and command between NAME's two markers in one of the pages, and a table of speed into the README.
+It makes tables and pictures from the examples' results in `docs/` in the same way, draws branches and patterns, and
+fills `model_card.md`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .summary import tabulate_speed
 NAMES = ("README.md", "benchmarks/README.md", "docs/billion.md", "docs/patterns.md", "docs/quality.md", "docs/speed.md")
 PAGES = [ROOT / name for name in NAMES]
 
-# What examples/ wrote: files of `--docs` by the name of their markers.
+# Results of examples/: files in `--docs` by the name of their markers.
 EXAMPLES = {
     "demo": ["demo.json", "demo_repeated.json", "demo_window.json", "demo_dense.json", "demo_paper.json"],
     "extend_llama": ["extend_llama.json"],
@@ -38,7 +38,7 @@ EXAMPLES = {
 
 
 def tabulate_example(paths: list[Path]) -> str:
-    """Perplexity by context of the models in one comparison, or of each file's one model, and where it comes from."""
+    """Tabulate perplexity by context of the models of one comparison, or of each file's one model, and its source."""
     reports = [json.loads(path.read_text()) for path in paths]
     models = {}
     for report in reports:
@@ -53,7 +53,7 @@ def tabulate_example(paths: list[Path]) -> str:
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     for path, report in zip(paths, reports, strict=True):
         if missing := {"date", "machine", "torch", "transformers"} - report.keys():
-            raise ValueError(f"{path} does not say its {', '.join(sorted(missing))}: run the example again.")
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: run the example that wrote it again.")
     scores, report = next(iter(models.values())), reports[0]
     command = f"`{report['command']}`, " if "command" in report else ""
     source = (
@@ -63,7 +63,7 @@ def tabulate_example(paths: list[Path]) -> str:
     )
     others = [f"{name} ({x['date']})" for name, x in models.items() if x["bytes"] != scores["bytes"]]
     if others:  # 'python' is the code of the installed packages
-        source += f" Measured on slightly other text, that of another day's packages: {', '.join(others)}."
+        source += f" Measured on slightly different text, the packages of another day: {', '.join(others)}."
     return source + "\n\n" + "\n".join(lines)
 
 
@@ -72,7 +72,7 @@ def _write_score(value: float, error: float | None) -> str:
 
 
 def _name(report: dict, others: dict[str, dict]) -> str:
-    """The demo's model, or the branches that a model was read with."""
+    """Return the name of the demo's model, or the branches that a model was read with."""
     if isinstance(report.get("model"), dict):
         return list(compare.name_reports([*others.values(), report]))[-1]
     if not report.get("segment_lengths"):
@@ -81,7 +81,7 @@ def _name(report: dict, others: dict[str, dict]) -> str:
 
 
 def rebuild(path: Path) -> dict:
-    """Write the table and the plot of one JSON file beside it; returns its content."""
+    """Write the table and the plot of one JSON file beside it; return its content."""
     result = json.loads(path.read_text())
     module = BENCHMARKS[result["name"]]
     picture = path.with_suffix(".png")
@@ -106,7 +106,7 @@ def fill_markers(text: str, name: str, content: str) -> str:
         flags=re.DOTALL,
     )
     if count != 1:
-        raise ValueError(f"{count} places from {begin} to {end}; a page needs exactly one.")
+        raise ValueError(f"the page has {count} places from {begin} to {end}; it needs exactly one.")
     return filled
 
 
@@ -122,12 +122,12 @@ def map_attention(segment_lengths, dilation_rates, heads: int, tokens: int, **pa
 
 @styled
 def draw_maps(panels: dict[str, torch.Tensor], path: Path, label: str, columns: int = 3) -> None:
-    """Draw maps of (query, key) by their titles, with one colour bar that says what the colour is."""
+    """Draw maps of (query, key) by their titles, with one colour bar labelled `label`."""
     rows = -(-len(panels) // columns)
     figure = make_figure(height=2.85 * rows)
     axes = list(figure.subplots(rows, columns, sharex=True, sharey=True).flat)
     for axis, (title, values) in zip(axes, panels.items(), strict=False):
-        # The root lets the many small values of late queries be seen beside the early ones.
+        # The square root makes the many small values of late queries visible beside the early ones.
         image = axis.imshow(values.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set(xticks=[0, len(values) // 2, len(values) - 1], yticks=[0, len(values) // 2, len(values) - 1])
@@ -176,7 +176,7 @@ def draw_patterns(path: Path) -> None:
 
 
 def draw_length(results: list[dict], path: Path) -> None:
-    """Draw time and memory beside dense attention: the benchmark `length` on a GPU if there is one, the newest."""
+    """Draw time and memory beside dense attention, from the newest result of `length`, on a GPU if there is one."""
     results = [r for r in results if r["name"] == "length" and any(row["who"] == "sdpa" for row in r["rows"])]
     if results:
         best = max(results, key=lambda r: (r["rows"][0]["device"] == "cuda", r["date"]))
@@ -202,10 +202,10 @@ def draw_comparisons(folder: Path) -> None:
 
 
 def find_page(texts: dict[Path, str], name: str) -> Path:
-    """The one page that holds the name's markers."""
+    """Return the one page that holds the name's markers."""
     pages = [page for page, text in texts.items() if f"<!-- results:{name} -->" in text]
     if len(pages) != 1:
-        raise ValueError(f"{name}: {len(pages)} of the pages {[*map(str, texts)]} hold its markers; one must.")
+        raise ValueError(f"{name}: {len(pages)} of the pages {[*map(str, texts)]} hold its markers; exactly one must.")
     return pages[0]
 
 

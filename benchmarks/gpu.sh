@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What wants a GPU, from the repository's root, in parts, the most valuable first. A part that is
+# Everything that needs a GPU, from the repository's root, in parts, the most valuable first. A part that is
 # run again skips what it has measured.
 #     bash benchmarks/gpu.sh FOLDER [PART ...]        # default: proof kernels patterns train
-# Parts and their most seconds on an H100:
+# Parts, and the most seconds that each takes on an H100:
 #     proof 150     the tests of the kernels and of flash-attn (if installed)
 #     kernels 200   op, op-wide, backends: against the fastest dense kernels
 #     patterns 60   the patterns beyond the paper beside the paper's and FlexAttention's window
 #     tune 125      block sizes and variants of the kernels
-#     train 120     tokens a second of the 125M model up to 131,072 tokens, and a step of 2^20
-#     million 120   20 steps on texts of 2^20 tokens by the stock Trainer; wants TEXT
-#     quality 420   examples/paper/gpu.sh: which pattern is best; wants TEXT
+#     train 120     tokens per second of the 125M model up to 131,072 tokens, and a step of 2^20
+#     million 120   20 steps on texts of 2^20 tokens by the stock Trainer; needs TEXT
+#     quality 420   examples/paper/gpu.sh: which pattern is best; needs TEXT
 #     more 200      length, memory, stream
 # TEXT is a file of tokens, made beforehand: python -m examples.paper.search --text FILE --prepare
 # The exit status says whether a part failed. `make figures` draws the results.

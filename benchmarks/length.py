@@ -1,9 +1,9 @@
-"""How time, memory and operations grow with the text: the paper's Fig. 5 and Table 1 on one device.
+"""How time, memory and operations grow with the length: the paper's Fig. 5 and Table 1 on one device.
 
 `ours` against dense attention and against a causal sliding window of equal work (FlexAttention, compiled; on a CPU
 forward only, as PyTorch has no backward of it there). A rival is dropped at the length where one call would take longer
-than `--limit` seconds. The growth is the exponent b of a fit cost = a * tokens ** b over the lengths from the longest
-segment on for ours and the window, over all measured ones for dense attention.
+than `--limit` seconds. The growth is the exponent b of a fit cost = a * tokens ** b, over lengths from the longest
+segment on for ours and the window, and over all lengths for dense attention.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .measure import DTYPES, Call, peak_bytes, seconds_of, spread
 PATTERN = "2048/1 4096/2 8192/4 16384/6 32768/12"  # the paper's
 LENGTHS = [1 << n for n in range(11, 21)]
 WINDOW_BLOCK = 128  # FlexAttention's
-WINDOW_MASK_BYTES = 1 << 29  # a table of all pairs of blocks, of which few are used
+WINDOW_MASK_BYTES = 1 << 29  # most bytes for FlexAttention's table of all pairs of blocks, few of which are used
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def window_of(pattern: str) -> int:
-    """The window of equal work: a query sees as many keys as the average one in the pattern, whole blocks."""
+    """Return the window of equal work, in whole blocks: it holds the mean number of keys that a query sees."""
     keys = count_work(*op.parse_pattern(pattern), length=1 << 60)
     return max(1, round(keys / WINDOW_BLOCK)) * WINDOW_BLOCK
 
 
 def count_flops(who: str, case: op.Case, pattern: str) -> int:
-    """Products of the attention, counted from what is seen; 2 of them forward, 5 backward."""
+    """Count the operations of the attention's products from what is seen: 2 products forward, 5 backward."""
     if who != "window":
         return op.count_flops(case, pattern if who == "ours" else None)
     window = min(window_of(pattern), case.length)
@@ -54,7 +54,7 @@ def count_flops(who: str, case: op.Case, pattern: str) -> int:
 
 
 def prepare(who: str, case: op.Case, pattern: str) -> Call:
-    """The inputs of a contestant and the call to be measured."""
+    """Make the inputs of a contestant, warm up, and return the call to measure."""
     if who != "window":
         return op.prepare(who, case, pattern if who == "ours" else None)
     torch.set_num_threads(case.threads)
@@ -86,7 +86,7 @@ def _measure(who: str, case: op.Case, pattern: str) -> dict:
 
 
 def why_no_window(case: op.Case) -> str | None:
-    """Why FlexAttention cannot serve as the window, None if it can."""
+    """Return why FlexAttention cannot serve as the window; None if it can."""
     if case.backward and case.device == "cpu":
         return "PyTorch has no backward of FlexAttention on a CPU"
     blocks = math.ceil(case.length / WINDOW_BLOCK)
@@ -96,14 +96,14 @@ def why_no_window(case: op.Case) -> str | None:
 
 
 def _estimate(who: str, case: op.Case, before: dict | None) -> float:
-    """Seconds that a call will take: from half the length, dense attention's from a short call; 0 if nothing tells."""
+    """Estimate the seconds of a call from one at half the length, or a short one for dense attention; 0 if unknown."""
     if before:
         return before["seconds"][0] * (4 if who == "sdpa" else 2)
     return op.dense_estimate(case) if who == "sdpa" else 0.0
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure every length, each contestant in turn; memory once, on a CPU in processes of their own."""
+    """Measure every length, each contestant in turn; memory once, on a CPU in separate processes."""
     rows: dict[tuple, dict] = {}
     dropped: dict[tuple, str] = {}
     for number in range(args.rounds):
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict:
                     rows[key]["seconds"] += measured["seconds"]
                 else:
                     rows[key] = measured
-                    if who != "window":  # a compiler works in that one's process
+                    if who != "window":  # the compiler runs in the window's process and would be counted
                         pattern = args.pattern if who == "ours" else None
                         rows[key]["peak_bytes"] = peak_bytes(op.prepare, who, case, pattern)
     drops = [{"who": who, "mode": mode, "reason": reason} for (who, mode), reason in dropped.items()]
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def growth(rows: list[dict], cost: str, least: int) -> float | None:
-    """The exponent b of cost = a * tokens ** b, by least squares of logarithms; None for fewer than 3 lengths."""
+    """Fit the exponent b of cost = a * tokens ** b by least squares of logarithms; None for fewer than 3 lengths."""
     points = [
         (math.log(row["length"]), math.log(spread(row[cost]).median if cost == "seconds" else row[cost]))
         for row in rows
@@ -161,10 +161,8 @@ def _groups(result: dict) -> list[tuple[str, str, list[dict], int]]:
 
 
 def headline(result: dict) -> str:
-    """The exponents, and how even a token's time is."""
-    lines = [
-        "| | mode | operations | time | memory | us a token, longest text | over that at the longest segment | at 64K |"
-    ]
+    """Format the exponents, and how constant the time per token is."""
+    lines = ["| | mode | operations | time | memory | us per token, longest text | / at longest segment | / at 64K |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for who, mode, rows, least in _groups(result):
         cells = [growth(rows, cost, least) for cost in ("flops", "seconds", "peak_bytes")]
@@ -179,7 +177,7 @@ def headline(result: dict) -> str:
 
 
 def tables(result: dict) -> str:
-    """The headline and every measured length."""
+    """Format the headline and every measured length."""
     lines = [
         "| tokens | who | mode | ms, median (least to most) | GFLOP/s | peak MiB |",
         "| ---: | --- | --- " + "| ---: " * 3 + "|",
@@ -197,7 +195,7 @@ def tables(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Seconds and peak memory against tokens: forward and backward, and forward alone in dashes."""
+    """Draw seconds and peak memory against tokens: forward and backward, and forward alone in dashes."""
     colors = {"ours": ("LongNet", "longnet"), "sdpa": ("dense", "dense"), "window": ("window", "window")}
     modes = {mode for _, mode, _, _ in _groups(result)}
     panels = []
@@ -219,7 +217,7 @@ def plot(result: dict, path: str) -> None:
 
 
 def _title(result: dict) -> str:
-    """What was timed, and how it compares with dense attention at the longest text that both read."""
+    """Say what was timed, and how it compares with dense attention at the longest length that both ran."""
     row = result["rows"][0]
     title = f"One layer's attention, {row['heads']} heads of {row['head_dim']}, {row['dtype']}"
     title += f", {result['gpu']}" if row["device"] == "cuda" else f", {row['threads']} CPU cores"

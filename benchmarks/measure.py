@@ -1,4 +1,4 @@
-"""How every benchmark measures: in alternation, peak memory in a fresh process, which machine."""
+"""How every benchmark measures: calls timed alternately, peak memory in a fresh process, the machine described."""
 
 import ctypes
 import json
@@ -35,12 +35,12 @@ class Spread(NamedTuple):
 
 
 def spread(samples: list[float]) -> Spread:
-    """The spread of samples, or of the ratios of two contestants round by round."""
+    """Return the spread of samples, or of the ratios of two contestants round by round."""
     return Spread(statistics.median(samples), min(samples), max(samples))
 
 
 def seconds_of(call: Call) -> float:
-    """Seconds of one call without freeing its result: wall-clock time, or the GPU's own once this process uses one.
+    """Time one call, without freeing its result: wall-clock seconds, or the GPU's own once this process uses one.
 
     On a GPU the call is launched while the GPU is busy, as in a loop that is not launch-bound.
     """
@@ -62,7 +62,7 @@ def seconds_of(call: Call) -> float:
 
 
 def launch_seconds(call: Call) -> float:
-    """CPU seconds to launch a call on a GPU: until it returns, its work not yet done."""
+    """Return the seconds until a call on a GPU returns, before its work is done: the CPU time to launch it."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     result = call()
@@ -75,16 +75,17 @@ def launch_seconds(call: Call) -> float:
 def time_alternately(
     calls: dict[str, Call], *, seconds: float, least: int = 3, most: int = 20
 ) -> dict[str, list[float]]:
-    """Time all calls once a round, each round in another order: drift cancels, and so does what a call finds in the
-    processor's caches, which the one before it has left.
+    """Time all calls once per round, in another order each round.
+
+    Drift then cancels, and so does the effect of what the previous call left in the CPU's caches.
 
     Args:
         calls: the contestants. Each is called once before the clock starts.
-        seconds: start no new round after so long, once there were `least`.
+        seconds: start no new round after so many seconds, once there were `least` rounds.
         least, most: bounds of the number of rounds.
 
     Returns:
-        For each contestant the seconds of each round; number i of all of them is the same round.
+        For each contestant the seconds of each round; index i is the same round for all.
     """
     for call in calls.values():
         call()
@@ -105,24 +106,24 @@ def _status_bytes(field: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now (Linux)."""
+    """Return this process's resident memory (Linux)."""
     return _status_bytes("VmRSS")
 
 
 def highest_resident_bytes() -> int:
-    """The most memory that this process has had resident (Linux)."""
+    """Return the peak of this process's resident memory (Linux)."""
     return _status_bytes("VmHWM")
 
 
 def restart_highest_resident_bytes() -> None:
-    """Forget `highest_resident_bytes` so far, where the system (Linux) lets a process do so."""
+    """Reset the peak that `highest_resident_bytes` returns, if the system lets a process do so (Linux)."""
     if (switch := Path("/proc/self/clear_refs")).exists():
         switch.write_text("5")
 
 
 def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
     call = prepare(*arguments)
-    call()  # the kernels' code and their own buffers are there from now on
+    call()  # loads the kernels and allocates their own buffers
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -130,7 +131,7 @@ def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # give back what the first call left, or the second would reuse it
+        libc.malloc_trim(0)  # give back the first call's memory, which the second would reuse uncounted
     restart_highest_resident_bytes()
     before = resident_bytes()
     result = call()
@@ -140,20 +141,20 @@ def _peak_here(prepare: Callable[..., Call], arguments: tuple) -> int:
 
 
 def peak_bytes(prepare: Callable[..., Call], *arguments: object) -> int | None:
-    """By how many bytes one call raises a process's memory at most, inputs not counted: resident, or the GPU's.
+    """Measure by how much one call raises the peak of resident (or GPU) memory; inputs are not counted.
 
     Args:
-        prepare: a module's function that makes the inputs, warms up, and returns the call.
+        prepare: a module-level function that makes the inputs, warms up, and returns the call.
         arguments: for `prepare`, picklable.
 
     Returns:
-        Bytes. None on systems without Linux's resettable high-water mark.
+        Bytes; None on systems without Linux's resettable peak.
     """
     if torch.cuda.is_initialized():
         return _peak_here(prepare, arguments)  # the GPU's allocator counts bytes: no fresh process is needed
     if not Path("/proc/self/clear_refs").exists():
         return None
-    # The server imports once and forks for each measurement: a fresh process in milliseconds.
+    # The fork server imports once and forks for each measurement, so a fresh process takes milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["modeling_longnet"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -168,13 +169,13 @@ def _cpu_name() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git answers in this repository, "unknown" where it fails."""
+    """Return git's output in this repository, or "unknown" if it fails."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def package_version(package: str) -> str:
-    """The installed version, or "not installed"."""
+    """Return the installed version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -182,14 +183,14 @@ def package_version(package: str) -> str:
 
 
 def describe_run(device: str = "cpu") -> dict[str, object]:
-    """Command, commit, date, versions and machine of this run, to be stored with its samples.
+    """Return command, commit, date, versions and machine of this run, to be stored with its samples.
 
-    A GPU is asked for its name where the run uses it alone: from then on time and memory are the GPU's.
+    The GPU's name is read only if `device` is a GPU: reading it makes this process measure the GPU's time and memory.
     """
-    # What runs write does not make the measured code a changed one.
+    # Result files do not count as uncommitted changes.
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!examples/paper/results")
     words = sys.argv[1:]
-    if "--output" in words:  # where it was written is no part of what was run
+    if "--output" in words:  # the output's place is no part of the command
         del words[words.index("--output") : words.index("--output") + 2]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -212,13 +213,13 @@ def describe_run(device: str = "cpu") -> dict[str, object]:
 
 
 def machine_slug(run: dict) -> str:
-    """The machine of `describe_run` as part of a file name, such as "amd-epyc-2-cores"; its GPU where it has one."""
+    """Return the machine of `describe_run` as part of a file name, such as "amd-epyc-2-cores", or the GPU if used."""
     words = (run["gpu"] or f"{run['machine']['cpu']} {run['machine']['cores']} cores").lower()
     return "-".join("".join(c if c.isalnum() else " " for c in words).split())
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that a reader, or a crash, never meets half a file."""
+    """Write JSON at once, so that no reader sees half a file, not even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")

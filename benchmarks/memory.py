@@ -1,13 +1,13 @@
-"""Memory of a training step: bytes a token counted from the model, beside the measured peak; and the paper's at 1M.
+"""Memory of a training step: bytes per token counted from the model, beside the measured peak; the paper's model at 1M.
 
-Counted are the tensors that autograd keeps (by its own hooks, in models of one and of two blocks), then
+The tensors that autograd keeps are counted (by its own hooks, in models of one and of two blocks). From them follows
 
     peak / token = N E (the blocks' inputs, with gradient checkpointing) or N block (without)
-                 + block (with checkpointing: the one that is computed again) + I + 2 E (gradients at work)
+                 + block (with checkpointing: the one being recomputed) + I + 2 E (gradients in flight)
 
-in elements of the dtype; N blocks of width E and inner width I, `block` what one keeps. Weights, their gradients and
-the optimizer's state do not grow with the text and are left out: in what is measured, the peak of such a step over its
-tokens, the weights' gradients lie there before it begins.
+in elements of the dtype, for N blocks of width E and inner width I; `block` is what one block keeps. Weights, their
+gradients and the optimizer's state do not grow with the text and are left out. In the measured step the weights'
+gradients are therefore allocated before it begins.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .measure import DTYPES, ROOT, peak_bytes
 from .train import Step, load_config, prepare
 
 PAPER = ROOT / "configuration" / "longnet-125m.json"
-COUNTED_AT = 1024  # tokens; what is kept grows with them evenly
+COUNTED_AT = 1024  # tokens; what is kept is proportional to them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def kept_bytes(config: LongNetConfig, dtype: str) -> float:
-    """What autograd keeps of one text for a backward pass, bytes a token; weights are not counted."""
+    """Return the bytes per token that autograd keeps for the backward pass of one text, without weights."""
     torch.manual_seed(0)
     model = LongNetForCausalLM(config).to(getattr(torch, dtype)).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x  # held, or its memory would be given to the next
+        kept[x.untyped_storage().data_ptr()] = x  # held, so that no other tensor gets the same address
         return x
 
     ids = torch.randint(config.vocab_size, (1, COUNTED_AT))
@@ -55,7 +55,7 @@ def kept_bytes(config: LongNetConfig, dtype: str) -> float:
 
 @lru_cache
 def count_bytes(path: Path | None, dtype: str) -> dict[bool, float]:
-    """The module's formula: bytes a token at the peak of a training step, with gradient checkpointing and without."""
+    """Apply the module's formula: bytes per token at a step's peak, with gradient checkpointing and without."""
     config = load_config(path)
     one, two = (kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (1, 2))
     block, element, blocks = two - one, getattr(torch, dtype).itemsize, config.num_hidden_layers
@@ -64,7 +64,7 @@ def count_bytes(path: Path | None, dtype: str) -> dict[bool, float]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    rows, path = [], args.config and args.config.resolve()  # as PAPER is, so that one is counted once
+    rows, path = [], args.config and args.config.resolve()  # absolute like PAPER, so that PAPER is counted once
     config = load_config(path)
     for dtype in args.dtypes:
         for checkpointing, counted in count_bytes(path, dtype).items():
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def tables(result: dict) -> str:
-    """Counted and measured bytes a token, and the count for the paper's model."""
-    lines = ["| tokens | dtype | gradient checkpointing | counted, KB a token | measured | measured / counted |"]
+    """Format counted and measured bytes per token, and the count for the paper's model."""
+    lines = ["| tokens | dtype | gradient checkpointing | counted, KB per token | measured | measured / counted |"]
     lines.append("| ---: | --- | --- | ---: | ---: | ---: |")
     for row in result["rows"]:
         counted, peak = row["counted"] / 1000, row["peak_bytes"]
@@ -110,7 +110,7 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Measured peak against tokens, and the counted one in dashes, one panel for each dtype."""
+    """Draw the measured peak against tokens, and the counted one in dashes, one panel for each dtype."""
     panels = []
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         lines = []

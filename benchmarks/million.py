@@ -49,7 +49,7 @@ class Sequences(torch.utils.data.Dataset):
 
 
 class Recorder(TrainerCallback):
-    """Time, loss and peak memory of each step."""
+    """Records time, loss and peak memory of each step."""
 
     def __init__(self, length: int):
         self.length, self.steps, self.began = length, [], 0.0
@@ -72,7 +72,7 @@ class Recorder(TrainerCallback):
 
 
 def train(args: argparse.Namespace) -> list[dict]:
-    """Return what was recorded of each step."""
+    """Train, and return what was recorded of each step."""
     set_seed(0)
     sequences = Sequences(args.text, args.length)
     config = LongNetConfig.from_pretrained(args.config, vocab_size=sequences.vocab_size)
@@ -102,7 +102,7 @@ def main() -> None:
     steps = train(args)
     losses = [step["loss"] for step in steps if "loss" in step]
     if not losses or not all(map(math.isfinite, losses)):
-        raise SystemExit(f"losses {losses}: the training has failed.")
+        raise SystemExit(f"training failed: its losses are {losses}.")
     command = {"command": shlex.join(["python", "-m", "benchmarks.million", *sys.argv[1:]])}
     result = {"name": "million", "length": args.length, "steps": steps} | describe_run(args.device) | command
     if args.output:

@@ -38,23 +38,23 @@ PATTERNS = (
 )
 LENGTHS = (2048, 8192, 32768)
 MODES = ("forward", "forward+backward")
-# SDPA / ours that the project set out to reach at 32,768 tokens, 8 heads of 64, on a CPU: forward, forward+backward.
+# Goals for SDPA / ours at 32,768 tokens, 8 heads of 64, on a CPU: forward, forward+backward.
 AIMS = dict(zip(PATTERNS, ((22, 18), (10, 9), (6, 5.5)), strict=True))
 AIMED_AT = (32_768, 8, 64, "cpu")
-OVERHEAD_AIM = 1.1  # ours / kernel alone, there
-# The same on an H100: 80 % of 7.7 forward, 75 % backward (5 of 7 products), against the fastest dense kernel there.
+OVERHEAD_AIM = 1.1  # goal for ours / kernel alone in the same case
+# Goals on an H100: 80 % of 7.7 forward, 75 % backward (5 of 7 products), against the fastest dense kernel there.
 GPU_AIMS = {PATTERNS[2]: (6.2, 5.9)}
 # Dense attention's time for one long call is estimated from a call of at most so many tokens.
 ESTIMATE_LENGTH = 4096
 # Larger kernel results come from fresh pages, which the system must clear each time.
 KERNEL_BYTES_PER_CALL = 8 << 20
 KERNEL, STRIDED, WRITES = "kernel alone", "strided kernel alone", "memory writes"
-# What older result files call these three.
+# Names of these three in older result files.
 RENAMED = {"floor": KERNEL, "rows": STRIDED, "result": WRITES}
 
 
 class Case(NamedTuple):
-    """What one round times: every contestant at this size."""
+    """A size at which every contestant is timed."""
 
     length: int
     heads: int
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 def parse_pattern(text: str) -> tuple[list[int], list[int]]:
-    """Segment lengths and dilation rates of a pattern written "512/1 2048/4"."""
+    """Parse segment lengths and dilation rates of a pattern written "512/1 2048/4"."""
     try:
         pairs = [tuple(map(int, pair.split("/"))) for pair in text.split()]
         segment_lengths, dilation_rates = zip(*pairs, strict=True)
@@ -83,7 +83,7 @@ def parse_pattern(text: str) -> tuple[list[int], list[int]]:
 
 
 def count_kept(length: int, heads: int, pattern: str) -> list[Counter[int]]:
-    """For each branch, how many (segment, head) pairs keep how many tokens: {tokens: pairs}."""
+    """Count for each branch how many (segment, head) pairs keep how many tokens: {tokens: pairs}."""
     return [
         Counter(
             len(range(head % r, min(w, length - begin), r)) for begin in range(0, length, w) for head in range(heads)
@@ -93,9 +93,9 @@ def count_kept(length: int, heads: int, pattern: str) -> list[Counter[int]]:
 
 
 def count_flops(case: Case, pattern: str | None) -> int:
-    """Multiplications and additions of the causal products: 2 of them forward, 5 backward.
+    """Count multiplications and additions of the causal products: 2 products forward, 5 backward.
 
-    `pattern` None is dense attention. The exponential and all merging are not counted.
+    `pattern` None is dense attention. Exponentials and merges are not counted.
     """
     pattern = pattern or f"{case.length}/1"
     branches = count_kept(case.length, case.heads, pattern)
@@ -104,18 +104,18 @@ def count_flops(case: Case, pattern: str | None) -> int:
 
 
 def result_bytes(case: Case) -> int:
-    """The bytes that any implementation must return: out, and with the backward dq, dk, dv."""
+    """Count the bytes that any implementation must return: out, and with the backward pass dq, dk, dv."""
     element = getattr(torch, case.dtype).itemsize
     return case.length * case.heads * case.head_dim * element * (4 if case.backward else 1)
 
 
 def input_bytes(case: Case) -> int:
-    """The bytes of q, k and v, and with the backward of the gradient of out."""
+    """Count the bytes of q, k and v, and with the backward pass of the gradient of out."""
     return result_bytes(case._replace(mode="forward")) * (4 if case.backward else 3)
 
 
 def prepare(who: str, case: Case, pattern: str | None) -> Call:
-    """The inputs of a contestant and the call to be measured; a small call has warmed up before."""
+    """Make the inputs of a contestant, warm up with a small call, and return the call to measure."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     make = {"ours": ours, "sdpa": _sdpa, KERNEL: _kernel, STRIDED: _strided_kernel, WRITES: _writes}[who]
@@ -124,7 +124,7 @@ def prepare(who: str, case: Case, pattern: str | None) -> Call:
 
 
 def differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
-    """The call of `attend(*inputs)`, with its gradients where the case asks for them."""
+    """Return a call of `attend(*inputs)`, with its gradients if the case includes the backward pass."""
     if not case.backward:
         return torch.no_grad()(lambda: attend(*inputs))
     grad_out = torch.randn_like(inputs[0])
@@ -138,7 +138,7 @@ def differentiated(case: Case, attend, inputs: list[Tensor]) -> Call:
 
 
 def ours(case: Case, pattern: str, backend: str = "auto", head_offsets: str = "interleaved") -> Call:
-    """The op by a backend, on (1, L, H, D) storage."""
+    """Return a call of the op with a backend, on (1, L, H, D) storage."""
     attend = partial(dilated_attention, backend=backend, head_offsets=head_offsets)
     branches = parse_pattern(pattern)
     shape = (1, case.length, case.heads, case.head_dim)
@@ -161,8 +161,10 @@ def _attend_dense(kernel: str | None, query: Tensor, key: Tensor, value: Tensor)
 
 @lru_cache
 def dense_kernel(case: Case) -> str | None:
-    """The fastest of PyTorch's dense kernels on a GPU, by SDPBackend's names; None on a CPU, which has one, and for
-    float64, which has none."""
+    """Return the SDPBackend name of PyTorch's fastest dense kernel on a GPU.
+
+    None on a CPU, which has a single one, and for float64, which has none.
+    """
     if case.device == "cpu":
         return None
     seconds = {}
@@ -171,14 +173,14 @@ def dense_kernel(case: Case) -> str | None:
         call = differentiated(case, partial(_attend_dense, kernel), inputs)
         try:
             call()
-        except RuntimeError:  # it does not take this dtype or head dimension
+        except RuntimeError:  # the kernel does not support this dtype or head dimension
             continue
         seconds[kernel] = min(seconds_of(call) for _ in range(3))
     return min(seconds, key=seconds.get, default=None)
 
 
 class _Cudnn:
-    """cuDNN's kernel, with the two methods of `TorchBackend` that are timed."""
+    """cuDNN's kernel behind the two methods of `TorchBackend` that are timed."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, ...]:
@@ -188,7 +190,7 @@ class _Cudnn:
 
     @staticmethod
     def backward(grad_out, query, key, value, out, lse, is_causal: bool, scale: float) -> tuple[Tensor, ...]:
-        seed = torch.empty((), dtype=torch.int64, device=query.device)  # read with dropout only
+        seed = torch.empty((), dtype=torch.int64, device=query.device)  # only read with dropout
         lse, lengths = lse.contiguous()[..., None], (query.shape[2], key.shape[2])
         unused = seed, seed, None, None, None
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -197,7 +199,7 @@ class _Cudnn:
 
 
 def kernel_of(case: Case) -> _Cudnn | TorchBackend:
-    """PyTorch's fastest kernel for kept tokens: cuDNN's on a GPU in half precision, else that of backend "torch"."""
+    """Return PyTorch's fastest kernel for kept tokens: cuDNN's on a GPU in half precision, else backend "torch"."""
     is_half = getattr(torch, case.dtype).itemsize == 2
     if case.device == "cuda" and is_half and case.head_dim % 8 == 0 and case.head_dim <= 128:
         return _Cudnn()
@@ -205,7 +207,7 @@ def kernel_of(case: Case) -> _Cudnn | TorchBackend:
 
 
 def _kernel(case: Case, pattern: str) -> Call:
-    # The kernel's time does not depend on the numbers: all calls read from the same buffers, the backward too.
+    # The kernel's time does not depend on the values, so all calls read from the same buffers.
     buffers = [case.tensor(case.length * case.heads * case.head_dim) for _ in range(5)]
     lse = case.tensor(case.length * case.heads).float()
     inputs = []
@@ -233,7 +235,7 @@ def _kernel(case: Case, pattern: str) -> Call:
 
 
 class Recorder(TorchBackend):
-    """Backend "torch", keeping the arguments of its kernel calls."""
+    """Backend "torch" that records the arguments of its kernel calls."""
 
     def __init__(self):
         super().__init__()
@@ -278,13 +280,16 @@ def _writes(case: Case, pattern: None) -> Call:
 
 
 def _call_sizes(count: int, unit: int, device: str) -> list[int]:
-    """Split `count` attentions of `unit` bytes into calls of at most KERNEL_BYTES_PER_CALL; fewer calls on a GPU."""
+    """Split `count` attentions with results of `unit` bytes into calls; return the attentions in each call.
+
+    On a CPU the results of a call take at most KERNEL_BYTES_PER_CALL; on a GPU there are fewer calls.
+    """
     most = max(1, KERNEL_BYTES_PER_CALL // max(1, unit)) if device == "cpu" else 32768
     return [min(most, count - begin) for begin in range(0, count, most)]
 
 
 def measure_error(case: Case, pattern: str, backend: str = "auto") -> dict[str, dict[str, float]]:
-    """||x - exact|| / ||exact|| of out and of the worst gradient: ours and the dense reference.
+    """Measure ||x - exact|| / ||exact|| of out and of the worst gradient, for ours and the dense reference.
 
     The exact numbers come from the dense reference in float64, on the same (rounded) inputs.
     """
@@ -308,7 +313,7 @@ def measure_error(case: Case, pattern: str, backend: str = "auto") -> dict[str, 
 
 
 def dense_estimate(case: Case) -> float:
-    """Seconds that one dense call will take: a short one, times the growth of its work."""
+    """Estimate the seconds of one dense call: those of a short call times the ratio of their work."""
     short = case._replace(length=min(case.length, ESTIMATE_LENGTH))
     growth = count_flops(case, None) / count_flops(short, None)
     return seconds_of(prepare("sdpa", short, None)) * growth
@@ -323,7 +328,7 @@ def _measure_case(case: Case, args: argparse.Namespace) -> list[dict]:
     if estimate <= args.dense_limit:
         contestants.insert(0, ("sdpa", None))
     else:
-        reason = f"estimated {estimate:.0f} s a call, over --dense-limit {args.dense_limit:g}"
+        reason = f"estimated {estimate:.0f} s per call, over --dense-limit {args.dense_limit:g}"
         rows.append({**case._asdict(), "who": "sdpa", "pattern": None, "skipped": reason})
     calls = {f"{who} {pattern}": prepare(who, case, pattern) for who, pattern in contestants}
     samples = time_alternately(calls, seconds=args.seconds, least=args.rounds)
@@ -351,14 +356,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
-    parser.add_argument("--seconds", type=float, default=4, help="no new round after so long")
+    parser.add_argument("--seconds", type=float, default=4, help="start no new round after so many seconds")
     parser.add_argument("--dense-limit", type=float, default=40, help="longest dense call, seconds")
-    parser.add_argument("--error-length", type=int, default=2048, help="tokens of the error's run")
+    parser.add_argument("--error-length", type=int, default=2048, help="tokens of the run that measures the error")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure every case; returns the raw rows and errors for the JSON file."""
+    """Measure every case; return the raw rows and errors for the JSON file."""
     cases = [
         Case(length, args.heads, args.head_dim, dtype, mode, args.threads, args.device)
         for dtype in args.dtypes
@@ -400,7 +405,7 @@ def _find(rows: list[dict], like: dict, who: str, pattern: str | None) -> dict:
 
 
 def summarize(result: dict) -> list[dict]:
-    """The numbers of tables and plots: one dictionary for each row of ours, None where skipped."""
+    """Return the numbers of tables and plots: one dictionary for each row of ours, None for what was skipped."""
     summary = []
     rows = [row | {"who": RENAMED.get(row["who"], row["who"])} for row in result["rows"]]
     for row in (row for row in rows if row["who"] == "ours"):
@@ -443,7 +448,7 @@ def _aim(case: Case, pattern: str) -> float | None:
 
 
 def _ratios(over: dict, under: dict) -> Spread | None:
-    """Of two contestants' times, round by round; None where one was not timed."""
+    """Return the spread of the ratios of two contestants' times, round by round; None if one was not timed."""
     if "seconds" not in over or "seconds" not in under:
         return None
     return spread([a / b for a, b in zip(over["seconds"], under["seconds"], strict=True)])
@@ -489,13 +494,13 @@ def _markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
 
 
 def tables(result: dict) -> str:
-    """Every number of a run as Markdown, one table for each dtype, mode and pattern."""
+    """Format all numbers of a run as Markdown, one table for each dtype, mode and pattern."""
     summary = summarize(result)
     groups = list(dict.fromkeys((s["dtype"], s["mode"], s["pattern"]) for s in summary))
     parts = [
         "Ratios are medians over the rounds (least to most), each of two calls of one round. "
         "*At equal FLOP/s* is what SDPA / ours would be if both computed equally fast. "
-        "*Peak* is what one call adds to the process's memory at most; */ result* divides it by "
+        "*Peak* is the most that one call adds to the process's memory; */ result* divides it by "
         "the bytes of the tensors returned; *all / tensors* is inputs and peak over inputs and results. "
         f"*Error*: relative to float64, at {result['errors'][0]['length']:,} tokens; for "
         "forward+backward that of the worst gradient.",
@@ -513,7 +518,7 @@ def tables(result: dict) -> str:
 
 
 def _about_the_gpu(result: dict) -> list[str]:
-    """Which dense kernel was the rival on a GPU, and the CPU time to launch a call."""
+    """Say which dense kernel was the rival on a GPU, and the CPU time to launch a call."""
     rows = [row for row in result["rows"] if "queueing_seconds" in row]
     if not rows:
         return []
@@ -524,14 +529,14 @@ def _about_the_gpu(result: dict) -> list[str]:
         launching[name] = min(launching.get(name, math.inf), row["queueing_seconds"] * 1e3)
     return [
         "Times are the GPU's, of calls launched while it is busy with something else; peak memory is its allocator's. "
-        f"SDPA is that of PyTorch's dense kernels that is fastest at {ESTIMATE_LENGTH:,} tokens: "
+        f"SDPA is PyTorch's dense kernel that is fastest at {ESTIMATE_LENGTH:,} tokens: "
         f"{', '.join(sorted(kernels))}. Least CPU time to launch a call (ms): "
         + "; ".join(f"{name} {ms:.2f}" for name, ms in launching.items()) + "."
     ]  # fmt: skip
 
 
 def headline(result: dict) -> str:
-    """The rows for the README: for each dtype and mode the longest length at which dense attention was timed."""
+    """Format the rows for the pages: for each dtype and mode the longest length at which dense attention was timed."""
     compared = [s for s in summarize(result) if s["speedup"]]
     if not compared:
         return "No length was timed against dense attention."

@@ -1,7 +1,8 @@
 """Patterns side by side: the op, a decoding step and a training step, as ratios to the first pattern.
 
-A pattern is written as in `Pattern.parse`: "w256 2048/8:1 once" is a window of 256 tokens and a branch whose every
-eighth key all queries see, no key twice. `flex 256` is FlexAttention's window of 256 tokens (forward alone on a CPU).
+A pattern is written as `parse_pattern` reads it: "w256 2048/8:1 once" is a window of 256 tokens and a branch of which
+all queries see every eighth key; no key counts twice. `flex 256` is FlexAttention's window of 256 tokens (on a CPU
+forward only).
 The op is timed as two layers, an even and an odd one, because staggered segments and rotated offsets differ there.
 """
 
@@ -34,16 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32_768, 65_536], help="of the op")
     parser.add_argument("--train-lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 32_768], help="before the decoding steps")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 32_768], help="tokens before decoding steps")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
-    parser.add_argument("--seconds", type=float, default=5.0, help="no new round after so long")
+    parser.add_argument("--seconds", type=float, default=5.0, help="start no new round after so many seconds")
 
 
 def prepare(pattern: str, case: op.Case) -> Call | None:
-    """The op's call for a pattern; None where a rival cannot."""
+    """Return the op's call for a pattern; None if a rival cannot run it."""
     if pattern.startswith("flex "):
         window = int(pattern.split()[1])
         if lengths_benchmark.why_no_window(case) is not None:
@@ -61,7 +62,7 @@ def prepare(pattern: str, case: op.Case) -> Call | None:
 
 
 def make_model(pattern: str) -> LongNetForCausalLM:
-    """The small model of the other benchmarks with this pattern."""
+    """Return the small model of the other benchmarks with this pattern."""
     torch.manual_seed(0)
     sizes = SIZES | {"intermediate_size": 4 * SIZES["hidden_size"], "position_embedding": "rope"}
     return LongNetForCausalLM(LongNetConfig(**sizes, **parse_pattern(pattern)))
@@ -105,7 +106,7 @@ def _times(result: dict) -> dict[tuple, dict[str, list[float]]]:
 
 
 def tables(result: dict) -> str:
-    """Time of each pattern divided by that of the first, round by round: median (least to most)."""
+    """Tabulate the time of each pattern divided by that of the first, round by round: median (least to most)."""
     patterns = result["patterns"]
     lines = ["| what | dtype | tokens | " + " | ".join(f"`{p}`" for p in patterns) + " |"]
     lines.append("| --- | --- | ---: |" + " ---: |" * len(patterns))
@@ -130,7 +131,7 @@ def headline(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Time of the op against length, one line for each pattern."""
+    """Draw the time of the op against length, one line for each pattern."""
     panels = []
     for mode in op.MODES:
         lines = []

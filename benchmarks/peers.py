@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
-    parser.add_argument("--seconds", type=float, default=5.0, help="no new round after so long")
-    parser.add_argument("--error-length", type=int, default=3000, help="tokens of the error's run")
+    parser.add_argument("--seconds", type=float, default=5.0, help="start no new round after so many seconds")
+    parser.add_argument("--error-length", type=int, default=3000, help="tokens of the run that measures the error")
 
 
 class _Kernel(torch.autograd.Function):
@@ -65,10 +65,10 @@ class _Kernel(torch.autograd.Function):
 
 
 def load_torchscale(folder: Path) -> tuple[type[nn.Module], bool]:
-    """TorchScale's `DilatedAttention`, and whether our kernel stands in for one that it did not find.
+    """Return TorchScale's `DilatedAttention`, and whether our kernel stands in for a missing flash-attention package.
 
     Raises:
-        ValueError: if the folder does not hold it, or what it imports is missing.
+        ValueError: if the folder does not hold it, or a package that it imports is missing.
     """
     if not (folder / "torchscale" / "component" / "dilated_attention.py").is_file():
         raise ValueError(f"--torchscale {folder}: no torchscale/component/dilated_attention.py in it; give a clone.")
@@ -90,7 +90,7 @@ def _stand_in(query, key, value, dropout, bias, scale, is_causal):
 
 
 def torchscale_attention(folder: Path, heads: int, head_dim: int, pattern: str):
-    """A function of (B, H, L, D) query, key and value: the released forward with projections that do nothing."""
+    """Return a function of (B, H, L, D) query, key and value: the released forward with identity projections."""
     w, r = op.parse_pattern(pattern)
     settings = SimpleNamespace(
         flash_attention=True, multiway=False, xpos_rel_pos=False, layernorm_eps=1e-5, seq_parallel=False,
@@ -109,7 +109,7 @@ def torchscale_attention(folder: Path, heads: int, head_dim: int, pattern: str):
 
 
 def prepare(who: str, case: op.Case, pattern: str, folder: Path) -> Call:
-    """A contestant's call on (1, L, H, D) storage."""
+    """Return a contestant's call on (1, L, H, D) storage."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     if who == "ours":
@@ -120,7 +120,7 @@ def prepare(who: str, case: op.Case, pattern: str, folder: Path) -> Call:
 
 
 def measure_error(case: op.Case, pattern: str, folder: Path) -> dict[str, dict[str, float]]:
-    """||x - exact|| / ||exact|| of out, dq, dk and dv, for both."""
+    """Measure ||x - exact|| / ||exact|| of out, dq, dk and dv, for both."""
     torch.manual_seed(0)
     inputs = [case.tensor(1, case.heads, case.length, case.head_dim) for _ in range(4)]
     branches = op.parse_pattern(pattern)
@@ -146,10 +146,12 @@ def measure_error(case: op.Case, pattern: str, folder: Path) -> dict[str, dict[s
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Time, peak memory and error of both."""
+    """Measure time, peak memory and error of both."""
     _, stands_in = load_torchscale(args.torchscale)
     if any(w % r for w, r in zip(*op.parse_pattern(args.pattern), strict=True)):
-        raise ValueError(f"--pattern {args.pattern!r}: TorchScale is wrong where a rate does not divide its length.")
+        raise ValueError(
+            f"--pattern {args.pattern!r}: each rate must divide its length, or TorchScale's result is wrong."
+        )
     rows = []
     cases = [
         op.Case(length, args.heads, args.head_dim, dtype, mode, args.threads, args.device)
@@ -175,7 +177,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def tables(result: dict) -> str:
-    """One line a case, then the errors."""
+    """Format one line per case, then the errors."""
     lines = ["| dtype | mode | tokens | ours ms | TorchScale / ours | ours peak MiB | TorchScale peak MiB |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in result["rows"]:
@@ -208,7 +210,7 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Time of both against length, one panel for each dtype and mode."""
+    """Draw the time of both against length, one panel for each dtype and mode."""
     panels = []
     for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["dtype"], row["mode"]) == (dtype, mode)]

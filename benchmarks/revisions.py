@@ -1,4 +1,4 @@
-"""Time two revisions of this repository in alternation: the working tree against --base.
+"""Time two revisions of this repository alternately: the working tree against --base.
 
     python -m benchmarks.run revisions --base 68edab1
 
@@ -51,7 +51,7 @@ class _Revision:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         if not (answer := self.process.stdout.readline()):
-            raise RuntimeError(f"the worker ended at {request}.")
+            raise RuntimeError(f"the worker process ended while it ran {request}; its error is printed above.")
         return json.loads(answer)
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
     """Time all cases; raises ValueError for an unknown revision."""
     base = git("rev-parse", "--verify", f"{args.base}^{{commit}}")
     if base == "unknown":
-        raise ValueError(f"--base {args.base}: git knows no such commit.")
+        raise ValueError(f"--base {args.base}: git finds no such commit; give a hash, branch or tag.")
     rows, order = [], random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         archive = f"{folder}/base.tar"

@@ -44,7 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `arguments` instead of it when given."""
+    """Parse `arguments`, by default the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True)
     for name, module in BENCHMARKS.items():
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe(result: dict) -> str:
-    """One paragraph that says where a result comes from."""
+    """Say in one paragraph where a result comes from."""
     machine, versions = result["machine"], result["versions"]
     changed = ", with uncommitted changes" if result["uncommitted_changes"] else ""
     gpu = f", {result['gpu']}" if result.get("gpu") else ""

@@ -1,8 +1,8 @@
-"""A whole slide through the published slide encoder (12 layers, 768, 16 heads; random weights): time and peak memory.
+"""Time and peak memory of a slide encoder of the published size (12 layers, 768, 16 heads; random weights) on a slide.
 
-The rival is the same encoder with dense attention (one branch as long as the slide), as far as `--dense-most` goes.
-Every measurement is one forward in a process of its own, in turn; its peak counts all that is resident, the library,
-the weights and the tiles included.
+The rival is the same encoder with dense attention (one branch as long as the slide), for up to `--dense-most` tiles.
+Every measurement is one forward pass in its own process, in turn. Its peak counts all resident memory, including the
+libraries, the weights and the tiles.
 """
 
 import argparse
@@ -24,20 +24,20 @@ WARM_UP = 300  # tiles
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--dense-most", type=int, default=10_000, help="most tiles for dense attention")
-    parser.add_argument("--rounds", type=int, default=1, help="times that everything is measured, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured, in turn")
     parser.add_argument("--layers", type=int, default=12, help="fewer for a short run")
-    parser.add_argument("--map", action="store_true", help="also ask for the CLS token's attention maps")
+    parser.add_argument("--map", action="store_true", help="also compute the CLS token's attention maps")
 
 
 def make_encoder(who: str, tiles: int, layers: int) -> LongNetSlideEncoder:
-    """The published size with random weights; dense attention is one branch over all tokens."""
+    """Return an encoder of the published size with random weights; dense attention is one branch over all tokens."""
     torch.manual_seed(0)
     branches = {"segment_lengths": [tiles + 1], "dilation_rates": [1]} if who == "dense" else {}
     return LongNetSlideEncoder(LongNetSlideConfig(num_hidden_layers=layers, **branches)).eval()
 
 
 def make_slide(tiles: int, config: LongNetSlideConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random features, tiles side by side in rows of a square."""
+    """Make random features, and coordinates of tiles in the rows of a square."""
     side = max(1, round(tiles**0.5))
     number = torch.arange(tiles)
     coordinates = torch.stack([number // side, number % side], -1)[None] * config.tile_size
@@ -79,7 +79,7 @@ def _of(result: dict, who: str, tiles: int, field: str) -> list[float]:
 
 
 def tables(result: dict) -> str:
-    """Seconds, tiles per second and peak memory of every size."""
+    """Format seconds, tiles per second and peak memory of every size."""
     lines = [
         "| tiles | attention | s, median (least to most) | tiles/s | peak GiB |",
         "| ---: | --- | ---: | ---: | ---: |",
@@ -100,7 +100,7 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Time and peak memory against the number of tiles."""
+    """Draw time and peak memory against the number of tiles."""
     seconds, memory = [], []
     for who, name in (("dense", "dense"), ("longnet", "LongNet")):
         sizes = sorted({s["tiles"] for s in result["samples"] if s["who"] == who})

@@ -1,7 +1,8 @@
-"""A text without end: speed and memory of one pass through a tiny model, chunk by chunk, with a bounded cache.
+"""An endless text: speed and memory of one pass through a tiny model, chunk by chunk, with a bounded cache.
 
-One layer with random weights, 4 heads, segments from 2,048 tokens to beyond the text, eight times as long each, with
-2,048 rows each. The text is random, its first 2^20 tokens again and again: neither time nor memory depend on it.
+The model has one layer with random weights and 4 heads. Its segments start at 2,048 tokens and grow eightfold until one
+holds the text; of each, 2,048 tokens are kept. The text repeats 2^20 random tokens: neither time nor memory depend on
+its content.
 """
 
 import argparse
@@ -21,13 +22,13 @@ VOCABULARY, HEADS, REPEATED = 97, 4, 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--tokens", type=int, default=10_000_000)
-    parser.add_argument("--chunk-size", type=int, default=32_768, help="tokens a forward; 1048576 on a GPU")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds after which it stops where it is")
+    parser.add_argument("--chunk-size", type=int, default=32_768, help="tokens per forward pass; 1048576 on a GPU")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which reading stops")
     parser.add_argument("--head-dim", type=int, default=16)
 
 
 def pattern_for(tokens: int) -> dict[str, list[int]]:
-    """Segments that grow eightfold until one holds the whole text; 2,048 rows each."""
+    """Return segments that grow eightfold until one holds the whole text; each keeps 2,048 tokens."""
     count = 1
     while 2048 * 8 ** (count - 1) < tokens:
         count += 1
@@ -35,9 +36,9 @@ def pattern_for(tokens: int) -> dict[str, list[int]]:
 
 
 def read_along(model, text: torch.Tensor, chunk_size: int, limit: float = math.inf) -> list[tuple[int, float, int]]:
-    """(tokens read, seconds, bytes) at every tenth of a text; bytes are the GPU's peak so far, or what is resident.
+    """Return (tokens read, seconds, bytes) at every tenth of a text; bytes are the GPU's peak or resident memory.
 
-    It stops after `limit` seconds, where it is.
+    Reading stops after `limit` seconds.
     """
     samples, begin = [], time.perf_counter()
     for scored in stream(model, text, chunk_size=chunk_size, progress=True):
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _sentence(result: dict) -> str:
-    """How long, how fast, and how even."""
+    """Say how long it took, and how speed and memory changed."""
     samples = result["samples"]
     (first, early, _), (last, late, most) = samples[0], samples[-1]
     memory = [count / 2**20 for _, _, count in samples]
@@ -81,12 +82,12 @@ def _sentence(result: dict) -> str:
         f"first tenth, {speed:,.0f} at the end; {what} {memory[0]:,.0f} MiB after the first tenth, "
         f"{most / 2**20:,.0f} at the end. One layer, {HEADS} heads of {result['head_dim']}, branches "
         + ", ".join(f"{w:,}/{r:,}" for w, r in zip(*result["pattern"].values(), strict=True))
-        + ": a tiny model, of whose far tokens most are kept by no head."
+        + ": a tiny model, in which no head keeps most of the far tokens."
     )
 
 
 def tables(result: dict) -> str:
-    """How long, how fast and how even, and every tenth."""
+    """Format how long it took, how speed and memory changed, and every tenth."""
     lines = ["| tokens | seconds | MiB |", "| ---: | ---: | ---: |"]
     lines += [
         f"| {tokens:,} | {seconds:,.1f} | {memory / 2**20:,.0f} |" for tokens, seconds, memory in result["samples"]
@@ -98,7 +99,7 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Time and memory against tokens read."""
+    """Draw time and memory against tokens read."""
     tokens, seconds, memory = zip(*result["samples"], strict=True)
     panels = [
         Panel(title, [Line(tokens, values, None)], scale_linear, "tokens read", scale_counts)

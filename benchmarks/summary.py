@@ -1,4 +1,4 @@
-"""The README's table of speed and memory: six rows out of the newest results of `op`, `train` and `decode`."""
+"""The README's table of speed and memory: six rows from the newest results of `op`, `train` and `decode`."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ Cells = tuple[str, str, str]  # LongNet's value, the dense model's, and their ra
 
 
 def tabulate_speed(results: Iterable[dict]) -> str:
-    """Return the table. The latest result that holds a row counts; a row that none holds is left out."""
+    """Return the table. Each row comes from the latest result that holds it; a row that none holds is left out."""
     results = sorted(results, key=lambda result: result["date"])
     lines = ["| " + " | ".join(HEADER) + " |", "| --- | --- |" + " ---: |" * 4]
     for what, name, is_gpu, tokens, read in ROWS:
@@ -60,7 +60,7 @@ def _steps(result: dict, tokens: int) -> list[dict]:
 
 
 def _decoding_step(result: dict, tokens: int) -> Cells | None:
-    """Time of one generated token after so many."""
+    """Time of one generated token after `tokens` tokens."""
     samples = result["step_seconds"]
     return _times(samples.get(f"longnet {tokens}"), samples.get(f"dense {tokens}"))
 
@@ -79,7 +79,7 @@ def _duration(seconds: float) -> str:
 
 
 PAPER = "2048/1 4096/2 8192/4 16384/6 32768/12"
-# What, of which benchmark, on a GPU, at which length, read by which function.
+# Rows: title, benchmark, whether on a GPU, tokens, the function that reads it.
 ROWS: list[tuple[str, str, bool, int, Callable[[dict, int], Cells | None]]] = [
     ("attention alone, forward and backward", "op", False, 32_768, _attention),
     ("attention alone, forward and backward", "op", True, 131_072, _attention),

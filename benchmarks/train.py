@@ -19,9 +19,9 @@ from .decode import PATTERN, SIZES, dense_model, longnet_config
 from .measure import DTYPES, Call, peak_bytes, seconds_of, spread, time_alternately
 
 MODELS = ("longnet", "dense")
-# What a step's time goes to: kinds of PyTorch's operators, by parts of their names; the first that fits.
+# Kinds of operators in a step, by parts of their names in PyTorch; the first that fits counts.
 KINDS = {
-    # On a GPU events are kernels, by other names: Triton's are ours, "gammabeta" is LayerNorm's backward.
+    # On a GPU the names are those of kernels: Triton's are ours, "gammabeta" is LayerNorm's backward.
     "attention's kernels": (
         "flash_",
         "efficient_attention",
@@ -54,16 +54,16 @@ KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32_768])
     parser.add_argument("--dense-most", type=int, default=8192, help="longest sequence for the dense model")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing a length")
-    parser.add_argument("--rounds", type=int, default=3, help="at least")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time each length for at least so long")
+    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--config", type=Path, help="JSON of another model than the small one, as in configuration/")
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="two steps less")
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="skip the two profiled steps")
     parser.add_argument("--checkpoint-from", type=int, help="gradient checkpointing from this length on, both models")
 
 
 class Step(NamedTuple):
-    """A training step to be measured: which model at which length, how."""
+    """A training step to measure: model, length and settings."""
 
     who: str
     length: int
@@ -76,24 +76,24 @@ class Step(NamedTuple):
 
 @lru_cache
 def load_config(path: Path | None) -> LongNetConfig:
-    """That of a file, or the small model's."""
+    """Return the configuration of a file, or the small model's if there is none."""
     return LongNetConfig.from_pretrained(path) if path else longnet_config(SIZES)
 
 
 def sizes_of(config: LongNetConfig) -> dict[str, int]:
-    """What a dense model needs to know to be as large."""
+    """Return the sizes that a dense model must share with LongNet."""
     return {name: getattr(config, name) for name in SIZES}
 
 
 def make_model(who: str, path: Path | None):
-    """LongNet, or a dense model of the same sizes."""
+    """Return LongNet, or a dense model of the same sizes."""
     torch.manual_seed(0)
     config = load_config(path)
     return LongNetForCausalLM(config) if who == "longnet" else dense_model(sizes_of(config))
 
 
 def prepare(step: Step, keep_gradients: bool = False) -> Call:
-    """One training step of a model at a length; its gradients freed after it, or kept in their memory."""
+    """Return a training step of a new model; it frees the gradients afterwards, or keeps their memory."""
     torch.set_num_threads(step.threads)
     with torch.device(step.device):
         model = make_model(step.who, step.config).to(getattr(torch, step.dtype)).train()
@@ -103,7 +103,7 @@ def prepare(step: Step, keep_gradients: bool = False) -> Call:
 
 
 def training_step(model, length: int, keep_gradients: bool = False) -> Call:
-    """Forward and backward of the loss of one random text, gradients freed after it, or kept in their memory."""
+    """Return forward and backward of one random text's loss; it then frees the gradients, or keeps their memory."""
     ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
 
     def step():
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> dict:
             try:
                 calls[name] = prepare(step)
                 calls[name]()
-            except torch.OutOfMemoryError:  # of a GPU
+            except torch.OutOfMemoryError:  # only raised on a GPU
                 calls.pop(name, None)
                 too_large.append(name)
         seconds = time_alternately(calls, seconds=args.seconds, least=args.rounds)
@@ -138,13 +138,13 @@ def run(args: argparse.Namespace) -> dict:
         if args.profile:
             rows[-1]["profile"] = profile_step(steps["longnet"])
         if "dense" not in seconds:
-            rows[-1]["skipped"] = "out of memory" if too_large else f"not asked for: --dense-most {args.dense_most}"
+            rows[-1]["skipped"] = "out of memory" if too_large else f"skipped by --dense-most {args.dense_most}"
     pattern = {name: getattr(config, name) for name in PATTERN}
     return {"sizes": sizes_of(config), "pattern": pattern, "dtype": args.dtype, "rows": rows}
 
 
 def profile_step(step: Step) -> dict[str, object]:
-    """Seconds of a LongNet step by kind of operator; FLOP/s of its matrix products and of one such product alone."""
+    """Measure a LongNet step by kind of operator; FLOP/s of its matrix products, and of one such product alone."""
     call = prepare(step)
     call()
     on_gpu = step.device != "cpu"
@@ -183,7 +183,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def tables(result: dict) -> str:
-    """Tokens per second of both, their ratio round by round, and peak memory."""
+    """Format tokens per second of both, their ratio round by round, and peak memory."""
     header = "| tokens | LongNet tok/s | dense tok/s | dense / LongNet time | LongNet peak MiB | dense peak MiB |"
     lines = [header, "| ---: | ---: | ---: | ---: | ---: | ---: |"]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in result["rows"]]
@@ -194,14 +194,14 @@ def tables(result: dict) -> str:
     notes += f" With gradient checkpointing: {', '.join(checkpointed)} tokens." if checkpointed else ""
     heads, most = result["sizes"]["num_attention_heads"], max(result["pattern"]["dilation_rates"])
     if most > heads:
-        notes += f" With {heads} heads and rates up to {most} most far tokens are kept by no head: fast, not thorough."
+        notes += f" With {heads} heads and rates up to {most} no head keeps most of the far tokens: fast, not thorough."
     skipped = (row for row in result["rows"] if "skipped" in row)
     notes += "".join(f" No dense model at {row['length']:,} tokens: {row['skipped']}." for row in skipped)
     return "\n\n".join(["\n".join(lines), notes, *_profile_table(result["rows"])])
 
 
 def _profile_table(rows: list[dict]) -> list[str]:
-    """Shares of LongNet's step by kind of operator."""
+    """Format the shares of LongNet's step by kind of operator."""
     rows = [row for row in rows if "profile" in row]
     if not rows:
         return []
@@ -220,7 +220,7 @@ headline = tables
 
 
 def plot(result: dict, path: str) -> None:
-    """Tokens per second and peak memory against length."""
+    """Draw tokens per second and peak memory against length."""
     speed, memory = [], []
     for who in MODELS:
         rows = [row for row in result["rows"] if who in row["seconds"]]

@@ -1,11 +1,12 @@
-"""`python -m benchmarks.tune [options]`: block sizes and other forms of the three attention kernels, timed in place.
+"""`python -m benchmarks.tune [options]`: block sizes and other variants of the three attention kernels, timed in place.
 
-Each candidate computes what the kernel in use computes, over all branches of the pattern: it is compared with dense
-attention in float64 at a ragged length, then timed against the kernel in use, in alternation. All candidates are
-compiled first, side by side, for an H100, without touching a GPU. Then each stage runs in a process of its own, so a
-candidate that hangs or loses the GPU context costs only its stage: other block sizes and loops, tensor descriptors,
-rotary positions in one kernel (`tune_rotary.py`), warp specialization. The JSON file is written after each group.
-A row: median milliseconds of all branches, TFLOP/s of the kernel's own products, and how many times as fast as the
+Each candidate computes what the kernel in use computes, over all branches of the pattern. It is compared with dense
+attention in float64 at a ragged length, then timed alternately with the kernel in use. All candidates are compiled
+first, in parallel, for an H100, without touching a GPU. Then each stage runs in its own process, so a candidate that
+hangs or loses the GPU context costs only its stage. Stages: other block sizes and loops, tensor descriptors, rotary
+positions in one kernel (`tune_rotary.py`), warp specialization. The JSON file is written after each group.
+
+A row holds the median milliseconds of all branches, TFLOP/s of the kernel's own products, and the speedup over the
 kernel in use (median, least and most of the rounds).
 """
 
@@ -34,8 +35,8 @@ from . import tune_kernels, tune_rotary
 from .measure import Call, describe_run, spread, time_alternately, write_json
 from .op import PATTERNS, Case, count_flops, parse_pattern
 
-backend_triton = sys.modules[TritonBackend.__module__]  # its table of block sizes is patched here
-PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # of a kernel, of one pair of blocks
+backend_triton = sys.modules[TritonBackend.__module__]  # this script patches its table of block sizes
+PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}  # matrix products of a kernel per pair of blocks
 KERNELS = {
     "forward": tune_kernels.forward_candidate,
     "dkdv": tune_kernels.dkdv_candidate,
@@ -45,7 +46,7 @@ STAGES = ("blocks", "descriptors", "rotary", "specialized")
 
 
 class Candidate(NamedTuple):
-    """A kernel's block sizes and, if `flags` are given, the form that `tune_kernels` describes."""
+    """A kernel's block sizes and, if `flags` are given, a variant that `tune_kernels` describes."""
 
     kernel: str
     sizes: tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, pipeline stages
@@ -76,7 +77,7 @@ def dq(*sizes, tma=True, loops=1, ws=False, **options) -> Candidate:
     return Candidate("dq", sizes, tuple(flags.items()))
 
 
-# For heads of up to so many elements, most promising first.
+# Candidates by the largest head dimension they are for, most promising first.
 CANDIDATES = {
     128: [
         forward(64, 64, 4, 3),
@@ -122,14 +123,14 @@ CANDIDATES = {
 
 
 def candidates(kernel: str, dim: int, dtype: torch.dtype, stage: str) -> list[Candidate]:
-    """The kernel in use, then its rivals of a stage."""
+    """Return the kernel in use, then its rivals of a stage."""
     in_use = Candidate(kernel, backend_triton.block_sizes(kernel, dtype, dim))
     rivals = CANDIDATES[64 if dim <= 64 else 128]
     return [in_use, *(c for c in rivals if (c.kernel, c.stage) == (kernel, stage))]
 
 
 class Recorder(TritonBackend):
-    """Backend "triton", keeping its calls and their tensors."""
+    """Backend "triton" that records its calls and their tensors."""
 
     def __init__(self, runs: bool = True):
         self.calls = {name: [] for name in PRODUCTS}
@@ -182,7 +183,7 @@ def launches(candidate: Candidate, calls: list[tuple]) -> list[tuple]:
 
 
 class Scratch:
-    """Memory of descriptors. Launches overlap, so each of the last 64 keeps its own."""
+    """Allocator for descriptors. Launches overlap, so each of the last 64 keeps its own memory."""
 
     def __init__(self):
         self.last = []
@@ -196,7 +197,7 @@ class Scratch:
 
 
 class _Driver:
-    """Stands in for the GPU's driver: nothing is loaded or launched; `usage` is what the last kernel needs."""
+    """Stand-in for the GPU's driver that loads and launches nothing; `usage` holds the last kernel's resources."""
 
     usage: list[dict]
     stream = 0
@@ -228,7 +229,7 @@ class _Driver:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack (spilled registers) of a thread, where Triton brings cuobjdump."""
+    """Return registers and bytes of stack (spilled registers) per thread; empty if Triton comes without cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return {}
@@ -253,7 +254,7 @@ def compile_candidate(candidate: Candidate, case: Case, pattern: str) -> dict:
     try:
         for launch, tensors in launches(candidate, recorder.calls[candidate.kernel]):
             launch.run(*tensors)
-    except Exception as error:  # a compiler's, of any kind: the candidate is dropped, and the report says why
+    except Exception as error:  # the compiler may raise anything: the candidate is dropped, and the report says why
         row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
     return row | {"seconds": time.perf_counter() - begin, "usage": gpu.usage}
 
@@ -262,12 +263,12 @@ def compile_candidate(candidate: Candidate, case: Case, pattern: str) -> dict:
 
 
 def outputs(kernel: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Those of a launch's tensors that it writes: (out, lse), (dk, dv) or (dq,)."""
+    """Return the tensors that a launch writes: (out, lse), (dk, dv) or (dq,)."""
     return tensors[-1:] if kernel == "dq" else tensors[-2:]
 
 
 def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest of the norms of the differences over those of the exact tensors; NaN if any is."""
+    """Return the largest ||found - exact|| / ||exact||; NaN if any is NaN."""
     pairs = zip(found, exact, strict=True)
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
@@ -310,7 +311,7 @@ class Checker:
 
 
 def compare(rows: dict[str, dict], calls: dict[str, Call], seconds: float) -> list[dict]:
-    """Time the calls in alternation; add seconds and speedup over the first row to their rows; fastest first."""
+    """Time the calls alternately; add seconds and speedup over the first row to their rows; fastest first."""
     for name, samples in time_alternately(calls, seconds=seconds, least=3, most=40).items():
         rows[name]["seconds"] = samples
     in_use = next(iter(rows.values())).get("seconds")
@@ -328,7 +329,7 @@ def group(stage: str, kernel: str, case: Case, pattern: str, checker: Checker, c
         try:
             row |= checker.errors(candidate)
             made = launches(candidate, calls[kernel])
-        except Exception as error:  # of the compiler or the driver: the others are still worth timing
+        except Exception as error:  # compiler and driver may raise anything: the others are still worth timing
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             continue
         in_use = next(iter(rows.values())).get("error", 0.0)
@@ -350,7 +351,7 @@ def group(stage: str, kernel: str, case: Case, pattern: str, checker: Checker, c
 
 
 def rotary(case: Case, seconds: float, backward: bool) -> list[dict]:
-    """Check and time rotary positions of one tensor in one kernel beside PyTorch's several."""
+    """Check and time rotary positions of one tensor: one kernel against PyTorch's several."""
     x, grad = (case.tensor(1, case.length, case.heads, case.head_dim) for _ in range(2))
     angles = 6 * torch.rand(1, case.length, 1, case.head_dim // 2, device=case.device, dtype=torch.float64)
     mode = "forward+backward" if backward else "forward"
@@ -379,7 +380,7 @@ def rotary(case: Case, seconds: float, backward: bool) -> list[dict]:
 
 
 def measure(stage: str, args: argparse.Namespace, write) -> None:
-    """Measure all groups of a stage, those of the first shape first; `write` receives the rows of each."""
+    """Measure all groups of a stage, shape by shape; `write` receives the rows of each group."""
     for heads, dim in args.shapes:
         torch.manual_seed(0)
         case = Case(args.length, heads, dim, args.dtype, "forward+backward", 1, args.device)
@@ -394,7 +395,7 @@ def measure(stage: str, args: argparse.Namespace, write) -> None:
 
 
 def _child(stage: str, args: argparse.Namespace, connection) -> None:
-    """Measure a stage once the connection says so; send its rows."""
+    """Wait for a message from the connection, then measure a stage and send its rows."""
     connection.recv()
     if args.device == "cuda":
         triton.set_allocator(Scratch())
@@ -406,7 +407,7 @@ def _child(stage: str, args: argparse.Namespace, connection) -> None:
 def _start(stage: str, args: argparse.Namespace):
     """Start a stage's process, which imports and waits, and return it with the connection to it.
 
-    It is spawned on a GPU machine, as this process may have asked for the GPU, which no fork of it could use then.
+    On a GPU machine it is spawned: if this process has initialized CUDA, a fork of it could not use the GPU.
     """
     context = multiprocessing.get_context("spawn" if args.device == "cuda" else "fork")
     ours, theirs = context.Pipe()
@@ -427,7 +428,7 @@ def line(row: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Compile, then measure each stage; print and write as it goes."""
+    """Compile, then measure each stage; print and write rows as they come."""
     begin, result = time.monotonic(), {"name": "tune", "compiled": [], "rows": []}
 
     def write(rows: list[dict]) -> None:
@@ -449,8 +450,8 @@ def run(args: argparse.Namespace) -> dict:
                     result |= message
                 else:
                     write(message)
-            print(f"stage {stage}: stopped after its time", flush=True)
-        except (EOFError, OSError):  # the process has ended: all is measured, or its error is on the screen
+            print(f"stage {stage}: stopped at its time limit", flush=True)
+        except (EOFError, OSError):  # the process has ended: everything is measured, or it has printed its error
             process.join(10)
             print(f"stage {stage}: ended with {process.exitcode}, {time.monotonic() - begin:.0f} s", flush=True)
         process.kill()
@@ -459,7 +460,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def compile_all(args: argparse.Namespace, result: dict) -> None:
-    """Compile the candidates of all stages side by side; print what each needs."""
+    """Compile the candidates of all stages in parallel; print the resources that each needs."""
     dtype = getattr(torch, args.dtype)
     work = {
         (candidate, heads, dim): Case(64, heads, dim, args.dtype, "forward+backward", 1, "cpu")
@@ -475,7 +476,7 @@ def compile_all(args: argparse.Namespace, result: dict) -> None:
         for key, job in zip(work, jobs, strict=True):
             try:
                 result["compiled"].append(job.result())
-            except BrokenExecutor:  # a compiler took its process down: the stages compile what is left
+            except BrokenExecutor:  # a compiler crashed its process: the stages compile what is left
                 result["compiled"].append({"dim": key[2], "candidate": str(key[0]), "error": "its process ended"})
     write_json(args.output, result)
     for row in result["compiled"]:
@@ -493,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", type=shape, nargs="+", default=[(16, 128), (8, 64)], help="heads x head dimension")
     parser.add_argument("--length", type=int, default=32768, help="tokens")
-    parser.add_argument("--error-length", type=int, default=3001, help="tokens of the comparison with float64")
+    parser.add_argument("--error-length", type=int, default=3001, help="tokens in the comparison with float64")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--pattern", default=PATTERNS[2])
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)

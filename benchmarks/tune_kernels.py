@@ -1,10 +1,10 @@
-"""Candidates for the attention kernels of `modeling_longnet/triton_kernels.py`, which `tune` times beside them.
+"""Candidates to replace the attention kernels of `modeling_longnet/triton_kernels.py`; `tune` times both.
 
 Arguments, results and symbols are those of the kernels that they would replace. The choices:
     TMA             load rows by tensor descriptors (Hopper's bulk copies, no address arithmetic, 0 past the end)
-    LOOPS           2: full blocks first, then masked ones (now); 1: one loop, whose pipeline fills once
+    LOOPS           2: full blocks first, then masked ones (in use); 1: one loop, whose pipeline fills once
     SPECIALIZED     Triton gives loads to one group of warps and products to two others, which each take half the rows;
-                    it does so for 4 warps, rows by descriptors alone, one loop, no early return, no `if` in the loop
+                    it requires 4 warps, all rows by descriptors, one loop, no early return, no `if` in the loop
     KEYS_ARE_ROWS   compute the transposed scores, so that p and ds are operands in registers, not in shared memory
 """
 
@@ -27,7 +27,7 @@ def _program_tokens(
     num_blocks, heads, heads_per_kv, num_segments, first_segment, key_offsets_ptr, w, r, phase, ghost, length,
     remaining, batch_begin, column_begin,
 ):  # fmt: skip
-    """Return what a program of the paper's pattern works on: the column of its first token, and numbers of tokens."""
+    """Return which tokens a program of the paper's pattern handles: the column of the first, and their numbers."""
     block, head, segment, batch = _program(num_blocks, heads, num_segments, first_segment, batch_begin)
     kv_head = head // heads_per_kv
     token, seqlen, prefix, suffix = _kept_tokens(
@@ -43,7 +43,7 @@ def _rows(ptr, seqlen, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl
         return tl.make_tensor_descriptor(
             ptr, [tl.maximum(seqlen, 1), D], [tl.cast(stride, tl.int64), 1], [BLOCK, BLOCK_D]
         )
-    else:  # the two are of different types
+    else:  # an else branch, because the two values have different types
         return ptr
 
 
@@ -63,7 +63,7 @@ def _load(
 def _load_once(
     ptr, start, seqlen, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPECIALIZED: tl.constexpr
 ):  # fmt: skip
-    """Load the rows that a program keeps; 0 from `seqlen` on."""
+    """Load the rows that a program keeps for its whole loop; 0 from `seqlen` on."""
     if SPECIALIZED:
         rows = _rows(ptr, seqlen, stride, BLOCK, D, BLOCK_D, True)
         return rows.load([tl.cast(start, tl.int32), 0])

@@ -1,7 +1,7 @@
 """Rotary and xPos positions in one kernel: a candidate for `modeling_longnet.positions.apply_rotary` on CUDA.
 
-It passes 4 bytes of memory a number in half precision, forward and backward alike, besides the factors of a token,
-which all heads share. Letters: B batch, L tokens, H heads, D head dimension.
+In half precision it moves 4 bytes per element, forward and backward alike, plus the factors of each token, which all
+heads share. Letters: B batch, L tokens, H heads, D head dimension.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_T = 16  # tokens of a program; it computes all heads
+_BLOCK_T = 16  # tokens per program, which computes all heads
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -36,7 +36,7 @@ def _rotary_kernel(
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a product with a factor is that with its conjugate, so it has derivatives of any order."""
+    """Multiply by factors. The gradient multiplies by their conjugates, so derivatives of any order exist."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factors: Tensor, conjugate: bool) -> Tensor:

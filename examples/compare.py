@@ -1,4 +1,4 @@
-"""The demo's results beside those of other models: which of them compare, their names, and the figure."""
+"""Compare the demo's results with those of other models: which may be compared, their names, and the figure."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ BASELINES = [ROOT / "docs" / f"{name}.json" for name in NAMES]
 
 
 def read_baselines(results: dict, files: list[Path]) -> list[dict]:
-    """Results of other runs on the same kind of text, with the same tokenizer, training and number of targets.
+    """Return results of other runs whose kind of text, vocabulary size, training and number of targets are the same.
 
-    The text 'python' is the code of the installed packages, which differ a little from one environment to the next.
+    The text 'python' is the code of the installed packages, which differs a little from one environment to the next.
     """
 
     def kind(report: dict) -> list:
@@ -33,14 +33,14 @@ def read_baselines(results: dict, files: list[Path]) -> list[dict]:
     for file in filter(Path.exists, files):
         report = json.loads(file.read_text())
         if kind(report) != kind(results):
-            print(f"Not drawn: {file}, whose text, training or targets are of another kind.")
+            print(f"Not drawn: {file}: its text, vocabulary size, training or number of targets differ.")
         elif any(report.get(name) != results.get(name) for name in ("text_digest", "date", "command")):  # not itself
             found.append(report)
     return found
 
 
 def is_same_text(report: dict, other: dict) -> bool:
-    """Compare digests of all tokens; reports without one, the bytes of the targets."""
+    """Return whether the digests of all tokens agree or, where a report has none, the bytes of the targets."""
     digests = report.get("text_digest"), other.get("text_digest")
     if None in digests:
         return report["bytes"] == other["bytes"]
@@ -48,17 +48,18 @@ def is_same_text(report: dict, other: dict) -> bool:
 
 
 def describe_baselines(results: dict, baselines: list[dict]) -> str:
-    """Which of the other models were not measured on exactly the same text."""
+    """Return a sentence that names the models measured on slightly different text; empty if there are none."""
     others = [report for report in baselines if not is_same_text(report, results)]
     names = dict.fromkeys(name_model(report["model"])[0].replace("\n", " ") for report in others)
     dates = sorted({report["date"] for report in others})
     if not others:
         return ""
-    return f"On slightly other text, the packages of {' and '.join(dates)} (docs/demo*.json): {', '.join(names)}"
+    dates = " and ".join(dates)
+    return f"Measured on slightly different text, packages of {dates} (docs/demo*.json): {', '.join(names)}"
 
 
 def name_model(model: dict) -> tuple[str, str]:
-    """What a figure or a table calls a model with these fields, and its contestant in `COLORS`."""
+    """Return the name of a model with these fields in figures and tables, and its key in `COLORS`."""
     if model["window_size"] is None:
         return ("dense", "dense") if model["dilation_rates"] == [1] else ("the paper's\npattern", "paper")
     if not model["segment_lengths"]:
@@ -67,7 +68,7 @@ def name_model(model: dict) -> tuple[str, str]:
 
 
 def name_reports(reports: list[dict]) -> dict[str, dict]:
-    """Reports by their model's name in one line; a second one of the same name was repeated."""
+    """Return the reports by their model's name; a second report of the same name gets ", repeated" added."""
     named = {}
     for report in reports:
         name = name_model(report["model"])[0].replace("\n", " ")
@@ -78,7 +79,7 @@ def name_reports(reports: list[dict]) -> dict[str, dict]:
 
 
 def describe_pattern(model: dict) -> str:
-    """Which keys a query of a model with these fields sees, in words."""
+    """Describe in words which keys a query of a model with these fields sees."""
     return Pattern.of(SimpleNamespace(**model)).describe().rstrip(".")
 
 
@@ -96,15 +97,15 @@ def mark_lengths(axis: Axes, results: dict) -> None:
 
 
 def count_keys(model: dict, context: int) -> float:
-    """Keys that a query sees on average in a text of so many tokens, per head."""
+    """Return the mean number of keys that a query sees per head in a text of `context` tokens."""
     return Pattern.of(SimpleNamespace(**model)).count_work(context)
 
 
 @styled
 def plot(results: dict, baselines: list[dict], file: Path) -> None:
-    """Draw perplexity and the work of attention against context, those of other models beside them.
+    """Draw perplexity and the work of attention against context, beside those of other models.
 
-    The scale of perplexity is that of `results`; of a line that leaves it, the last value is written.
+    `results` sets the scale of perplexity. A line that leaves the panel is labelled with its last value.
     """
     figure = make_figure(height=3.9)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])

@@ -1,7 +1,7 @@
 """Text for the examples: documents read offline, a split that leaks no file, packed sequences.
 
-A row of a corpus is one file; rows of one `document` stand next to each other. A document is a
-whole package, because its files resemble each other: this is where a long context pays.
+A row of a corpus is one file; rows of one `document` are adjacent. A document is a whole package,
+because its files resemble each other: this is where a long context helps.
 """
 
 import hashlib
@@ -27,40 +27,40 @@ from transformers import (
 COLUMNS = Features({"document": Value("string"), "path": Value("string"), "text": Value("string")})
 TOKENS = SequenceFeature(Value("int32"))
 
-# Tests repeat one another without end, vendored packages are copies of other packages.
+# Tests repeat one another, and vendored packages are copies of other packages.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "_vendor", "vendor", "site-packages"}
 SKIPPED_FOLDERS |= {"dist-packages", "__pycache__", ".git", "node_modules"}
 # This package's own files change from day to day; with them a seed would not fix the text.
 SKIPPED_PACKAGES = {"modeling_longnet"}
-# Installed for the tests, on Linux alone: a text is the same with and without it.
+# Installed for the tests, on Linux only. Leaving it out keeps the text the same elsewhere.
 SKIPPED_PACKAGES |= {"triton"}
 DATA_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
-LONGEST_FILE = 1_000_000  # bytes; beyond it a file is a table, not text somebody wrote
-TOKENIZER_TEXT = 8_000_000  # characters a tokenizer is trained on: more changes few merges
-COPIED_LINE = 24  # characters; shorter lines are alike by chance
-COPY_LINES, COPY_SHARE = 20, 0.5  # a copy shares this many lines and this share of a file's lines
+LONGEST_FILE = 1_000_000  # bytes; a longer file is a table, not text that somebody wrote
+TOKENIZER_TEXT = 8_000_000  # characters that a tokenizer is trained on: more would change few merges
+COPIED_LINE = 24  # characters; shorter lines may agree by chance
+COPY_LINES, COPY_SHARE = 20, 0.5  # a copy shares at least this many lines and this share of a file's lines
 
 
 @dataclass
 class TextArguments:
-    """Which text, and which part of it is held out of the training."""
+    """Which text to read, and which part of it to hold out of the training."""
 
     text: str = field(
         default="python",
         metadata={
-            "help": "'stdlib' (Python's own), 'python' (that and the installed libraries), a "
+            "help": "'stdlib' (Python's standard library), 'python' (that and the installed libraries), a "
             "folder, a file, or a dataset: a data file, a saved one, or its name on the Hub."
         },
     )
-    text_column: str = field(default="text", metadata={"help": "Column of a dataset's text."})
-    document_bytes: int = field(default=1_000_000, metadata={"help": "Longer documents are cut."})
+    text_column: str = field(default="text", metadata={"help": "Column of a dataset that holds the text."})
+    document_bytes: int = field(default=1_000_000, metadata={"help": "Documents with more bytes are cut."})
     held_out: float = field(default=0.1, metadata={"help": "Share of the text, in whole documents, for evaluation."})
     split_seed: int = field(default=0, metadata={"help": "Another seed holds out other documents."})
 
 
 def load_text(arguments: TextArguments) -> DatasetDict:
-    """The text as `train` and `evaluation`, no file of one in the other."""
+    """Return the text as `train` and `evaluation`; no file of one is in the other."""
     corpus = read_documents(
         arguments.text,
         document_bytes=arguments.document_bytes,
@@ -73,16 +73,16 @@ def read_documents(source: str, *, document_bytes: int, text_column: str = "text
     """Reads a corpus in an order that depends on the files alone.
 
     Args:
-        source: `"stdlib"`, the Python standard library that runs this; `"python"`, that and every
+        source: `"stdlib"`, this Python's standard library; `"python"`, that and every
             installed library; a folder (each entry is a document, a sub-folder with all its
             files), a file, a data file (json, jsonl, csv, parquet) or a dataset saved by
             `save_to_disk` (each row is a document); or the name of a dataset on the Hub.
-        document_bytes: Of a longer document only the first so many bytes are read, in whole
-            files, so that no package outweighs all others.
+        document_bytes: How many bytes of a document to read at most, in whole files, so that no
+            package outweighs all others.
         text_column: The column that holds the text of a dataset's rows.
 
     Returns:
-        Rows of `document`, `path` and `text`, one a file.
+        Rows of `document`, `path` and `text`, one per file.
 
     Raises:
         ValueError: If the source holds no text or no such column.
@@ -122,7 +122,7 @@ def python_packages(*, libraries: bool) -> list[Path]:
 
 
 def read_document(entry: Path, pattern: str, document_bytes: int) -> Iterator[dict[str, str]]:
-    """Yields the files of a module or folder, neighbours in the tree next to each other."""
+    """Yields the files of a module or folder; files of one folder are adjacent."""
     if entry.name in SKIPPED_FOLDERS:
         return
     files = sorted(entry.rglob(pattern)) if entry.is_dir() else [entry]
@@ -140,7 +140,7 @@ def read_document(entry: Path, pattern: str, document_bytes: int) -> Iterator[di
 
 
 def read_text(file: Path, *, limit: int) -> str:
-    """A file's text, or nothing where it is no UTF-8 text or longer than `limit` bytes."""
+    """Returns a file's text; an empty string if it is not UTF-8 or has more than `limit` bytes."""
     if file.stat().st_size > limit:
         return ""
     try:
@@ -151,7 +151,7 @@ def read_text(file: Path, *, limit: int) -> str:
 
 
 def rows_as_documents(source: str, text_column: str) -> Dataset:
-    """A dataset's rows (its training split, where it has splits), each a document."""
+    """Returns a dataset's rows, each a document; of a dataset with splits, those of its training split."""
     path = Path(source)
     if path.is_dir():
         rows = load_from_disk(source)
@@ -169,11 +169,11 @@ def rows_as_documents(source: str, text_column: str) -> Dataset:
 def split_documents(corpus: Dataset, *, held_out: float, seed: int) -> DatasetDict:
     """Splits whole documents into `train` and `evaluation`, and drops copies from `train`.
 
-    Documents are taken into the evaluation in the order of a hash of their name and `seed`, so
-    that a document that comes or goes moves few others. A corpus of one document is cut instead.
+    Documents join the evaluation in the order of a hash of their name and `seed`, so adding or
+    removing a document moves few others. A corpus of one document is cut instead.
 
     Args:
-        corpus: As `read_documents` gives it.
+        corpus: As `read_documents` returns it.
         held_out: The share of the text, in characters, that the evaluation takes; 1 takes all.
         seed: Another seed holds out other documents.
     """
@@ -213,10 +213,10 @@ def cut_document(corpus: Dataset, *, held_out: float) -> DatasetDict:
 
 
 def drop_copies(train: Dataset, evaluation: Dataset) -> Dataset:
-    """Drops the training files that are copies, or nearly, of a file held out.
+    """Drops the training files that are copies, or nearly, of a held-out file.
 
     Libraries carry copies of each other (setuptools has distutils). A file is a copy if at least
-    `COPY_LINES` of its lines, and `COPY_SHARE` of its own or of the other's, stand in the other.
+    `COPY_LINES` of its lines, and `COPY_SHARE` of its own or of the other's, are also in the other.
     """
     sizes, owners = [], {}
     for number, text in enumerate(evaluation["text"]):
@@ -236,7 +236,7 @@ def drop_copies(train: Dataset, evaluation: Dataset) -> Dataset:
 
 
 def telling_lines(text: str) -> set[str]:
-    """Lines long enough that two files share them by copying only; comments hold licences."""
+    """Returns the lines so long that only copies share them. Comments are left out: they hold licences."""
     lines = (line.strip() for line in text.splitlines())
     return {line for line in lines if len(line) >= COPIED_LINE and not line.startswith("#")}
 
@@ -270,23 +270,23 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: str, **options) -> PreTrainedTokenizerBase:
-    """Returns a saved tokenizer, which has split a first word.
+    """Returns a saved tokenizer that has proved able to split a word.
 
     Raises:
-        ValueError: If it cannot be read. On damaged files the libraries below raise anything, Rust's panics too.
+        ValueError: If it cannot be read. On damaged files the libraries below raise anything, even Rust's panics.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         tokenizer("a word", add_special_tokens=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         raise ValueError(f"{source} holds no tokenizer that works ({type(error).__name__}: {error}).") from error
     return tokenizer
 
 
 def sample_texts(corpus: Dataset) -> Iterator[str]:
-    """Texts of a corpus in a random order, up to `TOKENIZER_TEXT` characters."""
+    """Yields texts of a corpus in random order, up to `TOKENIZER_TEXT` characters in all."""
     left = TOKENIZER_TEXT
     for text in corpus.shuffle(seed=0)["text"]:
         if left <= 0:
@@ -315,7 +315,7 @@ def tokenize(corpus: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list:
-    """Token ids without special tokens; a special token's spelling in the text is plain text."""
+    """Returns token ids without special tokens; a special token spelled out in the text is plain text."""
     if isinstance(tokenizer, ByT5Tokenizer):  # its Python loop is 50 times slower
         offset = len(tokenizer.all_special_ids)
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + offset for text in texts]
@@ -323,7 +323,7 @@ def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list:
 
 
 def join_documents(tokens: Dataset) -> dict[str, np.ndarray]:
-    """The tokens of each document, its files one after the other; int32."""
+    """Returns the tokens of each document, its files concatenated; int32."""
     names = tokens["document"]
     ids = tokens.with_format("numpy")["input_ids"]
     starts = [0, *(i for i in range(1, len(names)) if names[i] != names[i - 1]), len(names)]
@@ -331,11 +331,11 @@ def join_documents(tokens: Dataset) -> dict[str, np.ndarray]:
 
 
 def pack(documents: dict[str, np.ndarray], sequence_length: int) -> Dataset:
-    """Cuts the documents, one after the other, into sequences of `sequence_length` tokens.
+    """Concatenates the documents and cuts them into sequences of `sequence_length` tokens.
 
-    `position_ids` start again at 0 with each document and each sequence, which tells the model
-    that documents do not see each other. The first label of a document is -100: nothing before it
-    tells it. Tokens after the last whole sequence are left out.
+    `position_ids` restart at 0 with each document and each sequence; the model then keeps the
+    documents apart. The first label of a document is -100, as no token before it predicts it.
+    Tokens after the last whole sequence are left out.
 
     Returns:
         Rows of `input_ids`, `labels` (not shifted) and `position_ids`.

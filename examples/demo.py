@@ -1,11 +1,11 @@
-"""The main job from end to end: `make demo`.
+"""The whole workflow from training to a loaded model: `make demo`.
 
-Trains a small LongNet on Python source code, measures the perplexity of held-out packages under
-growing context, draws it, saves the model's folder, and loads that folder in a process that cannot
-import our package. `output` then holds
+Trains a small LongNet on Python source code, measures and draws the perplexity of held-out packages
+under growing context, saves the model, and loads the saved folder in a process that cannot import
+our package. `output` then holds
 
-    model/            the folder: safetensors, tokenizer, configuration and the code that loads it
-    perplexity.json   the table and what was trained; perplexity.png the plot, beside stored results of other models
+    model/            the saved folder: safetensors, tokenizer, configuration and the code that loads it
+    perplexity.json   the table and what was trained; perplexity.png plots it beside stored results of other models
     sample.txt        what the loaded model wrote
 
     python -m examples.demo --text my_folder --steps 1000 --output my_demo
@@ -40,8 +40,8 @@ from .model_card import fill_card
 
 CONFIGURATION = ROOT / "configuration"
 LOADER = Path(__file__).with_name("load_remote.py")
-CHECKED_TOKENS = 1024  # whose logits the loading process must reproduce
-DOCUMENTS = 4  # evaluated at least, where there are as many: fewer give no honest error
+CHECKED_TOKENS = 1024  # the loading process must reproduce their logits
+DOCUMENTS = 4  # to evaluate at least, if there are as many: the standard error of fewer means little
 # Every step of the demo in half a minute.
 QUICK = {"text": "stdlib", "document_bytes": 100_000, "sequence_length": 1024, "max_steps": 8}
 QUICK_EVALUATION = {"contexts": [128, 256, 512, 1024], "targets": 512, "blocks": 4}
@@ -59,7 +59,7 @@ class DemoArguments:
     steps: int | None = field(default=None, metadata={"help": "Training steps."})
     longest_context: int | None = field(
         default=None,
-        metadata={"help": "Leave out longer contexts, where dense attention takes long. The targets stay the same."},
+        metadata={"help": "Skip longer contexts, on which dense attention is slow. The targets stay the same."},
     )
     output: str = field(default="output", metadata={"help": "Folder for the model and the figures."})
     tokenizer: str | None = field(default=None, metadata={"help": "'bpe' or 'bytes' (ByT5's)."})
@@ -67,13 +67,13 @@ class DemoArguments:
         default_factory=lambda: [str(path) for path in BASELINES],
         metadata={"help": "perplexity.json of other runs of the demo, drawn beside this one."},
     )
-    quick: bool = field(default=False, metadata={"help": "Every step of the demo in half a minute, no good model."})
+    quick: bool = field(default=False, metadata={"help": "Run every step in half a minute; the model is no good."})
 
 
 def read_settings(
     arguments: DemoArguments,
 ) -> tuple[ModelArguments, TextArguments, TrainingArguments]:
-    """The demo's settings with what the command line changes."""
+    """Read the demo's settings and apply the changes that the command line makes."""
     settings = json.loads((CONFIGURATION / "demo-training.json").read_text())
     if arguments.quick:
         settings |= QUICK
@@ -92,7 +92,7 @@ def read_settings(
 
 
 def bfloat16_pays() -> bool:
-    """Whether a matrix product is faster in bfloat16: on a CPU without instructions for it, no."""
+    """Return whether a matrix product is faster in bfloat16; it is not on a CPU without instructions for it."""
     if torch.accelerator.is_available():
         return True
     seconds = {}
@@ -107,9 +107,9 @@ def bfloat16_pays() -> bool:
 
 
 def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArguments) -> EvaluationArguments:
-    """Leaves out contexts, and shortens the scored stretches, for which the documents are short.
+    """Leave out contexts and shorten the scored blocks for which the documents are too short.
 
-    At least `DOCUMENTS` of them, or all where there are fewer, hold what is left.
+    At least `DOCUMENTS` documents, or all if there are fewer, are long enough for what is left.
     """
     lengths = sorted(map(len, documents.values()), reverse=True)
     room = lengths[min(DOCUMENTS, len(lengths)) - 1]
@@ -119,8 +119,8 @@ def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArgum
     contexts = [c for c in evaluation.contexts if c + max(0, targets - c // 2) <= room]
     if not contexts:
         raise ValueError(
-            f"Of the held-out documents {DOCUMENTS} or all have only {room} tokens, too few for "
-            f"a context of {min(evaluation.contexts)}. Give longer text."
+            f"The {DOCUMENTS} longest held-out documents, or all if there are fewer, have only {room} tokens or more, "
+            f"too few for a context of {min(evaluation.contexts)}. Give longer text."
         )
     evaluation.contexts, evaluation.targets = contexts, targets
     return evaluation
@@ -129,9 +129,9 @@ def fit_evaluation(documents: dict[str, np.ndarray], evaluation: EvaluationArgum
 def describe_training(
     trainer: Trainer, documents: dict[str, np.ndarray], text: TextArguments, model: ModelArguments
 ) -> dict:
-    """What the model is and was trained on, for those who compare it with another or write its card.
+    """Return what the model is and what it was trained on, for comparisons and for its card.
 
-    `text_digest` is of all tokens: two models with one digest have read, and are scored on, the same.
+    `text_digest` covers all tokens: two models with equal digests were trained and scored on the same text.
     """
     digest = hashlib.sha256()
     for column in (trainer.train_dataset.with_format("numpy")[:]["input_ids"], *documents.values()):
@@ -166,7 +166,7 @@ def describe_training(
 
 
 def check_loading(model: PreTrainedModel, tokens: np.ndarray, output: Path) -> None:
-    """Loads the saved folder in another process, without our package, and compares the logits."""
+    """Load the saved folder in another process, without our package, and compare the logits."""
     model = model.to("cpu", torch.float32).eval()
     input_ids = torch.from_numpy(tokens[None, :CHECKED_TOKENS]).long()
     with torch.inference_mode():
@@ -180,7 +180,7 @@ def check_loading(model: PreTrainedModel, tokens: np.ndarray, output: Path) -> N
 
 
 def main() -> None:
-    """Runs the demo; a text too short for the evaluation is refused before the training."""
+    """Run the demo; a text too short for the evaluation is refused before the training."""
     began = time.perf_counter()
     (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
     output = Path(arguments.output)
@@ -208,7 +208,7 @@ def main() -> None:
     results |= describe_training(trainer, documents, text_arguments, model_arguments)
     baselines = read_baselines(results, [Path(file) for file in arguments.baselines])
     report = write_results(results, output, draw=lambda report, file: plot(report, baselines, file))
-    if text_arguments.text in ("python", "stdlib"):  # the card describes these
+    if text_arguments.text in ("python", "stdlib"):  # the card describes no other text
         fill_card(report, baselines).save(output / "model" / "README.md")
     check_loading(model, max(documents.values(), key=len), output)
     print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes: {output}")

@@ -1,10 +1,10 @@
-"""Draw a pattern of attention: what is seen, what it costs, and what the cache holds; as text and as a picture.
+"""Draw an attention pattern as text and as a picture: what is seen, what it costs, and what the cache holds.
 
     python -m examples.draw_pattern "w256 2048/8:1 once"
     python -m examples.draw_pattern "2048/1 4096/2 8192/4" --heads 12 --layers 2 --output pattern.png
 
 A pattern is written as `parse_pattern` reads it: a window (w256), branches (segment/rate, or segment/rate:query_rate),
-and what is switched on (rotate, stagger, once).
+and options (rotate, stagger, once).
 """
 
 if not __package__:
@@ -25,9 +25,9 @@ from modeling_longnet.testing import Pattern, count_branches
 from .drawing import draw_line, format_count, make_figure, name_lines, scale_log, scale_share, scale_tokens, styled
 
 SHADES = " .:-=+*#%@"
-CELLS = 64  # of the map, a side
-QUERIES, KEYS = 4, 128  # at random in each cell of the map, at most
-DISTANCE_QUERIES = 64  # at random
+CELLS = 64  # along each side of the map
+QUERIES, KEYS = 4, 128  # drawn at random in each cell of the map, at most
+DISTANCE_QUERIES = 64  # drawn at random
 
 
 class Drawing(NamedTuple):
@@ -36,11 +36,11 @@ class Drawing(NamedTuple):
     Attributes:
         words: the pattern as written.
         length: tokens of the map.
-        seen: (cells, cells), the share of pairs of a query (row) and a key (column) that some branch shows, mean over
+        seen: (cells, cells), the share of pairs of a query (row) and a key (column) that the query sees, mean over
             heads and layers; causal.
-        distances, shares: of the tokens that far behind a query, the share that it sees, mean over heads and layers.
-        lengths, keys, slots: for each length of a text, keys that a query sees per head, and keys that the cache then
-            holds, per head; mean over layers.
+        distances, shares: the share of tokens at each distance before a query that it sees, mean over heads and layers.
+        lengths, keys, slots: for each length of a text, the keys that a query sees and the keys that the cache then
+            holds, both per head and mean over layers.
     """
 
     words: str
@@ -82,7 +82,10 @@ def map_seen(pattern: Pattern, heads: int, layers: int, length: int) -> Tensor:
 
 
 def share_by_distance(pattern: Pattern, heads: int, layers: int, distances: list[int]) -> list[float]:
-    """Return `Drawing.shares`: of queries beyond the largest distance, each with the keys up to the next distance."""
+    """Return `Drawing.shares`, from queries that have a token at every distance.
+
+    A share is the mean over the keys from one distance to the next.
+    """
     generator = torch.Generator().manual_seed(0)
     longest = max((*pattern.segment_lengths, pattern.window_size or 1))
     queries = torch.randint(longest, 2 * longest + distances[-1], (DISTANCE_QUERIES,), generator=generator)
@@ -103,7 +106,7 @@ def describe_pattern(words: str, heads: int, layers: int, lengths: list[int] | N
     """Return what is drawn of a pattern.
 
     Raises:
-        ValueError: names the word that is no part of a pattern, or what does not fit.
+        ValueError: a word is no part of a pattern, parts do not fit each other, or there is no head or layer.
     """
     pattern, fields = Pattern.parse(words), parse_pattern(words)
     pattern.check()
@@ -149,10 +152,10 @@ def format_drawing(drawing: Drawing, head_dim: int = 64) -> str:
     lines += ["", "Of the tokens so far back, a query sees (mean over heads and layers):"]
     for distance, share in zip(drawing.distances, drawing.shares, strict=True):
         lines.append(f"{distance:>16,}  {share:>8.2%}  {'#' * round(40 * share)}")
-    lines += ["", f"{'tokens':>16}{'keys a query':>14}{'of dense':>10}{'cached keys':>13}{'cache a layer':>15}"]
+    lines += ["", f"{'tokens':>16}{'keys per query':>16}{'of dense':>10}{'cached keys':>13}{'cache':>15}"]
     for length, keys, slots in zip(drawing.lengths, drawing.keys, drawing.slots, strict=True):
         size = slots * 4 * head_dim / 1024  # a key and a value in bfloat16
-        lines.append(f"{length:>16,}{keys:>14,.0f}{2 * keys / length:>10.1%}{slots:>13,.0f}{size:>11,.0f} KiB")
+        lines.append(f"{length:>16,}{keys:>16,.0f}{2 * keys / length:>10.1%}{slots:>13,.0f}{size:>11,.0f} KiB")
     lines.append(
         f"Per head; the cache in bfloat16 with {head_dim} dimensions. Dense: half of the tokens, and all of them."
     )
@@ -165,7 +168,7 @@ def draw(drawing: Drawing, file: Path) -> None:
     figure = make_figure(height=6.6)
     shown, near, cost, held = figure.subplots(2, 2).flat
     extent = (0, drawing.length, drawing.length, 0)
-    # The root lets what one head in many sees be told from nothing.
+    # The square root makes what only one head in many sees visible.
     image = shown.imshow(
         drawing.seen.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest"
     )

@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 STYLE = Path(__file__).with_name("longnet.mplstyle")
-WIDTH = 8.0  # inches, of which a page shows about 100 pixels each
-# A contestant has one colour in every figure.
+WIDTH = 8.0  # inches; a page shows about 100 pixels per inch
+# Each contestant has the same colour in every figure.
 COLORS = {
     "longnet": "#1764ab",
     "paper": "#6fa8dc",
@@ -35,10 +35,10 @@ styled = matplotlib.rc_context(fname=STYLE)  # a decorator of functions that dra
 
 
 class Line(NamedTuple):
-    """Values by tokens (or whatever the panel counts), under a name, or None where another line has it.
+    """Values against tokens (or whatever the panel counts), with a name; None if another line carries the name.
 
-    `color` is a contestant of `COLORS` or any colour of matplotlib's, `mode` one of `DASHES`; `band` is the least and
-    the most of each value.
+    `color` is a contestant of `COLORS` or any matplotlib colour, `mode` one of `DASHES`; `band` is the least and the
+    most of each value.
     """
 
     x: list[float]
@@ -61,7 +61,7 @@ class Panel(NamedTuple):
 
 @styled
 def draw_panels(panels: list[Panel], file: Path, *, columns: int = 2, title: str = "", height: float = 3.2) -> None:
-    """Draw the panels that have a line of two points; with none of them, delete the file."""
+    """Draw the panels that have a line of at least two points; if none has, delete the file."""
     panels = [panel for panel in panels if any(len(line.x) > 1 for line in panel.lines)]
     if not panels:
         Path(file).unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def make_figure(*, width: float = WIDTH, height: float = 3.4) -> Figure:
 
 
 def format_count(number: float) -> str:
-    """512, 2K, 64K, 1M: powers of two as the field writes them; other numbers with the same letters of a thousand."""
+    """Format powers of two in binary units (512, 2K, 64K, 1M), other numbers in thousands, millions and so on."""
     for size, power, letter in ((10**9, 2**30, "B"), (10**6, 2**20, "M"), (10**3, 2**10, "K")):
         if number >= size:
             exact = number / power if number % power == 0 and number >= power else number / size
@@ -121,7 +121,7 @@ def scale_tokens(axis: Axis, *, ticks: int = 6) -> None:
 
 
 def scale_log(axis: Axis, form: Callable[[float], str] = format_number, *, ticks: int = 6) -> None:
-    """A logarithmic axis of base 10; `form` writes a tick. One that spans less than two powers of ten has 1, 2, 5."""
+    """A logarithmic axis of base 10; `form` writes a tick. If it spans under two powers of ten, ticks are 1, 2, 5."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=10)
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(base=10, subs=(1,) if high > 100 * low else (1, 2, 5), numticks=ticks))
@@ -160,7 +160,7 @@ def _start_at_zero(axis: Axis) -> None:
 
 
 def name_pattern(words: str) -> str:
-    """What a figure calls a written pattern."""
+    """Return the name of a written pattern in figures."""
     if words.startswith("flex"):
         return "window in\nFlexAttention"
     window = re.match(r"w(\d+)", words)
@@ -173,14 +173,14 @@ def name_pattern(words: str) -> str:
 
 
 def draw_line(axis: Axes, x, y, name: str | None, color: str, *, mode: str = "forward+backward", **look) -> Line2D:
-    """A line with a dot at each point; the arguments are those of `Line`."""
+    """Draw a line with a dot at each point; the arguments are those of `Line`."""
     look = {"marker": "o", "color": COLORS.get(color, color), "linestyle": DASHES[mode]} | look
     (line,) = axis.plot(x, y, label=name or "_", **look)
     return line
 
 
 def mark(axis: Axes, x: float, text: str, *, height: float = 0.98) -> None:
-    """A vertical dotted line with its text on the left, `height` of the panel up."""
+    """Draw a vertical dotted line with its text on the left, at the share `height` of the panel."""
     axis.axvline(x, color="#909090", linestyle=":", linewidth=1.2, zorder=1)
     axis.annotate(
         text,
@@ -199,7 +199,7 @@ def mark(axis: Axes, x: float, text: str, *, height: float = 0.98) -> None:
 def name_lines(axis: Axes, *, size: float = 10) -> None:
     """Write each line's label at its last point in its colour, moved up or down where two would overlap.
 
-    The label stands on the right; on the left where a rising line ends before the panel does.
+    The label is on the right of the point, or on its left if a rising line ends before the panel does.
     """
     axis.figure.draw_without_rendering()  # places the panel
     points, panel = axis.figure.dpi / 72, axis.get_window_extent()
@@ -232,7 +232,7 @@ def name_lines(axis: Axes, *, size: float = 10) -> None:
 
 
 def _push_apart(places: np.ndarray, heights: np.ndarray, low: float, high: float, near: float = 120) -> np.ndarray:
-    """Heights of labels at these places, none nearer to another than both need; labels far to the side do not count."""
+    """Return heights for labels at these places, far enough apart; labels far to the side do not count."""
     y = places[:, 1].copy()
     for _ in range(200):
         y = np.clip(y, low + heights / 2 - 6, high - heights / 2 + 6)

@@ -3,10 +3,10 @@
     python -m examples.evaluate_perplexity --model out/model --trust_remote_code True \\
         --text python --contexts 256 1024 4096 16384 65536
 
-Under a context of c tokens a window of c tokens slides over a document by half its length, and the
+For a context of c tokens a window of c tokens slides over a document by half its length, and the
 second half of each window is scored: every target sees at least c / 2 and fewer than c tokens. The
-scored stretches, `targets` tokens long, are the same for all c; a window longer than twice such a
-stretch ends with it. Writes `perplexity.json` and `perplexity.png`.
+scored blocks, `targets` tokens long, are the same for all c; a window longer than two blocks ends
+where its block ends. Writes `perplexity.json` and `perplexity.png`.
 """
 
 if not __package__:
@@ -43,9 +43,9 @@ from .corpus import TextArguments, join_documents, load_text, read_tokenizer, to
 from .drawing import draw_line, make_figure, mark, name_lines, scale_tokens, styled
 
 METRIC = Path(__file__).parent / "perplexity_by_context"
-BATCH_TOKENS = 8_192  # tokens of short windows in a forward: enough to be efficient
+BATCH_TOKENS = 8_192  # tokens of short windows in a forward pass: enough to be efficient
 READ_TOKENS = 32_768  # a longer context is read in pieces, with the model's cache
-BYTES_MARGIN = 8  # tokens before a block that settle how its first characters decode
+BYTES_MARGIN = 8  # tokens before a block on which the decoding of its first characters depends
 
 
 @dataclass
@@ -59,20 +59,20 @@ class EvaluationArguments:
         metadata={"help": "Context lengths in tokens."},
     )
     targets: int = field(default=4096, metadata={"help": "Scored tokens of a block."})
-    blocks: int = field(default=12, metadata={"help": "Scored stretches of text."})
+    blocks: int = field(default=12, metadata={"help": "Number of scored blocks of text."})
     segment_lengths: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Read the same weights with these branches instead; a Llama or the like then attends dilated."
+            "help": "Read the same weights with these branches; a Llama or the like is switched to dilated attention."
         },
     )
     dilation_rates: list[int] | None = field(default=None, metadata={"help": "One for each segment length."})
     pattern: str | None = field(
         default=None,
-        metadata={"help": "The same for a whole pattern, as parse_pattern reads it: 'w256 4096/16:1 once'."},
+        metadata={"help": "The same with a whole pattern, as parse_pattern reads it: 'w256 4096/16:1 once'."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the folder's own code."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
     device: str = field(
         default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
         metadata={"help": "Where the model runs."},
@@ -89,12 +89,12 @@ class Block:
 
 
 def check_contexts(contexts: list[int], targets: int) -> list[int]:
-    """The context lengths, ascending, each of whose windows cover the targets exactly."""
+    """Returns the context lengths in ascending order; raises ValueError if windows of one do not tile the targets."""
     for context in contexts:
         if context < 2 or targets < 1 or targets % min(context // 2, targets):
             raise ValueError(
-                f"Context {context} does not fit {targets} targets: half of it (rounded down) must "
-                "divide them, unless they are fewer. Powers of two fit."
+                f"Context {context} does not fit {targets} targets: half the context (rounded down) must divide the "
+                "number of targets, or exceed it. Powers of two fit."
             )
     return sorted(set(contexts))
 
@@ -107,10 +107,10 @@ def place_blocks(
     targets: int,
     count: int,
 ) -> list[Block]:
-    """Places `count` blocks in the documents that hold `targets` and the longest context.
+    """Places `count` blocks in the documents that are long enough for `targets` and the longest context.
 
-    Each document gets as many blocks as any other (one more or less), evenly from its end to its
-    first `longest` tokens, as far as they fit without sharing a target.
+    Each document gets as many blocks as any other (one more or less), spread evenly between its
+    first `longest` tokens and its end, as far as they fit without sharing a target.
 
     Raises:
         ValueError: If no document is long enough; it says how long they are.
@@ -134,7 +134,7 @@ def place_blocks(
 
 
 def count_bytes(ids: np.ndarray, stop: int, targets: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the text of the tokens [stop - targets, stop), without special tokens."""
+    """Counts the UTF-8 bytes of the text of tokens [stop - targets, stop), without special tokens."""
     start = stop - targets
     before = max(0, start - BYTES_MARGIN)
     lengths = [len(tokenizer.decode(ids[before:end], skip_special_tokens=True).encode()) for end in (start, stop)]
@@ -142,8 +142,8 @@ def count_bytes(ids: np.ndarray, stop: int, targets: int, tokenizer: PreTrainedT
 
 
 def read_context(model: PreTrainedModel, tokens: torch.Tensor) -> dict:
-    """Feeds a long context in pieces of `READ_TOKENS`, so that memory does not grow with it (where
-    the model's cache does not, as LongNet's).
+    """Feeds a long context in pieces of `READ_TOKENS`. Memory then grows only with the model's cache;
+    LongNet's stops growing.
 
     Returns:
         The keyword argument under which the model takes its cache; empty if the context is short.
@@ -161,7 +161,7 @@ def read_context(model: PreTrainedModel, tokens: torch.Tensor) -> dict:
 
 @torch.inference_mode()
 def score_windows(model: PreTrainedModel, windows: torch.Tensor, scored: int) -> torch.Tensor:
-    """The negative log-likelihood in nats of each window's last `scored` tokens.
+    """Returns the negative log-likelihood in nats of each window's last `scored` tokens.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -169,7 +169,7 @@ def score_windows(model: PreTrainedModel, windows: torch.Tensor, scored: int) ->
         scored: Fewer than `context`.
 
     Returns:
-        (N, scored) float32. Only `scored + 1` rows of logits a window are held, not `context`.
+        (N, scored) float32. Only `scored + 1` rows of logits per window are held, not `context`.
     """
     past = read_context(model, windows[:, : -scored - 1])
     rest = windows[:, -scored - 1 :] if past else windows
@@ -235,8 +235,8 @@ def evaluate_contexts(
     Args:
         documents: Token ids by document; those too short for the longest context are left out.
         contexts, targets, blocks: As in `EvaluationArguments`.
-        longest: Places the targets for a longer context than the longest that is scored. A model that skips it then
-            has the same targets as one that does not.
+        longest: A context, longer than all that are scored, for which to place the targets. A model that skips the
+            longest contexts then has the same targets as one that does not.
 
     Returns:
         The results of the metric `perplexity_by_context`, with `targets` and `seconds`.
@@ -254,12 +254,12 @@ def evaluate_contexts(
 
 
 def format_error(value: float, error: float, digits: int) -> str:
-    """A value +- its standard error, which one block alone does not have (NaN)."""
+    """Formats a value +- its standard error; the error is left out if it is NaN, as for a single block."""
     return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +- {error:.{digits}f}")
 
 
 def format_table(results: dict) -> str:
-    """A line for each context length; errors are one standard error."""
+    """Formats one line per context length; errors are one standard error."""
     lines = [
         f"The same {results['tokens']:,} targets ({results['blocks']} blocks of "
         f"{results['targets']:,} tokens in {results['documents']} documents), +- standard error",
@@ -297,7 +297,7 @@ def plot(results: dict, file: Path) -> None:
 
 
 def format_comparison(results: dict[str, dict]) -> str:
-    """Perplexity and standard error, one line for each context and one column for each model."""
+    """Formats perplexity and standard error, one line per context and one column per model."""
     names = list(results)
     width = max(22, *map(len, names)) + 2
     lines = ["context" + "".join(f"{name:>{width}}" for name in names)]
@@ -309,11 +309,11 @@ def format_comparison(results: dict[str, dict]) -> str:
 
 @styled
 def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> None:
-    """Draw several models' perplexity against context, the length of their first training marked.
+    """Draw several models' perplexity against context, and mark the length of their first training.
 
     Args:
         results: By model, as `evaluate_contexts` returns them.
-        trained: Tokens.
+        trained: Tokens of a sequence in the first training.
     """
     figure = make_figure(height=4)
     axis = figure.subplots()
@@ -344,7 +344,7 @@ def write_figure(figure: Figure, file: Path) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file that is never seen half-written."""
+    """Writes a file at once, so that no reader sees half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_bytes(content)
@@ -359,7 +359,7 @@ def command_line() -> str:
 
 
 def describe_machine() -> dict[str, str]:
-    """What a result file says of the command, the machine, the versions and the day."""
+    """Returns the command, machine, versions and date, for a result file."""
     return {
         "command": command_line(),
         "machine": torch.cuda.get_device_name()
@@ -372,7 +372,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def for_json(results: dict) -> dict:
-    """The same with None for NaN, which JSON does not know: one block has no standard error."""
+    """Replaces NaN, the standard error of a single block, by None: JSON has no NaN."""
     return {
         name: [None if math.isnan(x) else x for x in value] if name.endswith("_error") else value
         for name, value in results.items()
@@ -390,12 +390,12 @@ def write_results(results: dict, folder: Path, *, draw: Callable[[dict, Path], N
 
 
 def load_model(arguments: EvaluationArguments) -> PreTrainedModel:
-    """The model, with the branches asked for: a LongNet's replaced, another decoder's attention made dilated."""
+    """Loads the model with the branches given: a LongNet's are replaced, another decoder is switched to them."""
     trust = {"trust_remote_code": arguments.trust_remote_code}
     given = {"segment_lengths": arguments.segment_lengths, "dilation_rates": arguments.dilation_rates}
     branches = {name: value for name, value in given.items() if value is not None}
     if arguments.pattern is not None:
-        # Not imported above: it would take the place of the code that a LongNet's folder brings.
+        # Imported only here: an import above would replace the code of a LongNet's folder.
         from modeling_longnet import parse_pattern
 
         branches |= parse_pattern(arguments.pattern)

@@ -1,10 +1,10 @@
-"""What does it cost to let a dense model attend dilated? A small Llama, trained here, tells it in minutes.
+"""What switching a dense model to dilated attention costs, measured in minutes on a small Llama trained here.
 
     python -m examples.extend_llama [--text stdlib] [--output extended]
 
-A Llama is trained on short sequences of real text. Then the same weights attend with each of several patterns; then
-they are fine-tuned so on longer sequences. Beside it the dense model gets the same fine-tuning, so that the table also
-says what dense attention would have reached. All are scored on the same held-out tokens under growing contexts.
+A Llama is trained on short sequences of real text. The same weights are then switched to each of several patterns, and
+fine-tuned with it on longer sequences. The dense model gets the same fine-tuning, so the table also says what dense
+attention would have reached. All are scored on the same held-out tokens under growing contexts.
 """
 
 if not __package__:
@@ -35,7 +35,7 @@ from .optimizer import MuonAndAdamW
 
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 SIZES |= {"num_key_value_heads": 3, "tie_word_embeddings": True}
-# The paper's kind; and a window with summaries, which leaves texts of up to 256 tokens as they were.
+# One like the paper's, and a window with summaries, which does not change attention in texts of up to 256 tokens.
 PATTERNS = ["256/1 1024/2 4096/4", "w256 4096/16:1 once"]
 
 
@@ -44,13 +44,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", default="stdlib", help="as in examples.finetune")
     parser.add_argument("--output", type=Path, default=Path("extended"), help="folder for the model, JSON and PNG")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence in the first training")
-    parser.add_argument("--steps", type=int, default=300, help="of the first training, 8 sequences each")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the first training, 8 sequences each")
     parser.add_argument("--long-length", type=int, default=4096, help="tokens of a sequence in the fine-tuning")
-    parser.add_argument("--long-steps", type=int, default=100, help="of the fine-tuning, one sequence each")
-    parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="to switch to, as `parse_pattern` reads them")
+    parser.add_argument("--long-steps", type=int, default=100, help="steps of the fine-tuning, one sequence each")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="to switch to, as parse_pattern reads them")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--targets", type=int, default=1024, help="scored tokens of a block")
-    parser.add_argument("--blocks", type=int, default=8, help="scored stretches of text")
+    parser.add_argument("--blocks", type=int, default=8, help="number of scored blocks of text")
     return parser.parse_args()
 
 
@@ -74,7 +74,7 @@ def train(model: PreTrainedModel, documents: dict[str, np.ndarray], length: int,
 def make_stages(
     tokenizer: PreTrainedTokenizerBase, documents: dict[str, np.ndarray], arguments: argparse.Namespace
 ) -> dict[str, PreTrainedModel]:
-    """The models to compare, by name: dense and switched to each pattern, before and after fine-tuning."""
+    """Return the models to compare, by name: dense and switched to each pattern, before and after fine-tuning."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=max(arguments.contexts), **SIZES,
@@ -94,7 +94,7 @@ def make_stages(
 
 
 def main() -> None:
-    """Train, switch, fine-tune, score, and keep the model of the last pattern."""
+    """Train, switch, fine-tune, score, and save the model of the last pattern."""
     arguments = parse()
     set_seed(0)
     text = load_text(TextArguments(text=arguments.text))

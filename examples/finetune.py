@@ -94,7 +94,7 @@ def load_model(arguments: ModelArguments, text: DatasetDict) -> tuple[PreTrained
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    tokenizer.model_max_length = config.max_position_embeddings  # where other tools cut a text
+    tokenizer.model_max_length = config.max_position_embeddings  # other tools truncate texts to it
     return LongNetForCausalLM(config), tokenizer
 
 
@@ -102,7 +102,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
     """Makes the model and packs the text into sequences, ready to train.
 
     Args:
-        text: `train`, and `evaluation` where `training_arguments.do_eval` asks for its loss.
+        text: `train`, and `evaluation` if `training_arguments.do_eval` is set.
     """
     set_seed(training_arguments.seed)
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
@@ -141,7 +141,7 @@ def run(trainer: Trainer) -> PreTrainedModel:
     """Trains, saves the model and its tokenizer in `output_dir`, and pushes them if asked.
 
     Returns:
-        The trained model, freed of the autocast in which Trainer wraps its forward.
+        The trained model, without the autocast in which Trainer wraps its forward pass.
     """
     trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
     trainer.model.config.use_cache = True  # Trainer turned it off
@@ -153,7 +153,7 @@ def run(trainer: Trainer) -> PreTrainedModel:
 
 
 def find_checkpoint(arguments: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: a path as given, or the `last` whole one in `output_dir`."""
+    """Returns the checkpoint to resume from: a path as given, or the `last` complete one in `output_dir`."""
     if arguments.resume_from_checkpoint != "last":
         return arguments.resume_from_checkpoint
     folders = [path for path in Path(arguments.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
@@ -162,12 +162,12 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
             json.loads((folder / "trainer_state.json").read_text("utf-8"))  # Trainer writes it last
             return str(folder)
         except (OSError, ValueError):
-            print(f"{folder} is skipped: it was not written to its end")
-    raise ValueError(f"{arguments.output_dir!r} holds no checkpoint to resume from. Start without `last`.")
+            print(f"{folder} is skipped: it was not written completely")
+    raise ValueError(f"{arguments.output_dir!r} holds no checkpoint to resume from: omit --resume_from_checkpoint.")
 
 
 def main() -> None:
-    """Trains as the command line, or the one JSON file that it names, says."""
+    """Trains with the options of the command line, or of the one JSON file that it names."""
     parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         model, text, training = parser.parse_json_file(sys.argv[1])

@@ -1,8 +1,8 @@
-"""Loads a saved model folder as a stranger would: by its own code, without our package, offline.
+"""Loads a saved model folder by its own code, without our package, offline.
 
     python examples/load_remote.py FOLDER EXPECTED.safetensors SAMPLE.txt
 
-This file imports none of the other examples, so that it also runs where only the folder was copied to.
+This file imports none of the other examples, so it also runs where only it and the folder were copied.
 
 Compares the logits with those saved beside `input_ids` when the folder was written, and lets the
 model continue a prompt.
@@ -19,8 +19,8 @@ PROMPT = "# example/shapes.py\nclass Shape:\n    def __init__(self, "
 
 
 def main(folder: str, expected_file: str, sample_file: str) -> None:
-    """Loads, compares, samples; raises where the logits are not the saved ones."""
-    # A module entered as None cannot be imported: the package is absent even where it is installed.
+    """Loads, compares, samples; raises an error if the logits differ from the saved ones."""
+    # A module set to None in sys.modules cannot be imported, even if it is installed.
     sys.modules["modeling_longnet"] = None
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

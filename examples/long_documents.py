@@ -6,12 +6,12 @@
 
 By default a document is the folder of one of Transformers' models, file after file: names that its configuration
 sets are used in its modeling code, and its classes resemble each other. The same model is fine-tuned on the documents
-cut into sequences of each length, always on the same number of tokens, so the table says what longer sequences bring.
+cut into sequences of each length, always on the same number of tokens, so the table says what longer sequences gain.
 The folder `output` then holds
 
     LENGTH/            a fine-tuned model
     perplexity.json    the same held-out targets under growing context, before and after, and perplexity.png
-    samples.md         how each model goes on where a held-out document is cut
+    samples.md         how each model continues held-out documents
 """
 
 if not __package__:
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="output/model", help="folder or Hub name of the model to start from")
     parser.add_argument(
-        "--text", help="as in examples.finetune; not what the model was trained on, or 'before' is too good"
+        "--text", help="as in examples.finetune; text that the model was trained on makes 'before' too good"
     )
     parser.add_argument("--split-seed", type=int, default=0, help="another seed holds out other documents")
     parser.add_argument(
@@ -53,11 +53,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trained", type=int, default=2048, help="tokens of the model's own training sequences")
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--steps", type=int, default=96, help="of a fine-tuning")
-    parser.add_argument("--step-tokens", type=int, default=16384, help="a step; the sequence lengths divide it")
+    parser.add_argument("--step-tokens", type=int, default=16384, help="tokens per step; a multiple of each length")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW; Muon's is ten times that")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256 << i for i in range(8)])
     parser.add_argument("--targets", type=int, default=2048, help="scored tokens of a block")
-    parser.add_argument("--blocks", type=int, default=12, help="scored stretches of text")
+    parser.add_argument("--blocks", type=int, default=12, help="number of scored blocks of text")
     parser.add_argument("--samples", type=int, default=3, help="documents to be continued")
     parser.add_argument("--sample-tokens", type=int, default=160, help="length of a continuation")
     arguments = parser.parse_args()
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
         if length < 1 or arguments.step_tokens % length:
             parser.error(f"--sequence-lengths {length} does not divide --step-tokens {arguments.step_tokens}")
     if len(set(arguments.sequence_lengths)) < len(arguments.sequence_lengths):
-        parser.error(f"--sequence-lengths {arguments.sequence_lengths}: each length once")
+        parser.error(f"--sequence-lengths {arguments.sequence_lengths}: give each length once")
     return arguments
 
 
@@ -87,16 +87,16 @@ def tune(arguments: argparse.Namespace, text: DatasetDict, length: int, bfloat16
 def cut_prompts(
     documents: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
 ) -> dict[str, tuple[np.ndarray, str]]:
-    """The longest documents by name: token ids up to the end of a line, and how it really goes on.
+    """Return the longest documents by name: token ids up to the end of a line, and the text that follows.
 
     Raises:
-        ValueError: If one is no longer than a continuation.
+        ValueError: If in one of them no line ends before its last `arguments.sample_tokens` tokens.
     """
     longest = sorted(documents, key=lambda name: len(documents[name]), reverse=True)[: arguments.samples]
     prompts = {}
     for name in longest:
         ids = documents[name][: max(arguments.contexts)]
-        places = range(len(ids) - arguments.sample_tokens - 1, 0, -1)  # the last that ends a line
+        places = range(len(ids) - arguments.sample_tokens - 1, 0, -1)  # from the last one down to one that ends a line
         end = next((i for i in places if "\n" in tokenizer.decode(ids[i - 1])), None)
         if end is None:
             raise ValueError(
@@ -109,7 +109,7 @@ def cut_prompts(
 
 @torch.inference_mode()
 def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, count: int) -> str:
-    """A continuation of at most `count` tokens, drawn with a fixed seed; it ends where the model ends the file."""
+    """Return at most `count` tokens of continuation, drawn with a fixed seed, up to where the model ends the file."""
     set_seed(0)
     ids = torch.from_numpy(prompt[None]).long().to(model.device)
     written = model.eval().generate(ids, max_new_tokens=count, do_sample=True, temperature=0.5, top_k=50)
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def format_samples(ends: dict[str, str], written: dict[str, dict[str, str]]) -> str:
-    """Markdown: the end of each prompt, then every model's continuation."""
+    """Format as Markdown the end of each prompt, then every model's continuation."""
     parts = []
     for name, end in ends.items():
         parts.append(f"## {name}\n\nThe last lines that were read:\n\n````text\n{end.rstrip()}\n````")

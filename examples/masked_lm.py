@@ -2,7 +2,7 @@
 
     python -m examples.masked_lm --text stdlib --output_dir out --max_steps 500 --learning_rate 1e-3
 
-Prints the loss of held-out masked tokens before and after, and what the model puts in place of a mask. Every option of
+Prints the loss of held-out masked tokens before and after, and how the model fills a mask. Every option of
 `TrainingArguments` works. `output_dir` holds the model, its tokenizer and its code. `AutoModelForMaskedLM` loads it;
 `AutoModelForTokenClassification` and others take the encoder and add a head.
 """
@@ -32,10 +32,10 @@ MASK = "<|mask|>"
 class ModelArguments:
     """A new encoder."""
 
-    vocab_size: int = field(default=2048, metadata={"help": "Tokens of the new BPE, without the mask."})
+    vocab_size: int = field(default=2048, metadata={"help": "Tokens of the new BPE tokenizer, without the mask."})
     sequence_length: int = field(default=2048, metadata={"help": "Tokens of a training sequence."})
-    hidden_size: int = field(default=256, metadata={"help": "Features of a token."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks."})
+    hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Number of blocks."})
     evaluation_sequences: int = field(default=32, metadata={"help": "Held-out sequences to score, at most."})
     mask_share: float = field(default=0.3, metadata={"help": "Share of the tokens to mask."})
     sample: str = field(
@@ -59,7 +59,7 @@ def make_trainer(arguments: ModelArguments, training_arguments: TrainingArgument
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-    tokenizer.model_max_length = config.max_position_embeddings  # where other tools cut a text
+    tokenizer.model_max_length = config.max_position_embeddings  # other tools truncate texts to it
     model = LongNetForMaskedLM(config)
     model.logits_with_labels = False  # the evaluation reads the loss alone
     sequences = {
@@ -90,7 +90,7 @@ def run(trainer: Trainer, sample: str) -> list[float]:
 
 
 def main() -> None:
-    """Trains as the command line says."""
+    """Trains with the options of the command line."""
     parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments))
     model, text, training = parser.parse_args_into_dataclasses()
     run(make_trainer(model, training, load_text(text)), model.sample)

@@ -1,4 +1,4 @@
-"""The model card of a model that the demo trained: the template beside this file, filled from the demo's JSON.
+"""Fill the model card of a model that the demo trained: the template beside this file, with the demo's JSON.
 
 python -m examples.model_card     # model_card.md of this repository, from docs/demo*.json
 """
@@ -39,13 +39,15 @@ def fill_card(report: dict, baselines: list[dict]) -> ModelCard:
         "training_tokens": f"{training['tokens']:,}",
         "sequence_length": f"{training['sequence_length']:,}",
         "text": training["text"],
-        "text_tokens": f" {drawn:,} tokens are left for the training, of which one run reads a part." if drawn else "",
+        "text_tokens": f" {drawn:,} tokens are left for training, of which one run reads a part." if drawn else "",
         "steps": f"{training['steps']:,}",
         "precision": "bfloat16" if training["bfloat16"] else "float32",
         "targets": f"{report['tokens']:,}",
         "blocks": report["blocks"],
         "documents": report["documents"],
-        "other_text": f" Those of {', '.join(others)} read slightly other text, that day's packages." if others else "",
+        "other_text": (
+            f" Those of {', '.join(others)} used slightly different text: that day's packages." if others else ""
+        ),
         "table": tabulate(report, baselines),
         "findings": compare(report, baselines),
         "bibtex": cite(),
@@ -104,20 +106,20 @@ def tabulate(report: dict, baselines: list[dict]) -> str:
 
 
 def compare(report: dict, baselines: list[dict]) -> str:
-    """Say where the model's perplexity is least, and what each other model has at the same contexts."""
+    """Say where the model's perplexity is lowest, and compare it with each other model's at the same contexts."""
     scores = dict(zip(report["contexts"], report["perplexity"], strict=True))
     best = min(scores, key=scores.get)
-    sentences = [f"Its least perplexity is {scores[best]:.2f}, under a context of {best:,} tokens."]
+    sentences = [f"Its lowest perplexity is {scores[best]:.2f}, at a context of {best:,} tokens."]
     for name, other in list(name_reports([report, *baselines]).items())[1:]:
         theirs = dict(zip(other["contexts"], other["perplexity"], strict=True))
         shared = sorted(scores.keys() & theirs.keys())
         at = [n for n in dict.fromkeys((report["training"]["sequence_length"], shared[-1])) if n in shared]
-        ratios = " and ".join(f"{scores[n] / theirs[n]:.3f} times the perplexity at {n:,}" for n in at)
-        sentences.append(f"Relative to {name} it has {ratios}.")
+        ratios = " and ".join(f"{scores[n] / theirs[n]:.3f} at {n:,}" for n in at)
+        sentences.append(f"Its perplexity divided by that of the column *{name}* is {ratios}.")
         if name.endswith("repeated"):
             sentences.append(
-                "That is the same training in another run: with other threads or packages runs differ this much, and "
-                "smaller differences between the columns say nothing."
+                "That column is the same training run again: with another number of threads or other packages, runs "
+                "differ by this much, so smaller differences between columns mean nothing."
             )
     return " ".join(sentences)
 

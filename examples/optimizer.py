@@ -7,14 +7,14 @@ from torch import nn
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) beside AdamW.
 
-    Muon steps along the orthogonal matrix nearest to a matrix's momentum. Trained from nothing it needs fewer
-    tokens than AdamW; embeddings, output projection, norms and biases are AdamW's, without weight decay.
+    Muon steps along the orthogonal matrix nearest to a matrix's momentum. A model trained from scratch needs fewer
+    tokens with it than with AdamW. AdamW trains embeddings, output projection, norms and biases, without weight decay.
 
     Args:
-        model: to train. Its matrices outside of embeddings and output projection are Muon's.
+        model: to train. Muon trains its matrices outside of embeddings and output projection.
         learning_rate, betas: of AdamW.
-        muon_learning_rate: of Muon; its update has the root mean square 1 / sqrt(columns), so this rate does
-            not depend on a gradient's size.
+        muon_learning_rate: of Muon. An update has the root mean square 1 / sqrt(columns), whatever the size of the
+            gradient.
         weight_decay: of Muon.
     """
 
@@ -42,7 +42,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Both parts work on this optimizer's own groups and state, which a checkpoint saves and restores."""
+        """Let both parts use this optimizer's groups and state, which a checkpoint saves and restores."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
@@ -51,7 +51,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure=None):
-        """One step of both; `closure` computes the loss again, as in PyTorch's optimizers."""
+        """Step both parts; `closure` computes the loss again, as in PyTorch's optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""A slide encoder on generated tiles: batches of ragged slides, embeddings, and a picture of where CLS looks.
+"""Run a slide encoder on generated tiles: batches of ragged slides, embeddings, and a picture of where CLS looks.
 
     python -m examples.slide_encoder [--model FOLDER] [--output slide.png]
 
@@ -18,10 +18,10 @@ from modeling_longnet import LongNetSlideConfig, LongNetSlideEncoder
 
 
 def make_slide(side: int, features: int, tile_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A square of tiles, row by row, with a round piece of tissue and a spot in it whose tiles differ.
+    """Make a square of tiles, row by row, with a round piece of tissue and a spot in it whose tiles differ.
 
     Returns:
-        tiles (T, features), coordinates (T, 2) in pixels, tissue (T,) bool; the rest is background.
+        tiles (T, features), coordinates (T, 2) in pixels, tissue (T,) bool, False for background.
     """
     generator = torch.Generator().manual_seed(seed)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
@@ -33,12 +33,12 @@ def make_slide(side: int, features: int, tile_size: int, seed: int) -> tuple[tor
 
 
 def stack_slides(slides: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """Slides of different size as one batch; the padding's mask is False like the background's."""
+    """Pad slides of different size to one batch; the mask is False for padding, as for background."""
     return [torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in zip(*slides, strict=True)]
 
 
 def draw_attention(maps: torch.Tensor, coordinates: torch.Tensor, tissue: torch.Tensor, tile_size: int, file: Path):
-    """The CLS token's weight on every tile of one slide, for some layers and their mean over heads.
+    """Draw the CLS token's weight on every tile of one slide, mean over heads, for some layers.
 
     Args:
         maps: (layers, heads, 1 + T); coordinates: (T, 2); tissue: (T,) bool.
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a LongNetSlideEncoder")
     parser.add_argument("--output", type=Path, default=Path("slide.png"))
-    parser.add_argument("--sides", type=int, nargs="+", default=[40, 25], help="tiles of each slide's side")
+    parser.add_argument("--sides", type=int, nargs="+", default=[40, 25], help="tiles along the side of each slide")
     arguments = parser.parse_args()
     if arguments.model:
         encoder = LongNetSlideEncoder.from_pretrained(arguments.model).eval()
@@ -79,8 +79,8 @@ def main() -> None:
         weights = out.attention_maps[-1, row, :, 0, 1 : 1 + len(kept)]  # (heads, T)
         print(
             f"slide {row}: {int(kept.sum()):,} of {len(kept):,} tiles are tissue, embedding of "
-            f"{out.pooler_output.shape[1]} features; in the last layer CLS gives {weights.count_nonzero(1).tolist()} "
-            "of the tiles any weight, head by head"
+            f"{out.pooler_output.shape[1]} features; tiles to which CLS gives weight in the last layer, by head: "
+            f"{weights.count_nonzero(1).tolist()}"
         )
     count = len(slides[0][2])
     draw_attention(

@@ -19,11 +19,11 @@ from modeling_longnet import Scored, stream
 
 from .corpus import read_tokenizer
 
-PIECE = 1 << 20  # characters that are tokenized at once
+PIECE = 1 << 20  # characters tokenized at once
 
 
 def tokenize(text_file: Path, tokenizer: PreTrainedTokenizerBase, folder: str) -> torch.Tensor:
-    """The token ids of a text, piece by piece (whole lines) into a file in `folder`: (n,) int32, read as needed."""
+    """Tokenize a text, in pieces of whole lines, into a file in `folder`; return it memory-mapped, (n,) int32."""
     ids_file = Path(folder) / "ids"
     size = text_file.stat().st_size
     with (
@@ -55,7 +55,7 @@ def main() -> None:
         tokens = tokenize(arguments.text, tokenizer, folder)
         chunks = stream(model, tokens, chunk_size=arguments.chunk_size, state_file=arguments.state)
         last = deque(chunks, maxlen=1)
-    # No chunk is left if an earlier run finished the text.
+    # If an earlier run finished the text, no chunk is left.
     scored = last[0] if last else Scored.from_state_file(arguments.state)
     print(f"{scored.stop:,} tokens, perplexity {scored.perplexity:.3f}")
 

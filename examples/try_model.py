@@ -1,10 +1,10 @@
-"""A trained model to try at once: `make try`, or `make try FILE=my_text.py`.
+"""Try a trained model at once: `make try`, or `make try FILE=my_text.py`.
 
-`pretrained/` holds the weights, configuration and tokenizer of a model that the demo trained. Its code is that of this
-package: one folder of both is written to `output/try/model`, loaded by its own code in a process that cannot import the
-package, and lets the model write. Then the file's perplexity is measured under growing context. `output` holds
+`pretrained/` holds the weights, configuration and tokenizer of a model that the demo trained. With this package's code
+added, a folder of it is written to `output/try/model`. A process that cannot import the package loads this folder by
+its own code and lets the model write. Then the file's perplexity is measured under growing context. `output` holds
 
-    model/            the folder, as one would upload it
+    model/            the folder, ready to upload
     sample.txt        what the loaded model wrote
     perplexity.json   the table, and perplexity.png the plot
 
@@ -35,7 +35,7 @@ from .evaluate_perplexity import EvaluationArguments, evaluate_contexts, load_mo
 PRETRAINED = ROOT / "pretrained"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CARD = ROOT / "model_card.md"
-FILE_BYTES = 1_000_000  # of the file are read
+FILE_BYTES = 1_000_000  # read of the file, at most
 # Half a minute on two cores.
 EVALUATION = {"contexts": [32, 128, 512, 2048, 8192], "targets": 2048, "blocks": 8}
 SPEEDS = ("seconds", "tokens_per_second")  # of one machine: not stored with a result
@@ -56,13 +56,13 @@ class TryArguments:
 
 
 def store(source: Path, pretrained: Path = PRETRAINED, results: Path = ROOT / "docs" / "demo.json") -> None:
-    """Write the demo's model in bfloat16 to `pretrained`, and what it scored to `results`."""
+    """Write the demo's model in bfloat16 to `pretrained`, and its scores to `results`."""
     model = LongNetForCausalLM.from_pretrained(source / "model", dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         read_tokenizer(str(source / "model")).save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text())
-        config.pop("auto_map")  # its code is not beside it
+        config.pop("auto_map")  # the folder holds no code
         (Path(folder) / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         pretrained.mkdir(parents=True, exist_ok=True)
         for name in FILES:
@@ -71,14 +71,14 @@ def store(source: Path, pretrained: Path = PRETRAINED, results: Path = ROOT / "d
 
 
 def store_results(source: Path, target: Path) -> None:
-    """Copy the demo's results without the times, which are those of one machine."""
+    """Copy the demo's results without the times, which depend on the machine."""
     report = {name: value for name, value in json.loads(source.read_text()).items() if name not in SPEEDS}
     report["training"] = {name: value for name, value in report["training"].items() if name not in SPEEDS}
     target.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def assemble(folder: Path, pretrained: Path = PRETRAINED) -> LongNetForCausalLM:
-    """Write the model with the package's code, in float32, which is the faster one on many CPUs; returns it."""
+    """Write the model with the package's code, in float32, which is faster on many CPUs; return the model."""
     model = LongNetForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     model.save_pretrained(folder)
     for name in FILES:
@@ -89,7 +89,7 @@ def assemble(folder: Path, pretrained: Path = PRETRAINED) -> LongNetForCausalLM:
 
 
 def read_file(file: Path) -> Dataset:
-    """The file, or all files of the folder, as one document."""
+    """Read the file, or all files of the folder, as one document."""
     rows = list(read_document(file.resolve(), "*", FILE_BYTES))
     if not rows:
         raise ValueError(f"{file} holds no UTF-8 text of at most {FILE_BYTES:,} bytes.")

@@ -32,8 +32,8 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float =
 def assert_low_precision(name: str, actual: Tensor, rival: Tensor, exact: Tensor) -> None:
     """Root mean square error at most twice the rival's own, plus one rounding step of each number.
 
-    Not the largest error: among thousands of them it is a matter of luck, and PyTorch's own kernel passes four
-    times the dense reference's on some of these inputs.
+    The largest error is not used: among thousands it depends on chance, and PyTorch's own kernel exceeds four times
+    the dense reference's on some of these inputs.
     """
     own, error = ((x.double() - exact).norm().item() for x in (rival, actual))
     step = torch.finfo(actual.dtype).eps * exact.norm().item()

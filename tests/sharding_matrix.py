@@ -1,4 +1,4 @@
-"""The whole matrix of shared sequences: `make test-distributed`, minutes on two cores.
+"""All tests of sharded sequences: `make test-distributed`, minutes on two cores.
 
 Everything is float64 on gloo, and must equal one process to 1e-12.
 """
@@ -58,7 +58,7 @@ def test_fsdp2(sequence, data, state, one_process_loop, tmp_path):
 
 
 def _result(folder: Path) -> dict[str, torch.Tensor]:
-    """What a Trainer logged, and its final weights. It adds losses up in float32, so those are compared apart."""
+    """Return what a Trainer logged and its final weights; losses, summed in float32, are compared separately."""
     saved = torch.load(folder / "result.pt", weights_only=True)
     logged = {
         name: torch.tensor([entry[name] for entry in saved["history"] if name in entry], dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_checkpoint_resumes_on_another_layout(before, after, one_process_trainer
 
 @pytest.mark.parametrize("data", [1, 2], ids=["2x1", "2x2"])
 def test_killed_process_ends_the_others_with_an_error(data, one_process_trainer, tmp_path):
-    """No launcher here that would end the survivors: they must find out by themselves. The last checkpoint is whole."""
+    """No launcher ends the survivors here: they must notice by themselves. The last checkpoint is complete."""
     *survivors, killed = start(["trainer", "2", str(tmp_path), "6", "", "3"], 2 * data, str(tmp_path))
     try:
         assert killed.wait(timeout=120) == -signal.SIGKILL
@@ -138,7 +138,7 @@ def _finetune(folder: Path, name: str, *launcher: str) -> torch.Tensor:
 
 
 def test_finetuning_launched_by_the_configuration_for_cpus(tmp_path):
-    """The losses of one process: with two processes of data parallelism they would be those of twice the batch."""
+    """The losses equal one process's; with data parallelism they would be those of twice the batch."""
     for number in range(6):
         (tmp_path / "text" / f"package{number}").mkdir(parents=True)
         (tmp_path / "text" / f"package{number}" / "a.py").write_text(source_file(f"package{number}", 40))

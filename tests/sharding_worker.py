@@ -87,7 +87,7 @@ def close(name: str, given: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _draw_chunks(rng: random.Random, batch: int, length: int) -> tuple[Chunk, ...]:
-    """One document a row; or padding and several documents, elsewhere in each row."""
+    """One document per row, or padding and several documents at different places in each row."""
     if rng.random() < 0.3:
         return (Chunk(0, batch, 0, length, 0, length),)
     chunks = []
@@ -365,7 +365,7 @@ def _refused(words: str, call) -> None:
 
 
 def _unlike_batches_are_refused(tiny: LongNetForCausalLM, ids: torch.Tensor, odd: int) -> None:
-    """Every argument in turn is another one, or none, on the odd ranks."""
+    """On odd ranks each argument in turn differs or is missing."""
     embeds = tiny.get_input_embeddings()(ids).detach()
     mask, padded = torch.ones_like(ids), torch.ones_like(ids)
     padded[1, -9:] = 0
@@ -403,7 +403,7 @@ def _smoothing_trainer(tiny: LongNetForCausalLM, ids: torch.Tensor, folder: str)
 
 
 def refusals() -> None:
-    """What cannot be right is a ValueError on every rank, and the group works on afterwards."""
+    """Invalid calls raise ValueError on every rank, and the group keeps working afterwards."""
     accelerator = Accelerator(cpu=True, parallelism_config=SequenceSharding(cp_size=2))
     rank = accelerator.process_index
     tiny = make_model()

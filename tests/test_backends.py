@@ -1,4 +1,4 @@
-"""A new backend is one class and one entry in the registry: walked with a few lines of plain PyTorch."""
+"""A new backend is one class and one entry in the registry: shown with a few lines of plain PyTorch."""
 
 import pytest
 import torch

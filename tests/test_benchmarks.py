@@ -199,18 +199,18 @@ def _load(own, halo, keys, node_keys):
 
 
 def test_a_simulated_step_by_hand():
-    """Device 2 of two nodes receives 100 keys of 2 bytes from another node, 200 seconds at 1 byte a second."""
+    """Device 2 of two nodes receives 100 keys of 2 bytes from another node, in 200 seconds at 1 byte per second."""
     keys = np.zeros((4, 4), dtype=int)
     keys[2, 0] = keys[3, 0] = 100
     keys[1, 0] = 50
     load = _load([10, 10, 10, 10], [0, 5, 5, 5], keys, [[0, 0, 0, 0], [100, 0, 0, 0]])
     direct, steps = cluster.exchange_seconds(load, 2, ALONE)
-    # Device 0 sends 200 keys to the other node: nobody who receives is done before. Inside it sends 50, at 10 a second.
+    # Device 0 sends 200 keys to the other node; no receiver is done before it is. Inside it sends 50, at 10 bytes/s.
     assert direct.tolist() == [400, 400, 400, 400]
-    # Once to device 2, its counterpart, which hands them on to device 3.
+    # Each key goes once to device 2, its counterpart, which forwards it to device 3.
     assert steps.tolist() == [200 + 10, 200 + 10, 200, 200 + 20]
     clock, computing = cluster.simulate(load, SIZES, ALONE, checkpointing=False)
-    forward, backward = 4 * 4, 4 * 10  # seconds a pair
+    forward, backward = 4 * 4, 4 * 10  # seconds per pair
     assert computing.tolist() == [3 * 10 * (forward + backward), *[3 * 15 * (forward + backward)] * 3]
     # Each layer waits for its exchange where that takes longer than its own attention: forward 400 to 160 seconds,
     # backward 400 to 400; then comes the attention to what was received, before the exchange in backward.
@@ -218,7 +218,7 @@ def test_a_simulated_step_by_hand():
     hidden = cluster.simulate(load, SIZES, ALONE._replace(inside=1e9, between=1e9), checkpointing=False)[0]
     assert hidden.max() == computing.max()
     in_turn = cluster.simulate(load, SIZES, ALONE, checkpointing=False, overlap=False)[0]
-    # In backward device 0 waits for the others' attention once, then all go on together.
+    # In the backward pass device 0 waits for the others' attention once, then all continue together.
     assert in_turn.max() == 3 * (400 + 15 * forward) + 5 * backward + 3 * (400 + 10 * backward)
     again = cluster.simulate(load, SIZES, ALONE, checkpointing=True)[0]
     assert again.max() == clock.max() + 3 * (400 + 5 * forward)
@@ -255,7 +255,7 @@ def test_a_cluster_is_planned(tmp_path, monkeypatch):
     assert step["predicted"] == pytest.approx(step["measured"], rel=0.1)  # an H100 that 131,072 tokens calibrated
     # A border at 20,032 tokens lies 64 tokens into a segment of 512, of which six heads keep every fourth.
     assert result["rows"][0]["received"] == 6 * 16 * 2 * 4 * 2
-    assert "Memory limits first" in page.read_text()
+    assert "Memory is the first limit" in page.read_text()
     assert path.with_suffix(".png").stat().st_size > 0
     run.main(["cluster", "--devices", "--processes", "2", "--shard", "48", "--threads", "1", "--output", str(path)])
     figures.main(["--results", str(path.parent), "--pages", str(page), "--docs", str(tmp_path)])
@@ -283,7 +283,7 @@ def test_least_devices_fit_the_memory():
     ("memory", "text"),
     [
         (80, "at least 100 devices"),
-        (30, "no number of devices suffices, for the ids, labels and targets of the whole sequence take 24 KB each"),
+        (30, "no number of devices suffices, as the ids, labels and targets of the whole sequence take 24 KB on each"),
         (12, "no number of devices suffices: weights and keys"),
     ],
 )
@@ -296,7 +296,7 @@ def test_the_summary_says_whether_devices_suffice(memory, text):
 
 def test_where_an_all_gather_pays():
     row = {"tokens": 9, "devices": 2, "pattern": "p", "seconds": [2.0, 1.99]}
-    assert "In none" in cluster._where_it_pays([row])
+    assert "would shorten none" in cluster._where_it_pays([row])
     assert "9 tokens on 2 devices, p: 25%" in cluster._where_it_pays([row, row | {"seconds": [2.0, 1.5]}])
 
 
@@ -349,7 +349,7 @@ def test_peers_run_a_folder_of_torchscale(tmp_path):
     sizes = "--lengths 64 --dtypes float32 --heads 3 --head-dim 16 --rounds 1 --seconds 0 --error-length 90 --threads 1"
     command = ["peers", "--torchscale", str(tmp_path), *sizes.split(), "--output", str(path), "--pattern"]
     try:
-        with pytest.raises(ValueError, match="does not divide"):
+        with pytest.raises(ValueError, match="must divide its length"):
             run.main([*command, "96/1 256/6"])
         run.main([*command, "96/1"])
     finally:
@@ -396,7 +396,7 @@ def test_what_examples_wrote_reaches_its_page(tmp_path):
 
 
 def test_a_picture_of_one_point_is_not_drawn(tmp_path):
-    """And one that is there from before is deleted."""
+    """One left from before is deleted."""
     point, line = Line([64], [1.0], "one"), Line([64, 128], [1.0, 2.0], "two", band=([0.5, 1.5], [1.5, 2.5]))
     file = tmp_path / "picture.png"
     draw_panels([Panel("a", [point], scale_seconds), Panel("b", [point, line], scale_seconds)], file)

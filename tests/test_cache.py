@@ -130,7 +130,7 @@ def test_greedy_generation_is_the_argmax_of_one_forward(branches, count):
 
 
 def test_the_next_chunk_may_need_a_gradient():
-    """A training loop that carries the cache: each chunk's own gradient, whatever the cache took in since."""
+    """A training loop that carries the cache: each chunk has its own gradient, whatever was written to it since."""
     model = make_model(LongNetModel)
     ids = torch.randint(0, 29, (2, 30))
     cache, losses = LongNetCache(model.config), []
@@ -175,7 +175,7 @@ def filled(model, length, recording=False, piece=None, seed=0):
 
 
 def assert_goes_on_like(model, cache, ids):
-    """The next tokens after this cache get what they get after these ids."""
+    """The next tokens give the same after this cache as after these ids."""
     new = torch.randint(0, 29, (len(ids), 9))
     with torch.no_grad():
         expected = hidden(model, torch.cat([ids, new], 1))[:, ids.shape[1] :]
@@ -347,7 +347,7 @@ def test_attention_maps_with_a_cache(length):
 
 @pytest.mark.parametrize("length", [1, 40, 128, 200])
 def test_a_step_reads_no_slots_after_the_last_one_seen(length):
-    """With more rate than heads, most tokens are no row of a branch: its slots are left alone."""
+    """With a rate above the number of heads, most tokens see no slot of that branch, and read none."""
     model = make_model(LongNetModel, segment_lengths=[16, 64, 256], dilation_rates=[1, 4, 16])
     cache = LongNetCache(model.config)
     hidden(model, torch.randint(model.config.vocab_size, (2, length)), cache)
@@ -451,7 +451,7 @@ def test_an_interrupted_forward_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize(("name", "call"), [("_store", 0), ("strided_view", 4)], ids=["all written", "half written"])
 def test_an_interrupted_write_is_noticed(monkeypatch, name, call):
-    """In the first and only layer too, where no other layer tells."""
+    """Also in a model of one layer, where no other layer shows it."""
     model = make_model(LongNetModel, num_hidden_layers=1)
     cache, ids = filled(model, 15)
     owner = cache.layers[0] if name == "_store" else cache_longnet
@@ -544,7 +544,7 @@ def test_damaged_tensors_are_refused_and_leave_the_cache_as_it_was(name, change)
 
 
 def test_tensors_of_another_pattern_are_refused():
-    """Of the same shapes: only what is written beside them tells."""
+    """The shapes are the same: only the stored metadata differ."""
     model = make_model(LongNetModel)
     tensors = filled(model, 19)[0].to_tensors()
     with refused("saved cache", "branches"):

@@ -89,7 +89,7 @@ except ValueError as error:
 
 
 def test_the_package_works_without_optional_packages_and_private_names():
-    """Models load and run; what nothing can record is refused."""
+    """Models load and run; outputs that can then not be recorded are refused."""
     done = subprocess.run([sys.executable, "-c", MISSING], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 3, 7])" in done.stdout

@@ -68,7 +68,7 @@ def test_bad_fields_are_refused(fields, words):
 
 @pytest.mark.parametrize(("fields", "words"), BAD, ids=str)
 def test_bad_overrides_are_refused(fields, words, tmp_path):
-    """Given beside a good folder to from_pretrained, which Transformers would set unchecked."""
+    """Fields passed to from_pretrained, which Transformers alone would set without a check."""
     make_config().save_pretrained(tmp_path)
     with refused(*words):
         LongNetConfig.from_pretrained(tmp_path, **fields)
@@ -92,7 +92,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_a_clear_error(content, tmp_path):
-    """Of the kinds that a caller expects of a bad file, whatever the JSON reader and Transformers raise within."""
+    """The error is one that callers expect of a bad file, whatever the JSON reader and Transformers raise inside."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises((ValueError, OSError, StrictDataclassError)) as caught:
         LongNetConfig.from_pretrained(tmp_path)

@@ -41,7 +41,7 @@ def read_fixture(name: str):
 
 
 def overrides_of(notes: dict, case: str) -> dict:
-    """What a user has to say of such a checkpoint."""
+    """Return what a user must give with such a checkpoint."""
     config = notes["config"]
     config = config.get("encoder", config)
     note = notes["notes"][case]
@@ -93,7 +93,7 @@ def test_every_fixture_has_its_turn():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(("name", "case"), CASES, ids=["-".join(c) for c in CASES])
 def test_converted_weights_give_the_released_outputs(name, case, dtype, implementation):
-    """Every output of the released code; where a bug acts there, the same weights under the exact rule."""
+    """Every output is the released code's; where one of its bugs acts, that of the same weights by the exact rule."""
     notes, weights, tensors = read_fixture(name)
     model = convert(weights, **overrides_of(notes, case)).to(dtype)
     model.set_attn_implementation(implementation)
@@ -426,7 +426,7 @@ def test_what_torchscale_cannot_be_is_not_written(changes, words):
 
 
 def test_a_longvit_with_xpos_goes_both_ways():
-    """Its buffers stand inside the encoder."""
+    """Its buffers are inside the encoder."""
     config = LongNetImageConfig(
         image_size=24, patch_size=6, hidden_size=32, num_hidden_layers=2, position_embedding="xpos", num_classes=3
     )
@@ -438,7 +438,7 @@ def test_a_longvit_with_xpos_goes_both_ways():
     assert sorted(to_torchscale(model)) == sorted(state)
 
 
-# Heads of 6 dimensions: the permutation of 4 rows is its own inverse.
+# Heads of 6 dimensions, because the permutation of 4 rows is its own inverse.
 LLAMA = {"segment_lengths": [4, 8, 16], "dilation_rates": [1, 2, 4], "head_offsets": "interleaved"}
 
 

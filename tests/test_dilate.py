@@ -1,4 +1,4 @@
-"""Transformers' decoders with dilated attention: as their own with one branch, as the dense reference with several."""
+"""Transformers' decoders with dilated attention equal their own with one branch, the dense reference with several."""
 
 import copy
 
@@ -125,7 +125,7 @@ def test_padding_changes_nothing(backend):
 
 
 def test_a_mask_that_is_changed_in_place_counts_as_it_is_now():
-    """The layers share one layout a forward pass, and no pass that of another."""
+    """The layers share one layout within a forward pass; no pass uses that of another."""
     model, ids = dilated(), ids_of(1, 20)
     mask = torch.ones(1, 20, dtype=torch.bool)
     read(model, ids, attention_mask=mask)
@@ -316,7 +316,7 @@ def test_trainer(checkpointing, tmp_path):
 
 
 def test_a_training_goes_on_from_its_checkpoint(tmp_path):
-    """Stopped after a step and resumed: the weights of one that went through."""
+    """Stopped after a step and resumed, it gives the weights of an uninterrupted run."""
     texts, weights = [{"input_ids": t, "labels": t} for t in ids_of(8, 19)], []
     for folder, steps in (("whole", [2]), ("resumed", [1, 2])):
         for stop in steps:
@@ -593,7 +593,7 @@ def test_branches_for_which_positions_do_not_hold_are_refused_at_load_time(tmp_p
 
 
 def test_padding_on_the_right_is_refused_with_a_remedy():
-    """New tokens follow it, which makes a hole of it."""
+    """New tokens follow the padding, which turns it into a hole."""
     model = use_dilated_attention(make_model(), [16], [1])
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, 4:] = 0

@@ -316,7 +316,7 @@ def test_low_precision_with_many_branches(dtype):
 
 @pytest.mark.parametrize(("rates", "expected"), [((1, 2, 4, 8), torch.bfloat16), ((1, 1, 2), torch.float32)])
 def test_half_precision_takes_no_larger_copy_where_few_roundings_are_due(rates, expected):
-    """One branch a token after the first, on average, or less: its dtype holds the sums; else float32 does."""
+    """If a token is in at most one branch after the first, on average, its dtype holds the sums; else float32 does."""
     case = Case(1, 64, 2, 2, 8, (8, 16, 32, 64)[: len(rates)], rates, True, "interleaved")
     plan = AttentionPlan((Chunk(0, 1, 0, 64, 0, 64),), case.branches, True, 1.0, "torch", False)
     query, key, value, grad_out = (x.transpose(1, 2) for x in make_inputs(case, torch.bfloat16))
@@ -541,7 +541,7 @@ def test_compiles_into_one_graph(backend, dynamic):
 
 
 def test_a_compiled_graph_asks_nothing():
-    """Forward and backward: no question about PyTorch's state, which is answered while the graph is made."""
+    """Forward and backward query no state of PyTorch: such queries run while the graph is made."""
     torch._dynamo.reset()
     names = set()
 

@@ -414,7 +414,7 @@ def test_extend_llama(packages, tmp_path):
 
 
 def test_the_demo_draws_models_of_its_kind_beside_its_own(tmp_path, capsys):
-    """Of the same text without a word, of another day's packages with a note, of another training never."""
+    """Models of the same text are drawn without a note, of another day's packages with one, of other training never."""
     model = dict.fromkeys(("window_size", "query_rates")) | {"segment_lengths": [8], "dilation_rates": [1]}
     scores = {"contexts": [2, 4], "perplexity": [9.0, 8.0], "perplexity_error": [None, None]}
     scores |= {"tokens": 40, "bytes": 90}

@@ -160,7 +160,7 @@ def test_trainer_trains_a_head(name, tmp_path):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_weights_of_other_models_load(name, tmp_path):
-    """Of a language model or a base model; the head is new, the rest is theirs."""
+    """Weights of a language model or a base model; only the head is new."""
     for source in (make_model(LongNetForCausalLM, torch.float32), make_model(LongNetModel, torch.float32, seed=1)):
         source.save_pretrained(tmp_path)
         loaded, info = getattr(transformers, name).from_pretrained(tmp_path, is_causal=False, output_loading_info=True)

@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can hold: imports, configurations, the file tree, hosts."""
+"""Project rules that a machine can check: imports, configurations, the file tree, hosts."""
 
 import ast
 import importlib
@@ -132,7 +132,7 @@ def test_functions_are_short(module):
 
 
 def test_the_package_is_small():
-    """What one reads in an evening."""
+    """Small enough to read in an evening."""
     lengths = [node.end_lineno - node.lineno + 1 for module in MODULES for node in functions(module)]
     assert statistics.median(lengths) <= 10
     assert sum(len((PACKAGE / f"{module}.py").read_text().splitlines()) for module in MODULES) <= MOST_LINES

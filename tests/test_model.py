@@ -86,7 +86,7 @@ def norm(module, x):
 
 
 def rotate(x):
-    """(B, H, L, D): pairs (2i, 2i+1) turned by n * 10000 ** (-2i / D)."""
+    """Rotate pairs (2i, 2i+1) of (B, H, L, D) by n * 10000 ** (-2i / D)."""
     y = torch.empty_like(x)
     for i in range(x.shape[-1] // 2):
         angle = torch.arange(x.shape[2], dtype=torch.float64) * 10000.0 ** (-2 * i / x.shape[-1])

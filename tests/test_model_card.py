@@ -73,10 +73,10 @@ def test_numbers_come_from_the_reports():
         "seed 11.",
     ):
         assert line in text, line
-    assert "Its least perplexity is 7.50, under a context of 64 tokens." in text
-    assert "Relative to dense it has 2.000 times the perplexity at 32." in text
-    assert "Relative to LongNet, repeated it has 1.007 times the perplexity at 32 and 1.071" in text
-    assert "Those of 2026-01-03 read slightly other text" in text
+    assert "Its lowest perplexity is 7.50, at a context of 64 tokens." in text
+    assert "Its perplexity divided by that of the column *dense* is 2.000 at 32." in text
+    assert "Its perplexity divided by that of the column *LongNet, repeated* is 1.007 at 32 and 1.071" in text
+    assert "Those of 2026-01-03 used slightly different text" in text
 
 
 def test_the_model_that_comes_along_is_small_and_the_demos():

@@ -150,7 +150,7 @@ def test_a_passkey_is_the_only_passage():
 
 def test_recall_is_counted_by_distance():
     class Oracle(torch.nn.Module):
-        """Goes on with what comes again within 50 tokens, and says filler otherwise."""
+        """Continues passages that come again within 50 tokens, and predicts filler otherwise."""
 
         def forward(self, ids, logits_to_keep, use_cache):
             logits = torch.zeros(1, len(logits_to_keep), recall.VOCABULARY)
@@ -190,7 +190,7 @@ def test_equal_seeds_give_equal_weights_and_work_is_matched():
 
 
 def test_quality_table_sums_the_buckets_of_each_distance():
-    """Of one pattern: 3 of 8 tokens told up to 256 back, 1 of 6 beyond. What has not been run stays empty."""
+    """One pattern: 3 of 8 tokens recalled up to 256 back, 1 of 6 beyond. What has not been run stays empty."""
     recall = {"edges": [32, 128, 256, 1024, 2048], "right": [1, 2, 1, 0], "asked": [4, 4, 2, 4]}
     work = patterns.make_pattern("w64", ((), ()), 2048)._asdict()
     name = f"recall-window{figures.LONGER}-0"

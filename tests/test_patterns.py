@@ -141,7 +141,7 @@ def test_the_reference_is_the_rule(remedy, is_causal):
 
 
 def test_one_layer_of_r_squared_heads_or_r_layers_of_r_heads_meet_every_pair():
-    """Each two tokens of a segment in exactly one of them; without rotation three of four never meet."""
+    """Every two tokens of a segment meet in exactly one of them; without rotation three of four pairs never meet."""
     positions = torch.arange(32)[None]
 
     def meetings(rotate: bool, heads: int, layers: int):

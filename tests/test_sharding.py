@@ -1,4 +1,4 @@
-"""Sharing a sequence among processes: what two of them show in a minute. The rest is in sharding_matrix.py."""
+"""Sharding a sequence over processes: what two of them can show in a minute. The rest is in sharding_matrix.py."""
 
 import math
 from itertools import pairwise
@@ -38,7 +38,7 @@ def test_borders_are_equal_shards(length, size, shortest):
 
 @given(st.data())
 def test_what_one_rank_sends_is_what_the_other_receives(data):
-    """The plans of all ranks fit each other, and nobody gets a row of its own."""
+    """The plans of all ranks fit each other, and no rank receives its own rows."""
     length, size, heads = data.draw(st.integers(1, 61)), data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
     w = sorted(data.draw(st.lists(st.integers(1, 47), min_size=1, max_size=3, unique=True)))
     r = [data.draw(st.integers(1, x)) for x in w]
@@ -60,7 +60,7 @@ def test_what_one_rank_sends_is_what_the_other_receives(data):
 
 @pytest.mark.parametrize("devices", [8, 64, 512])
 def test_received_rows_stop_growing_with_the_sequence(devices):
-    """At most sum of w / r rows a head over the branches that a shard cuts, however many devices there are."""
+    """At most the sum of w / r rows per head over the branches that a shard cuts, however many devices there are."""
     w, r = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)
     branches, length = make_branches(w, r, 12, "interleaved"), 2048 * devices
     borders = shard_borders(length, devices, w[0])
@@ -79,7 +79,7 @@ def test_two_processes_work_as_one():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float64], ids=str)
 def test_checksum_tells_places_apart(dtype):
-    """The same numbers elsewhere are another batch, beyond the first piece too; the layout in memory is not seen."""
+    """The same numbers at other places are another batch, also beyond the first piece; memory layout does not count."""
     x = torch.zeros(3, 2**20 + 7, dtype=dtype)
     sums = [_checksum(x).item()]
     for row, column in ((0, 0), (0, 1), (1, 0), (2, 2**20), (2, 2**20 + 6)):
@@ -101,7 +101,7 @@ def test_benchmark_counts_every_pair_once(devices):
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
 def test_launch_configurations_are_accelerates(path):
-    """Accelerate reads them, refusing names it does not know; sizes make the processes, FSDP wraps a class there is."""
+    """Accelerate reads them and refuses unknown names; sizes multiply to the processes, and FSDP's class exists."""
     config = load_config_from_file(str(path))
     sizes = [size for name, size in config.parallelism_config.items() if name.endswith("_size")]
     assert not sizes or math.prod(sizes) == config.num_processes

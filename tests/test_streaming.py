@@ -180,7 +180,7 @@ def flipped_bit(path):
 
 
 def rewrite(path, tensors, **changes):
-    """With a right hash, so that what the file says about itself must be compared."""
+    """Rewrite the file with a valid hash, so that only comparing its metadata can find the change."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() | changes
     metadata = {name: value for name, value in metadata.items() if name != "sha256" and value is not None}

@@ -1,4 +1,4 @@
-"""What other software may split, cut or replace in a model, as its flags and plans say: right, or refused."""
+"""Flags and plans tell other software what it may split or replace in a model: the result is right, or refused."""
 
 import fnmatch
 

@@ -246,7 +246,7 @@ def test_beams_continue_from_a_cache(model):
 
 
 def test_a_given_cache_is_marked(model):
-    """`generate` undoes a step too many in a cache that outlives it, which it knows by this mark."""
+    """By this mark `generate` knows a cache that the caller keeps, in which it must take back a surplus step."""
     ids, cache = torch.randint(1, 29, (1, 5)), LongNetCache(model.config)
     generate(model, {"input_ids": ids}, new=3, do_sample=False, **{CACHE: cache})
     assert cache._is_user_defined

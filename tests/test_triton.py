@@ -588,7 +588,7 @@ def test_each_device_has_its_own_launches(monkeypatch):
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU launches what was compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_later_launches_give_the_same_bits(dtype):
-    """In a later call, on another stream and in a CUDA graph; from addresses that 16 does not divide, nearly."""
+    """In a later call, on another stream and in a CUDA graph; to rounding at addresses not divisible by 16."""
     case = Case(1, 300, 4, 2, 64, (64, 256), (1, 3), True, "interleaved")
     inputs = make(case, dtype)
     first = run(case, *inputs, backend="triton")

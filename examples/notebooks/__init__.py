@@ -1,1 +1,1 @@
-"""Notebooks, and `run.py`, which runs them anew."""
+"""Notebooks, and `run.py`, which runs them again."""

@@ -2,7 +2,7 @@
 
     python -m examples.notebooks.run [own_data ...]
 
-Progress bars, warnings and times are left out, so that a new run changes what is new.
+Progress bars, warnings and times are left out, so that a new run changes only what is new.
 """
 
 import argparse

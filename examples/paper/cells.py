@@ -1,10 +1,10 @@
 """One cell of the comparison: train one model of one pattern, length and seed, and score it.
 
-A cell is a dictionary of settings and gives a dictionary of results; `run.py` lists the cells and keeps the results.
+A cell is a dictionary of settings and gives a dictionary of results; `run.py` lists the cells and stores the results.
 
-Training has two stages, because a small budget of tokens makes too few steps of long sequences: first many steps on
-sequences of `base_length`, shorter than any window or block here, where dense, window and sparse are one function
-(and share the weights), then the pattern's own on the length of the cell.
+Training has two stages, because a small budget of tokens allows too few steps of long sequences. The first stage takes
+many steps on sequences of `base_length`, shorter than any window or block here, where dense, window and sparse compute
+the same function (and share the weights). The second trains each pattern at the length of the cell.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from ..evaluate_perplexity import evaluate_contexts
 from ..optimizer import MuonAndAdamW
 from .patterns import Pattern, count_keys, make_model, make_pattern
 
-BUCKETS = 16  # of positions, for the loss inside a held-out sequence
+BUCKETS = 16  # equal parts of a held-out sequence whose loss is averaged
 
 
 class Text(NamedTuple):
@@ -39,7 +39,7 @@ class Text(NamedTuple):
 
 
 def load_documents(settings: dict) -> Text:
-    """The text of all cells. It is that of the installed packages: with others come other tokens and another digest."""
+    """Load the text of all cells, the code of the installed packages; other packages give another digest."""
     text = load_text(TextArguments(text=settings["text"], split_seed=7))
     tokenizer = load_tokenizer("bpe", text["train"], vocab_size=settings["sizes"]["vocab_size"])
     documents = {part: join_documents(tokenize(text[part], tokenizer)) for part in ("train", "evaluation")}
@@ -51,23 +51,23 @@ def load_documents(settings: dict) -> Text:
 
 
 def cut(documents: dict[str, np.ndarray], length: int, seed: int) -> np.ndarray:
-    """(N, length) sequences, each of one document, in an order that the seed tells."""
+    """Return (N, length) sequences, each of one document, in an order that depends on the seed."""
     rows = [x[: len(x) // length * length].reshape(-1, length) for x in documents.values()]
     return np.random.default_rng(seed).permutation(np.concatenate(rows))
 
 
 def count_flops(model: torch.nn.Module, pattern: Pattern, length: int) -> float:
-    """Multiplications and additions of training, a token: 6 a weight, 12 a key, head dimension and layer."""
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the tied table: once, as output
+    """Return training FLOPs per token: 6 per weight, and in each layer 12 per feature and key that a query sees."""
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the tied embedding once, as output layer
     config = model.config
     return 6 * weights + 12 * count_keys(pattern, length) * config.hidden_size * config.num_hidden_layers
 
 
 def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.ndarray | None = None) -> dict:
-    """Steps of `batch` sequences (1), until `tokens` are used up; the learning rate falls to 0 with them.
+    """Take steps of `cell["batch"]` sequences (default 1) until `tokens` are used up; the learning rate falls to 0.
 
-    Seconds are the process's own on its processor: waiting for another process does not count, though its use of shared
-    caches and memory does (about 15 % between equal cells).
+    Seconds are CPU time of this process: waiting for other processes does not count, though their use of shared caches
+    and memory does (about 15 % between equal cells).
     """
     optimizer = MuonAndAdamW(model, learning_rate=cell["rate"], muon_learning_rate=10 * cell["rate"])
     first = [group["lr"] for group in optimizer.param_groups]
@@ -101,14 +101,14 @@ def train(model, sequences: np.ndarray, cell: dict, name: str, *, labels: np.nda
 
 
 def save_weights(model: torch.nn.Module, file: Path, cell: dict) -> None:
-    """Write a file that is never seen half-written; it says of which text its model is."""
+    """Write the weights at once, with the digest of the text they were trained on."""
     part = file.with_suffix(".part")
     save_model(model, part, metadata={"digest": cell.get("digest", "")})
     part.replace(file)
 
 
 def weights_fit(file: Path, cell: dict) -> bool:
-    """Is the first stage of this cell there, trained on its text?"""
+    """Return whether the weights of this cell's first stage exist and were trained on its text."""
     if not file.exists():
         return False
     with safe_open(file, "pt") as weights:
@@ -117,7 +117,7 @@ def weights_fit(file: Path, cell: dict) -> bool:
 
 @torch.inference_mode()
 def loss_by_position(model, sequences: np.ndarray) -> list[float]:
-    """Mean loss in nats of the tokens of each of `BUCKETS` equal parts of the held-out sequences."""
+    """Return the mean loss in nats per token in each of `BUCKETS` equal parts of the held-out sequences."""
     model.eval()
     sums = 0
     for row in sequences:
@@ -129,15 +129,17 @@ def loss_by_position(model, sequences: np.ndarray) -> list[float]:
 
 
 def sweep_score(result: dict) -> float:
-    """What a learning rate is chosen by, the less the better: perplexity (of a first stage, or under the longest
-    context scored), or the share of a recall task that is missed."""
+    """Return the score by which a learning rate is chosen; lower is better.
+
+    It is the perplexity of a first stage or under the longest context scored, or the missed share of a recall task.
+    """
     if "recall" in result:
         return 1 - sum(result["recall"]["right"]) / sum(result["recall"]["asked"])
     return math.exp(result["loss"]) if "loss" in result else result["scores"]["perplexity"][-1]
 
 
 def run_base_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
-    """The first stage: train on short sequences, keep the weights and score held-out sequences of that length."""
+    """Run a first stage: train on short sequences, save the weights and score held-out sequences of that length."""
     model, _ = make_text_model(cell, settings, text.tokenizer)
     name = f"base {cell['pattern']} seed {cell['seed']}"
     result = train(model, cut(text.documents["train"], cell["length"], cell["seed"]), cell, name)
@@ -151,13 +153,13 @@ def run_base_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
 
 
 def make_text_model(cell: dict, settings: dict, tokenizer) -> tuple[torch.nn.Module, Pattern]:
-    """The cell's pattern in a new model."""
+    """Return a new model with the cell's pattern, and the pattern."""
     pattern = make_pattern(cell["pattern"], settings["branches"], cell["length"])
     return make_model(pattern, cell["seed"], **settings["sizes"] | {"vocab_size": len(tokenizer)}), pattern
 
 
 def run_text_cell(cell: dict, settings: dict, folder: Path, text: Text) -> dict:
-    """The second stage, and the score of the same held-out targets under growing contexts."""
+    """Run a second stage, and score the same held-out targets under growing contexts."""
     model, pattern = make_text_model(cell, settings, text.tokenizer)
     if pattern.size and pattern.size < settings["base_length"]:
         raise ValueError(f"{pattern.name} sees {pattern.size} tokens, less than the first stage's sequences.")

@@ -1,4 +1,4 @@
-"""Tables and plots of the results in `results/`: rebuilt from the JSON files, nothing is typed by hand.
+"""Rebuild tables and plots from the JSON files in `results/`; nothing is written by hand.
 
     python -m examples.paper.figures [--results examples/paper/results/full]
 
@@ -42,8 +42,8 @@ from .patterns import LONGER, RIVALS, Pattern, count_computed_keys, count_keys, 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FULL = ROOT / "examples" / "paper" / "results" / "full"
-# Perplexity on The Stack of its models of 125M parameters, beyond the trained length with blockwise causal attention;
-# ours are small and not to be compared with them.
+# The paper's perplexity on The Stack with models of 125M parameters; beyond the trained length it uses blockwise causal
+# attention. Our models are small and must not be compared with these.
 PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 32K |
 | --- | ---: | ---: | ---: |
 | Transformer, trained on 2K | 4.24 | 5.07 | 11.29 |
@@ -58,7 +58,7 @@ NAMES = {"dense": "dense", "longnet": "LongNet", "window": "window", "sparse": "
 NAMES[SUMMARIES] = "window and\nsummaries"
 MOST_LINES = 5  # in a panel
 DISTANCE = "tokens between passage and question"
-# The README's table of quality: title, and the patterns of the cells of text and of recall.
+# Rows of the README's table of quality: title, pattern of the text cells, name of the recall cells.
 QUALITY = [
     ("LongNet, window of 136, 1 key in 16", "w136 2048/16:1 once", "w136_2048-16q1_once" + LONGER),
     ("LongNet, window (256; 64 in recall), 1 key in 8", "w256 2048/8:1 once", "w64_2048-8q1_once" + LONGER),
@@ -67,25 +67,25 @@ QUALITY = [
     ("Sparse Transformer", "sparse", "sparse" + LONGER),
     ("dense attention", "1048576/1", "dense"),
 ]
-ENDS = [(32, 256), (256, 2048)]  # distances of passage and question in tokens
+ENDS = [(32, 256), (256, 2048)]  # ranges of the distance between passage and question, in tokens
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """Every cell's results by its name."""
+    """Return every cell's results by its name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def _mean(values: list[float]) -> str:
-    """Mean over seeds, with the range where there are several."""
+    """Format the mean over seeds, with the range if there are several."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def text_groups(results: dict[str, dict], budget: str) -> dict[tuple[int, str], list[dict]]:
-    """The seeds' results of each trained length and pattern, of cells with equal `tokens` or equal `time`."""
+    """Group results by trained length and pattern, one per seed; the budget is equal `tokens` or equal `time`."""
     cells = [r for name, r in results.items() if name.startswith(budget + "-") and r["cell"]["pattern"] in RIVALS]
-    if budget == "time":  # which is the time that LongNet takes for equal tokens
+    if budget == "time":  # equal to the time that LongNet takes for equal tokens
         seeds = {cell["cell"]["seed"] for cell in cells}
         cells += [r for name, r in results.items() if name.startswith("tokens-longnet-") and r["cell"]["seed"] in seeds]
     groups = defaultdict(list)
@@ -95,7 +95,7 @@ def text_groups(results: dict[str, dict], budget: str) -> dict[tuple[int, str], 
 
 
 def table(results: dict[str, dict], budget: str) -> str:
-    """Table 2: one line for each training length and pattern, one column for each context."""
+    """Return our version of the paper's Table 2: one line per trained length and pattern, one column per context."""
     groups = text_groups(results, budget)
     if not groups:
         return f"No cell of equal {budget} has been run."
@@ -103,11 +103,11 @@ def table(results: dict[str, dict], budget: str) -> str:
     header = [
         "trained on",
         "pattern",
-        "keys a query",
+        "keys per query",
         "computed",
         "seeds",
         "steps",
-        "tokens a processor second",
+        "tokens per CPU second",
         "peak MiB",
     ]
     header += [*(f"{c:,}" for c in contexts), "+- at the trained length"]
@@ -127,7 +127,7 @@ def table(results: dict[str, dict], budget: str) -> str:
 
 
 def ratio_table(results: dict[str, dict], budget: str) -> str:
-    """LongNet's perplexity over each other pattern's at the trained length, seed by seed."""
+    """Tabulate LongNet's perplexity divided by each other pattern's at the trained length, seed by seed."""
     groups = text_groups(results, budget)
     others = [pattern for pattern in RIVALS if pattern != "longnet"]
     lines = ["| trained on | " + " | ".join(f"LongNet / {name}" for name in others) + " |"]
@@ -146,9 +146,9 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
 
 
 def written_table(results: dict[str, dict], part: str) -> str:
-    """Perplexity of written patterns at their trained length, mean and each seed's, and over that of each window.
+    """Tabulate perplexity of written patterns at their trained length: mean, each seed's, and divided by each window's.
 
-    The part is `full`, one stage at that length, or `tokens`, a second one after dense attention at 512 tokens.
+    Part `full` is one stage at that length; `tokens` is a second stage after dense attention at 512 tokens.
     """
     groups = defaultdict(dict)
     for name, result in results.items():
@@ -173,24 +173,24 @@ def written_table(results: dict[str, dict], part: str) -> str:
 
 
 def _each(values: list[float], form: str) -> str:
-    """The geometric mean, and each value where there are several."""
+    """Format the geometric mean, and each value if there are several."""
     mean = f"{np.exp(np.mean(np.log(values))):{form}}"
     return mean if len(values) == 1 else f"{mean} ({', '.join(f'{x:{form}}' for x in values)})"
 
 
 def _at_trained(result: dict) -> float:
-    """Perplexity under the context that the model was trained on."""
+    """Return the perplexity under a context of the trained length."""
     scores = result["scores"]
     return scores["perplexity"][scores["contexts"].index(result["cell"]["length"])]
 
 
 def _shares(recall: dict) -> list[float]:
-    """Of the tokens asked for, how many were told, in each bucket of distances."""
+    """Return the share of the tokens asked for that were predicted, by bucket of distances."""
     return [right / max(1, asked) for right, asked in zip(recall["right"], recall["asked"], strict=True)]
 
 
 def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
-    """The seeds' results of each one: `recall`, or of longer texts (`far`)."""
+    """Group the results of part `recall`, or `far` (longer texts), by name without the seed."""
     groups = defaultdict(list)
     for name, result in results.items():
         if name.startswith(part + "-"):
@@ -199,15 +199,15 @@ def recall_groups(results: dict[str, dict], part: str) -> dict[str, list[dict]]:
 
 
 def recall_table(results: dict[str, dict], part: str, task: str, variants: bool = True) -> str:
-    """Share recalled by distance, one line for each pattern and training, and the mean over the distances.
+    """Tabulate the share recalled by distance and its mean over the distances, one line per pattern and training.
 
-    The task is `recall` or `passkey`; variants are other branches and offsets of the paper's pattern.
+    The task is `recall` or `passkey`. `variants` includes other branches and offsets of the paper's pattern.
     """
     groups = recall_groups(results, part)
     if not groups:
         return "This task has not been run."
     edges = next(iter(groups.values()))[0][task]["edges"]
-    header = ["pattern", "keys a query", "tokens a processor second", "seeds"]
+    header = ["pattern", "keys per query", "tokens per CPU second", "seeds"]
     header += [*(f"{a:,} to {b:,}" for a, b in pairwise(edges)), "mean"]
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for name, cells in groups.items():
@@ -225,9 +225,9 @@ def recall_table(results: dict[str, dict], part: str, task: str, variants: bool 
 
 
 def quality_table(results: dict[str, dict]) -> str:
-    """The README's table: perplexity of text and recall at two distances, one line for each kind of attention.
+    """Return the README's table: perplexity on text and recall at two distances, one line per kind of attention.
 
-    Text is scored after one stage of training at 2,048 tokens. An empty cell has not been run.
+    Text is scored after one stage of training at 2,048 tokens. What has not been run is left empty.
     """
     lines = [
         "| attention | keys per query | perplexity | keys per query | recall, up to 256 tokens back | 256 to 2,048 |",
@@ -251,19 +251,19 @@ def quality_table(results: dict[str, dict]) -> str:
 
 
 def _range(values: list[float], form: str, unit: str = "") -> str:
-    """The mean, and the least and the most where they differ in the digits shown."""
+    """Format the mean, and the least and the most if they differ in the digits shown."""
     mean, least, most = (f"{x:{form}}" for x in (np.mean(values), min(values), max(values)))
     return f"{mean}{unit}" if least == most else f"{mean}{unit} ({least} to {most})"
 
 
 def _share_between(recall: dict, least: int, most: int) -> float:
-    """Of the tokens asked for at such distances, how many were told."""
+    """Return the share of the tokens asked for at distances from `least` to `most` that were predicted."""
     buckets = [i for i, (a, b) in enumerate(pairwise(recall["edges"])) if least <= a and b <= most]
     return sum(recall["right"][i] for i in buckets) / sum(recall["asked"][i] for i in buckets)
 
 
 def sweep_table(results: dict[str, dict], prefix: str) -> str:
-    """The score of every learning rate tried; the least was taken."""
+    """Tabulate the score of every learning rate tried; the rate with the lowest was used."""
     rows = defaultdict(dict)
     for name, result in results.items():
         if name.startswith(prefix + "-"):
@@ -278,10 +278,10 @@ def sweep_table(results: dict[str, dict], prefix: str) -> str:
 
 
 def count_all_flops(result: dict) -> float:
-    """FLOPs of both stages of a cell's training."""
+    """Return the FLOPs of both stages of a cell's training."""
     settings, length, work = result["settings"], result["cell"]["length"], Pattern(**result["work"])
     sizes = settings["sizes"]
-    first = make_pattern(  # of which window and sparse see all
+    first = make_pattern(  # window and sparse see the whole short sequence
         "longnet" if work.name == "longnet" else "dense", settings["branches"], settings["base_length"]
     )
     a_key = 12 * sizes["hidden_size"] * sizes["num_hidden_layers"]
@@ -290,15 +290,15 @@ def count_all_flops(result: dict) -> float:
 
 
 def _line(x, values: list[list[float]], name: str | None, color: str) -> Line:
-    """The means of the seeds' values, and the least and the most of them."""
+    """Return a line of the means over seeds, with a band from the least to the most."""
     values = np.array(values, float)
     return Line(list(x), list(values.mean(0)), name, color, band=(list(values.min(0)), list(values.max(0))))
 
 
 def plot_text(results: dict[str, dict], path: Path) -> None:
-    """Loss by trained length, by training FLOPs (Fig. 6), by context, and by position (Fig. 7); the seeds' range.
+    """Draw loss by trained length, by training FLOPs (Fig. 6), by context and by position (Fig. 7), with seeds' range.
 
-    The last two are of the models trained on the longest sequences.
+    The last two panels show the models trained on the longest sequences.
     """
     groups = text_groups(results, "tokens")
     lengths = sorted({length for length, _ in groups})
@@ -330,7 +330,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
 
 
 def _each_place(places, values: list[list[float]], name: str | None, color: str) -> Line:
-    """The mean of each place's values, of which there may be more at one place than at another."""
+    """Return a line of the means at each place; the number of values may differ between places."""
     band = ([min(seeds) for seeds in values], [max(seeds) for seeds in values])
     return Line(list(places), [float(np.mean(seeds)) for seeds in values], name, color, band=band)
 
@@ -341,7 +341,7 @@ def _recall_line(cells: list[dict], task: str, name: str, color: str) -> Line:
 
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
-    """Recall and passkey against distance, in both lengths of text: the rivals, and a window with summaries."""
+    """Draw recall and passkey against distance, in both lengths of text: the rivals, and a window with summaries."""
     panels = []
     for part, task in (("recall", "recall"), ("recall", "passkey"), ("far", "recall")):
         groups = recall_groups(results, part)
@@ -357,7 +357,7 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
 
 
 def plot_recall_variants(results: dict[str, dict], path: Path) -> None:
-    """Recall of many passages for every other pattern, five lines a panel."""
+    """Draw recall of many passages for every other pattern, five lines per panel."""
     groups = {name: cells for name, cells in recall_groups(results, "recall").items() if name not in RIVALS}
     kinds = {
         "LongNet, two branches": [name for name in groups if re.fullmatch(r"longnet \d+,\d+ by \d+,\d+", name)],
@@ -376,7 +376,7 @@ def plot_recall_variants(results: dict[str, dict], path: Path) -> None:
 
 
 def _short(name: str) -> str:
-    """A cell's pattern without the word LongNet, as it is written elsewhere."""
+    """Return a cell's pattern in the usual notation, without the word LongNet."""
     if match := re.fullmatch(r"longnet ([\d,]+) by ([\d,]+)", name):
         return " ".join(f"{w}/{r}" for w, r in zip(match[1].split(","), match[2].split(","), strict=True))
     words = re.sub(r"(\d)-(\d)", r"\1/\2", name.removeprefix("longnet ").replace("_", " "))
@@ -384,7 +384,7 @@ def _short(name: str) -> str:
 
 
 def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int, length: int) -> np.ndarray:
-    """Layers until the last token has heard of each token: (length,), counted on the pattern; 0 for itself."""
+    """Return how many layers information from each token needs to reach the last one: (length,), 0 for itself."""
     seen = (map_attention(segment_lengths, dilation_rates, heads, length) > 0).any(0).double()
     reached, steps = torch.zeros(length, dtype=torch.float64), np.full(length, -1)
     reached[-1] = 1
@@ -399,7 +399,7 @@ def path_steps(segment_lengths: list[int], dilation_rates: list[int], heads: int
 
 @styled
 def plot_patterns(path: Path) -> None:
-    """Which keys two heads see; layers between the last token and every other; rows in the cache."""
+    """Draw which keys two heads see, the layers between the last token and every other, and the rows in the cache."""
     segments, rates, heads = [16, 64, 256], [1, 4, 16], 16
     figure = make_figure(height=6.6)
     axes = figure.subplots(2, 2).flat
@@ -437,7 +437,7 @@ def plot_patterns(path: Path) -> None:
 
 
 def summarize(results: dict[str, dict]) -> str:
-    """Everything as Markdown."""
+    """Return all tables as Markdown."""
     settings = max(results.values(), key=lambda result: result["date"])["settings"]
     branches = ", ".join(f"({w}, {r})" for w, r in zip(*settings["branches"], strict=True))
     sizes = ", ".join(f"{name} {value}" for name, value in settings["sizes"].items())
@@ -449,7 +449,7 @@ def summarize(results: dict[str, dict]) -> str:
         "(examples/paper/patterns.py), so their speed is that of this folder. What the tables say, and where LongNet "
         "loses: docs/paper.md.",
         "## Perplexity of the same held-out targets by context, equal training tokens", table(results, "tokens"),
-        "LongNet's perplexity over the others' at the trained length: mean and each seed's",
+        "LongNet's perplexity divided by the others' at the trained length: mean and each seed's",
         ratio_table(results, "tokens"),
         "## Patterns beyond the paper, one stage at full length", written_table(results, "full"),
         "## Patterns beyond the paper, after a first stage of 512 tokens", written_table(results, "tokens"),
@@ -465,19 +465,19 @@ def summarize(results: dict[str, dict]) -> str:
 
 
 def provenance(results: dict[str, dict]) -> str:
-    """How many cells, and the commits and days they come from."""
+    """Say how many cells there are, and from which commits and days."""
     cells = sorted(results.values(), key=lambda result: result["date"])
     changed = sum(cell["uncommitted_changes"] for cell in cells)
     commits = ", ".join(dict.fromkeys(cell["commit"][:7] for cell in cells))
     return (
-        f"{len(cells)} cells, of {cells[0]['date'][:16]} to {cells[-1]['date'][:16]} and the commits {commits} "
-        f"({changed} cells beside changes not yet committed), Transformers {cells[-1]['versions']['transformers']}; "
+        f"{len(cells)} cells, run from {cells[0]['date'][:16]} to {cells[-1]['date'][:16]} at commits {commits} "
+        f"({changed} cells with uncommitted changes), Transformers {cells[-1]['versions']['transformers']}; "
         f"the last: {describe(cells[-1])}"
     )
 
 
 def stages(results: dict[str, dict]) -> str:
-    """Size of the model and of both stages of its training."""
+    """Say the size of the model and of both stages of its training."""
     cell = next((result for result in results.values() if "parameters" in result), None)
     if cell is None:
         return "No model has been trained on text."
@@ -489,21 +489,21 @@ def stages(results: dict[str, dict]) -> str:
 
 
 def headline(results: dict[str, dict]) -> str:
-    """What docs/paper.md shows."""
+    """Return what docs/paper.md shows."""
     return "\n\n".join([
         provenance(results), stages(results),
         "Perplexity of the same held-out targets by context:", table(results, "tokens"),
-        "LongNet's perplexity over the others' at the trained length, mean and each seed's; with equal tokens:",
+        "LongNet's perplexity divided by the others' at the trained length, mean and each seed's; with equal tokens:",
         ratio_table(results, "tokens"),
         "And with equal time:", ratio_table(results, "time"),
         "Recall of a passage by its distance in tokens, many passages:", recall_table(results, "recall", "recall"),
-        "The sweeps, all of equal time, passkeys, longer texts, the paper's own numbers: "
+        "The sweeps, everything at equal time, passkeys, longer texts, and the paper's own numbers: "
         "[summary.md](../examples/paper/results/full/summary.md).",
     ])  # fmt: skip
 
 
 def beyond_headline(results: dict[str, dict]) -> str:
-    """What the page of patterns shows."""
+    """Return what docs/patterns.md shows."""
     return "\n\n".join([
         provenance({name: r for name, r in results.items() if r["cell"].get("pattern", "") not in RIVALS}),
         "Perplexity of held-out text at the trained length, one stage of training at that length:",
@@ -518,7 +518,7 @@ def beyond_headline(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=FULL, help="of another folder no page shows anything")
+    parser.add_argument("--results", type=Path, default=FULL, help="JSON files; only the default fills pages")
     folder = parser.parse_args().results
     results = load(folder)
     plot_patterns(folder / "patterns.png")

@@ -1,4 +1,4 @@
-"""The attention patterns to compare, as data, and the two of them that are no branches.
+"""The attention patterns to compare, as data, and the two of them that do not consist of branches.
 
 All run in the same model, `LongNetForCausalLM`; a pattern says which keys a query sees. Work is counted as keys that
 a query sees on average, per head, at the training length; window and sparse get LongNet's.
@@ -23,13 +23,13 @@ from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern
 from modeling_longnet.testing import Pattern as Branches
 from modeling_longnet.testing import count_work
 
-LONGEST = 1 << 20  # a branch that cuts no text here
+LONGEST = 1 << 20  # segment length of a branch that cuts no text here
 RIVALS = ("dense", "longnet", "window", "sparse")
-LONGER = " trained 4 times as long"  # ends the names of such cells of recall
+LONGER = " trained 4 times as long"  # suffix of the names of such recall cells
 
 
 class Pattern(NamedTuple):
-    """Branches, or the block and summary of a pattern that is none."""
+    """Branches, or the window (`size`) or block and summary of a pattern that does not consist of branches."""
 
     name: str
     segment_lengths: tuple[int, ...]
@@ -39,20 +39,19 @@ class Pattern(NamedTuple):
 
 
 def file_name(words: str) -> str:
-    """A written pattern as a part of a file's name."""
+    """Return a written pattern as a part of a file's name."""
     return words.replace(" ", "_").replace("/", "-").replace(":", "q")
 
 
 def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], length: int) -> Pattern:
-    """A pattern with the work that these branches do in a text of `length` tokens; dense does what it must."""
+    """Return a pattern of the same work as these branches in a text of `length` tokens; dense does more."""
     if name == "dense":
         return Pattern(name, (LONGEST,), (1,))
     if name == "longnet":
         return Pattern(name, *branches)
     work = count_work(*branches, length)
-    if (
-        name == "window"
-    ):  # the text's first queries see less than a window: L (1 - sqrt(1 - 2 work / L)) makes up for it
+    if name == "window":
+        # The first queries of a text see less than a window; L (1 - sqrt(1 - 2 work / L)) makes up for it.
         return Pattern(name, (LONGEST,), (1,), size=round(length * (1 - max(0, 1 - 2 * work / length) ** 0.5)))
     if name == "sparse":  # half of the work in the own block, half in the summaries of the blocks before it
         size = max(1, round(work))
@@ -66,7 +65,7 @@ def make_pattern(name: str, branches: tuple[tuple[int, ...], tuple[int, ...]], l
 
 
 def count_keys(pattern: Pattern, length: int) -> float:
-    """Keys that a query sees on average, a head: those seen, not those that a kernel computes and masks."""
+    """Return the mean number of keys that a query sees per head, without those that a kernel computes and masks."""
     if pattern.name == "window":
         return pattern.size * (1 - pattern.size / length / 2) if length > pattern.size else length / 2
     if pattern.name == "sparse":
@@ -77,7 +76,7 @@ def count_keys(pattern: Pattern, length: int) -> float:
 
 
 def count_computed_keys(pattern: Pattern, length: int) -> float:
-    """Keys that a query's products are computed for here: window and sparse mask much of what their blocks hold."""
+    """Return the mean number of keys computed per query: window and sparse mask much of what their blocks hold."""
     if pattern.name == "window":
         return 2 * pattern.size
     if pattern.name == "sparse":
@@ -86,7 +85,7 @@ def count_computed_keys(pattern: Pattern, length: int) -> float:
 
 
 def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
-    """A new model that attends so; equal seeds give equal weights whatever the pattern."""
+    """Return a new model with this pattern; equal seeds give equal weights whatever the pattern."""
     torch.manual_seed(seed)
     if pattern.name in RIVALS:
         own = {"segment_lengths": pattern.segment_lengths, "dilation_rates": pattern.dilation_rates}
@@ -102,7 +101,7 @@ def make_model(pattern: Pattern, seed: int, **fields) -> LongNetForCausalLM:
 
 
 def _attend(attend, pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, context) -> tuple[Tensor, None]:
-    """In place of LongNet's: the whole text at once, (B, L, H, D)."""
+    """Replace LongNet's attention: attend over the whole text at once, (B, L, H, D)."""
     if context.cache is not None:
         raise ValueError(f"the {pattern.name} pattern has no cache here: call the model with use_cache=False.")
     out = attend(*(x.transpose(1, 2) for x in (query, key, value)), pattern)
@@ -110,13 +109,13 @@ def _attend(attend, pattern: Pattern, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
-    """(B, H, L, D) -> (B, n, H, size, D), the last block filled up with zeros."""
+    """Cut into blocks, (B, H, L, D) -> (B, n, H, size, D), and fill the last one up with zeros."""
     x = pad(x, (0, 0, 0, -x.shape[2] % size))
     return x.unflatten(2, (-1, size)).transpose(1, 2)
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, length: int) -> Tensor:
-    """Each block's queries on its keys: (B, n, H, size, D) and a mask (n, size, keys) -> (B, H, L, D)."""
+    """Attend from each block's queries to its keys: (B, n, H, size, D) and a mask (n, size, keys) -> (B, H, L, D)."""
     batch = query.shape[0]
     mask = mask.repeat(batch, 1, 1)[:, None]
     out = scaled_dot_product_attention(*(x.flatten(0, 1) for x in (query, key, value)), attn_mask=mask)
@@ -124,7 +123,7 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, leng
 
 
 def attend_window(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
-    """(B, H, L, D): every query on itself and the `size - 1` tokens before it."""
+    """Attend from every query to itself and the `size - 1` tokens before it, (B, H, L, D)."""
     size, length = pattern.size, query.shape[2]
     queries = _blocks(query, size)
     keys, values = (  # each block's own and those of the block before it
@@ -137,7 +136,7 @@ def attend_window(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -
 
 
 def attend_sparse(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
-    """(B, H, L, D): every query on its block's earlier tokens and on the ends of the blocks before."""
+    """Attend from every query to its block's earlier tokens and to the ends of the blocks before, (B, H, L, D)."""
     size, length = pattern.size, query.shape[2]
     summary = min(pattern.summary, size)
     queries, keys, values = (_blocks(x, size) for x in (query, key, value))

@@ -1,12 +1,12 @@
-"""What dilation loses: recall of a passage at a known distance, trained from nothing.
+"""Measure what dilation loses: recall of a passage at a known distance, trained from scratch.
 
-A text is filler in which passages are planted, each twice; where one comes again the model must go on with it, token
-after token. This is associative recall with many queries (Arora et al. 2023, arXiv 2312.04927). The same models are
-asked for a passkey too, for which they were not trained: one passage is all there is, in filler from end to end. A
-passage's tokens stand nowhere else in its text, filler tokens are random.
+A text is filler in which passages are planted, each twice. When a passage begins again, the model must continue it
+token by token. This is associative recall with many queries (Arora et al. 2023, arXiv 2312.04927). The same models are
+also scored on a passkey, without training for it: a single passage in a text of filler. A passage's tokens occur
+nowhere else in its text; filler tokens are random.
 
-Training has two stages: texts of 128 tokens with dense attention, shared by all patterns, until recall as such is
-learned; then every pattern's own attention on long texts, where what it cannot see it must pass on or lose.
+Training has two stages. In the first, dense attention on texts of 128 tokens, shared by all patterns, learns recall
+itself. In the second, each pattern trains on long texts, where it must pass on through layers what a query cannot see.
 """
 
 from pathlib import Path
@@ -22,22 +22,22 @@ KEYS = 128  # tokens of passages
 FILLER = 64
 VOCABULARY = KEYS + FILLER
 PASSAGE = 8
-SHARE = 0.7  # of a text that passages take, as far as there are tokens for them
+SHARE = 0.7  # of a text that passages fill, if there are enough tokens for them
 
 
 def make_texts(
     count: int, length: int, least: int, seed: int, passages: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts with planted passages.
+    """Make texts with planted passages.
 
     Args:
-        count, length: texts and their tokens.
-        least: the smallest distance between the two places of a passage, in tokens; they are log-uniform from there.
-        passages: of a text; as many as there are tokens for, unless given.
+        count, length: number of texts, and tokens of each.
+        least: the smallest distance between the two places of a passage, in tokens; distances are log-uniform above it.
+        passages: number in each text; by default as many as there are tokens for.
 
     Returns:
-        (count, length) tokens, and for each of them, where the next one is to be told, the distance of the passage's
-        first place; 0 elsewhere.
+        (count, length) tokens; and (count, length) distances: how far back the passage was first, at tokens whose next
+        token must be recalled, 0 elsewhere.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(KEYS, VOCABULARY, (count, length), dtype=np.int64)
@@ -59,13 +59,13 @@ def make_texts(
 
 
 def distance_edges(least: int, length: int) -> list[int]:
-    """Edges of the distances that are scored together: each twice the one before, the last one the text's length."""
+    """Return the edges of the ranges of distance: each twice the one before, the last one the text's length."""
     return [*(least * 2**i for i in range(int(np.log2(length / least)))), length]
 
 
 @torch.inference_mode()
 def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int], device: str = "cpu") -> dict:
-    """Count the tokens asked for and those that the model names, by distance: from each edge to the next."""
+    """Count the tokens asked for and those that the model predicts, by range of distance between two edges."""
     model.eval()
     right, asked = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
     for row, distance in zip(tokens, distances, strict=True):
@@ -80,7 +80,7 @@ def score(model, tokens: np.ndarray, distances: np.ndarray, edges: list[int], de
 
 
 def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
-    """Train on such texts, one stage, and score others."""
+    """Train one stage on texts with planted passages, and score other such texts."""
     pattern = make_pattern(cell["pattern"], cell["branches"], cell["length"])
     sizes = settings["recall_sizes"] | {"vocab_size": VOCABULARY, "head_offsets": cell["head_offsets"]}
     sizes |= cell.get("sizes", {})
@@ -88,7 +88,7 @@ def run_recall_cell(cell: dict, settings: dict, folder: Path) -> dict:
     if "base" in cell:
         load_model(model, folder / cell["base"])
     tokens, asked = make_texts(cell["tokens"] // cell["length"], cell["length"], cell["least"], cell["seed"] + 1)
-    told = np.pad(asked, ((0, 0), (1, 0)))[:, :-1] > 0  # the only tokens to be learned
+    told = np.pad(asked, ((0, 0), (1, 0)))[:, :-1] > 0  # only these tokens are labels
     labels = np.where(told, tokens, -100)
     result = train(model, tokens, cell, f"recall, {cell['pattern']} {cell['length']:,}", labels=labels)
     if "weights" in cell:

@@ -1,11 +1,11 @@
-"""The paper's comparison, small: trains what is missing, keeps every result, goes on where it stopped.
+"""Run the paper's comparison at small size: train what is missing, keep every result, resume where it stopped.
 
-    python -m examples.paper.run                  # hours on 2 cores; stop it and start it again at will
+    python -m examples.paper.run                  # hours on 2 cores; stop and restart it at will
     python -m examples.paper.run --part recall --hours 1
     python -m examples.paper.run --quick          # every step at toy size, in a minute or two
-    python -m examples.paper.figures              # tables and plots of what there is
+    python -m examples.paper.figures              # tables and plots of the results so far
 
-Each cell is trained in a process of its own and leaves one JSON file in `--results` when it is done.
+Each cell is trained in its own process and leaves one JSON file in `--results` when it is done.
 """
 
 if not __package__:
@@ -67,9 +67,9 @@ FULL = {
     "recall": {"length": 2048, "tokens": 1 << 20, "least": 32},
     "recall_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "recall_sweep_tokens": 1 << 19,
-    # Other offsets; other work (one far branch, a longer first one, more rate than heads); about equal work with a
-    # longer first segment ((256, 1) and (2048, 4) is for_context(2048, effort=192, paper=True) for 4 heads) or
-    # with more branches.
+    # Variants: other offsets; other work (one far branch, a longer first one, a rate above the number of heads); about
+    # equal work with a longer first segment ((256, 1) and (2048, 4) is for_context(2048, effort=192, paper=True) for
+    # 4 heads) or with more branches.
     "recall_variants": {
         "blocked": {"head_offsets": "blocked"},
         "128,2048 by 1,4": {"branches": [[128, 2048], [1, 4]]},
@@ -83,13 +83,13 @@ FULL = {
     "far_branches": [[128, 512, 2048, 8192], [1, 2, 4, 4]],
     "recall_texts": 32,
     "passkey_texts": 96,
-    # Patterns beyond the paper, and windows of other sizes (see `patterns.parse_pattern`), at the rates below.
+    # Patterns beyond the paper, and windows of other sizes, as `parse_pattern` reads them, at the rates below.
     "written_seeds": [0, 1, 2],
     "written_recall": [
         "w128 2048/16:1 once", "w96 2048/12:1 once", "w64 2048/8:1 once", "w96 512/4:1 2048/16:1 once",
         "w64 512/2 2048/4 rotate stagger once",
     ],
-    # The same trained longer: until then recall beyond the window still grows.
+    # The same with more training: recall beyond the window was still growing.
     "long_recall": {"tokens": 1 << 22, "patterns": ["w64 2048/8:1 once", "w136 2048/16:1 once", *RIVALS[1:]]},
     # Other models of about that size, one seed.
     "recall_models": {
@@ -102,7 +102,7 @@ FULL = {
         "16384": ["w256 2048/8:1 8192/32:1 32768/128:1 once", "w256"],
     },
     "written_rates": {"recall": 1e-3, "text": 1e-3},
-    # One stage at full length: what reaches beyond a short first stage's length is not new to these.
+    # One stage at full length: these models see far keys from the first step, unlike those after a short first stage.
     "full_text": {
         "2048": [
             "w256 2048/8:1 once", "w136 2048/16:1 once", "w192", "w256", "w384", "512/1 2048/2 8192/4 32768/8",
@@ -152,7 +152,7 @@ QUICK = FULL | {
     "full_tokens": 1 << 9,
 }
 
-# What of the settings is in no cell: of others, results are other results.
+# Settings that shape results but are in no cell: if they change, results must be computed again.
 SHAPING = {
     "recall": ("recall_sizes", "recall_texts", "passkey_texts"),
     "text": ("sizes", "branches", "targets", "blocks", "held_out", "base_held_out"),
@@ -160,18 +160,18 @@ SHAPING = {
 
 
 def common(settings: dict, **fields) -> dict:
-    """Fields that cells share; warmup as in Transformers: steps, or below 1 a share of the training."""
+    """Return a cell with the fields that all share; warmup is in steps or, below 1, a share of the training."""
     shared = {"bfloat16": settings["bfloat16"], "warmup": 20 if settings["name"] == "full" else 1}
     return shared | ({} if fields["kind"] == "recall" else {"digest": settings["digest"]}) | fields
 
 
 def base_of(pattern: str) -> str:
-    """The pattern of a first stage: there window and sparse are dense attention."""
+    """Return the pattern of the first stage, in which window and sparse equal dense attention."""
     return "longnet" if pattern == "longnet" else "dense"
 
 
 def base_sweep_cells(settings: dict) -> dict[str, dict]:
-    """The first stage, shorter, at every learning rate."""
+    """List cells of the first stage, shorter, at every learning rate."""
     return {
         f"sweep-base-{pattern}-{rate:g}": common(
             settings, kind="base", pattern=pattern, length=settings["base_length"], seed=0, rate=rate,
@@ -182,7 +182,7 @@ def base_sweep_cells(settings: dict) -> dict[str, dict]:
 
 
 def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The first stage at its best learning rate."""
+    """List cells of the first stage at its best learning rate."""
     return {
         f"base-{pattern}-{seed}": common(
             settings, kind="base", pattern=pattern, length=settings["base_length"], seed=seed,
@@ -194,7 +194,7 @@ def base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 
 
 def sweep_cells(settings: dict) -> dict[str, dict]:
-    """The second stage, shorter, at every learning rate and the shortest length, for every pattern."""
+    """List cells of the second stage, shorter, at every learning rate and the shortest length, for every pattern."""
     return {
         f"sweep-{pattern}-{rate:g}": common(
             settings, kind="text", pattern=pattern, length=settings["lengths"][0], seed=0, rate=rate,
@@ -206,19 +206,19 @@ def sweep_cells(settings: dict) -> dict[str, dict]:
 
 
 def best_rate(prefix: str, rates: list[float], folder: Path) -> float:
-    """The rate with the least `sweep_score`."""
+    """Return the rate with the lowest `sweep_score`."""
     return min(rates, key=lambda rate: sweep_score(read(folder / f"{prefix}-{rate:g}.json")))
 
 
 def read(path: Path) -> dict:
-    """The results of a cell that others need."""
+    """Return the results of a cell that others depend on."""
     if not path.exists():
-        raise SystemExit(f"{path} is missing: run --part table first, without --part it comes first by itself.")
+        raise SystemExit(f"{path} is missing: run --part table first, or all parts in order by omitting --part.")
     return json.loads(path.read_text())
 
 
 def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """Table 2: every pattern and length, each with the same tokens."""
+    """List the cells of the counterpart of the paper's Table 2: every pattern and length, with equal tokens."""
     return {
         f"tokens-{pattern}-{length}-{seed}": common(
             settings, kind="text", pattern=pattern, length=length, seed=seed, warmup=0.1, by_position=True,
@@ -230,8 +230,11 @@ def table_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 
 
 def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The same for the time that LongNet took in the second stage: as many steps as each pattern makes in it at the
-    speed that it had with equal tokens. Not scored under the longest context, where dense attention takes minutes."""
+    """List the same cells with the time that LongNet took in the second stage instead of equal tokens.
+
+    Each pattern gets the steps that it takes in that time, at its speed with equal tokens. The longest context is not
+    scored: dense attention takes minutes there.
+    """
     cells = {}
     for name, cell in table_cells(settings, folder, seed).items():
         if cell["pattern"] != "longnet":
@@ -244,7 +247,7 @@ def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 
 
 def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """Recall as such, in short texts and with dense attention; beside it with LongNet's, which counts keys twice."""
+    """List first stages of recall, on short texts: dense attention, and LongNet's, which counts keys twice."""
     base = common(settings, kind="recall", seed=seed, **settings["recall_base"]) | {"head_offsets": "interleaved"}
     cells = {
         f"recall_base-{seed}": base | {"pattern": "dense", "branches": None},
@@ -254,7 +257,7 @@ def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 
 def recall_sweep_cells(settings: dict) -> dict[str, dict]:
-    """Recall in long texts, shorter trained, at every learning rate for every pattern; scored on texts of its own."""
+    """List cells of recall in long texts, shorter, at every learning rate for every pattern, on separate test texts."""
     sweep = {"tokens": settings["recall_sweep_tokens"], "held_out_seed": 2 * 10**6}
     return {
         f"sweep_recall-{pattern}-{rate:g}": recall_cell(settings, "recall", pattern, 0, rate) | sweep
@@ -263,7 +266,7 @@ def recall_sweep_cells(settings: dict) -> dict[str, dict]:
 
 
 def recall_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """Recall of every pattern in long texts, then of other branches and offsets of LongNet's."""
+    """List cells of recall in long texts for every pattern, then with other branches and offsets of LongNet's."""
     made = partial(best_recall_cell, settings, folder, seed, "recall")
     cells = {f"recall-{pattern}-{seed}": made(pattern) for pattern in RIVALS}
     variants = settings["recall_variants"] | {"own first stage": {"base": f"recall_base_longnet-{seed}.safetensors"}}
@@ -271,14 +274,14 @@ def recall_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 
 
 def written_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """Recall of the patterns beyond the paper, and of the rivals where `recall_cells` has no such seed."""
+    """List cells of recall for patterns beyond the paper, and for the rivals if `recall_cells` lacks the seed."""
     rate = settings["written_rates"]["recall"]
     patterns = [*settings["written_recall"], *(() if seed in settings["seeds"]["recall"] else RIVALS[1:])]
     return {f"recall-{file_name(name)}-{seed}": recall_cell(settings, "recall", name, seed, rate) for name in patterns}
 
 
 def long_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """Recall of written patterns and their best rivals with more training."""
+    """List cells of recall with more training, for written patterns and the rivals."""
     rate, longer = settings["written_rates"]["recall"], settings["long_recall"]
     return {
         f"recall-{file_name(name)}{LONGER}-{seed}": recall_cell(settings, "recall", name, seed, rate)
@@ -288,7 +291,7 @@ def long_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 
 def other_base_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """The first stage of recall in models of other sizes: dense attention."""
+    """List first stages of recall, with dense attention, in models of other sizes."""
     cell = recall_base_cells(settings, seed)[f"recall_base-{seed}"]
     return {
         f"recall_base-{name}-{seed}": cell | {"sizes": x["sizes"], "weights": f"recall_base-{name}-{seed}.safetensors"}
@@ -297,7 +300,7 @@ def other_base_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 
 def other_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """Recall in models of other sizes."""
+    """List cells of recall in models of other sizes."""
     rate, cells = settings["written_rates"]["recall"], {}
     for model, x in settings["recall_models"].items():
         own = {"sizes": x["sizes"], "base": f"recall_base-{model}-{seed}.safetensors"}
@@ -308,7 +311,7 @@ def other_recall_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 
 def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
-    """The second stage of the patterns beyond the paper, and of windows of several sizes."""
+    """List cells of the second stage for patterns beyond the paper and windows of several sizes."""
     cells = {}
     for length, patterns in settings["written_text"].items():
         rivals = () if seed in settings["seeds"]["table"] else ("window",)
@@ -322,7 +325,7 @@ def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
 
 
 def full_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """One stage at full length, from nothing, at the first stage's best learning rate with dense attention."""
+    """List cells of one stage at full length, from scratch, at the best learning rate of the dense first stage."""
     rate = best_rate("sweep-base-dense", settings["base_rates"], folder)
     return {
         f"full-{file_name(pattern)}-{length}-{seed}": common(
@@ -335,24 +338,24 @@ def full_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
 
 
 def written_base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The first stages that written patterns begin with: dense attention."""
+    """List the first stages, with dense attention, from which written patterns continue."""
     recall, text = recall_base_cells(settings, seed), base_cells(settings, folder, seed)
     return {name: (recall | text)[name] for name in (f"recall_base-{seed}", f"base-dense-{seed}")}
 
 
 def far_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """The same in longer texts."""
+    """List cells of recall in longer texts for every pattern."""
     return {f"far-{pattern}-{seed}": best_recall_cell(settings, folder, seed, "far", pattern) for pattern in RIVALS}
 
 
 def best_recall_cell(settings: dict, folder: Path, seed: int, task: str, pattern: str) -> dict:
-    """A cell of the task at the pattern's best learning rate in short training."""
+    """Return a cell of the task at the pattern's best learning rate in the sweep."""
     rate = best_rate(f"sweep_recall-{pattern}", settings["recall_rates"], folder)
     return recall_cell(settings, task, pattern, seed, rate)
 
 
 def recall_cell(settings: dict, task: str, pattern: str, seed: int, rate: float) -> dict:
-    """A cell of the task `recall` or `far`."""
+    """Return a cell of the task `recall` or `far`."""
     return common(
         settings, kind="recall", pattern=pattern, seed=seed, rate=rate, **settings[task],
         branches=settings["far_branches" if task == "far" else "recall_branches"], head_offsets="interleaved",
@@ -377,7 +380,7 @@ def run_cell(name: str, cell: dict, settings: dict, folder: Path, text: Text | N
 
 
 def is_done(name: str, cell: dict, settings: dict, folder: Path) -> bool:
-    """Are there results of this very cell, model and measure? Of others they are run again."""
+    """Return whether results of exactly this cell with the same settings are stored."""
     if not (folder / f"{name}.json").exists():
         return False
     result = json.loads((folder / f"{name}.json").read_text())
@@ -387,9 +390,9 @@ def is_done(name: str, cell: dict, settings: dict, folder: Path) -> bool:
 
 
 def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text | None, until: float) -> bool:
-    """Run the cells that have no results yet, `jobs` at once, until the time is up; tell whether all are there."""
+    """Run the cells that have no results yet, `jobs` at once, until the time is up; return whether all are done."""
     missing = {name: cell for name, cell in cells.items() if not is_done(name, cell, settings, folder)}
-    # Weights are not in the repository: a fresh clone trains those again that a missing cell begins with.
+    # Weights are not in the repository: a fresh clone first trains again those from which a missing cell continues.
     needed = [cell for cell in missing.values() if "base" in cell]
     bases = {Path(cell["base"]).stem for cell in needed if not weights_fit(folder / cell["base"], cell)}
     missing = {name: read(folder / f"{name}.json")["cell"] for name in sorted(bases)} or missing
@@ -400,17 +403,17 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
         for arguments in waiting:
             print(f"{arguments[0]}: done, {run_cell(*arguments):.0f} s of training")
         return run_missing(cells, settings, folder, text, until) if bases else True
-    # One thread and one fresh process a cell, `jobs` side by side: small models gain little from more threads.
+    # Each cell has one fresh process with one thread, `jobs` in parallel: small models gain little from more threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings["jobs"], mp_context=context, max_tasks_per_child=1) as pool:
         running = {}
         while waiting or running:
             while waiting and len(running) < settings["jobs"] and time.monotonic() < until:
                 arguments = waiting.pop(0)
-                print(f"{arguments[0]}: begun, {len(waiting)} wait", flush=True)
+                print(f"{arguments[0]}: started, {len(waiting)} waiting", flush=True)
                 running[pool.submit(run_cell, *arguments)] = arguments[0]
             if not running:
-                print(f"Time is up; {len(waiting)} cells of this part are left. Start again to go on.")
+                print(f"Time is up; {len(waiting)} cells of this part are left. Run the command again to continue.")
                 return False
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 print(f"{running.pop(done)}: done, {done.result():.0f} s of training", flush=True)
@@ -418,7 +421,7 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
 
 
 def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict[str, dict]]]]:
-    """What makes the cells of each part: one after the other, because learning rates and times come from results."""
+    """Return functions that list the cells of each part, to call in turn: later cells depend on earlier results."""
     seeds = settings["seeds"]
     parts = {"table": [partial(base_sweep_cells, settings)], "recall": [], "time": [], "written": []}
     for number, seed in enumerate(seeds["table"]):
@@ -457,12 +460,12 @@ def main() -> None:
     text = None
     if arguments.part != "recall":
         text = load_documents(settings)
-        settings["digest"] = text.digest  # a cell of other text is another cell
+        settings["digest"] = text.digest  # a cell with other text is another cell
     parts = list_parts(settings, folder)
     for make_cells in chain(*(parts[name] for name in ([arguments.part] if arguments.part != "all" else parts))):
-        if not run_missing(make_cells(), settings, folder, text, until):  # what it needs the parts before it have left
+        if not run_missing(make_cells(), settings, folder, text, until):  # needs the results of the parts before
             return
-    print(f"Every cell is there: {folder}; for tables and plots run python -m examples.paper.figures.")
+    print(f"Every cell has results in {folder}; for tables and plots run python -m examples.paper.figures.")
 
 
 if __name__ == "__main__":

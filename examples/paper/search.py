@@ -1,13 +1,13 @@
-"""Which pattern is best: many small trainings of patterns that are written as one line each.
+"""Search for the best pattern by many small trainings.
 
     python -m examples.paper.search --text FILE --prepare        # tokenize the installed packages into FILE, once
     python -m examples.paper.search --text FILE --minutes 6 --jobs 6 --device cuda
     python -m examples.paper.search --quick                      # every step at toy size, on a CPU
 
-A cell trains one pattern on one task with one seed and leaves one JSON file; what is done is not run again, and the
+A cell trains one pattern on one task with one seed and leaves one JSON file. Finished cells are not run again, and the
 most valuable cells come first. All patterns of a task see the same tokens in the same order.
 
-A pattern is written in one line, see `patterns.parse_pattern`.
+A pattern is written in one line, as `parse_pattern` reads it.
 """
 
 if not __package__:
@@ -60,7 +60,7 @@ TASKS = {
 }
 PAPER = "512/1 2048/2 8192/4 32768/8"
 PAPER_RECALL = "128/1 512/2 2048/4"
-# In the order of their value: patterns of each task, with all their seeds and learning rates at once.
+# Most valuable first: task, number of seeds, learning rates, patterns.
 PLAN = [
     ("recall", 3, (1e-3, 2e-3), [
         PAPER_RECALL, "w204", "w64 2048/8:1 once", "w128 2048/16:1 once", "w96 2048/12:1 once",
@@ -87,25 +87,25 @@ PLAN = [
 
 
 def count_pattern_keys(words: str, length: int) -> float:
-    """Keys that a query sees on average, a head."""
+    """Return the mean number of keys that a query sees per head."""
     return count_keys(_sparse(words) if words.startswith("sparse") else make_pattern(words, ((), ()), length), length)
 
 
 def _sparse(words: str) -> Pattern:
-    """Child et al.'s pattern, written "sparse block summary"."""
+    """Return Child et al.'s pattern, written "sparse BLOCK SUMMARY"."""
     _, size, summary = words.split()
     return Pattern("sparse", (LONGEST,), (1,), int(size), int(summary))
 
 
 def build(words: str, seed: int, sizes: dict, device: str) -> torch.nn.Module:
-    """A new model of this pattern; equal seeds give equal weights whatever the pattern."""
+    """Return a new model with this pattern; equal seeds give equal weights whatever the pattern."""
     if words.startswith("sparse"):
         return make_model(_sparse(words), seed, **sizes).to(device)
     return make_model(make_pattern(words, ((), ()), 1), seed, **sizes).to(device)
 
 
 class Trainer:
-    """Steps of one model; on a GPU the forward and backward pass are one CUDA graph."""
+    """Trains one model; on a GPU the forward and backward pass are one CUDA graph."""
 
     def __init__(self, model: torch.nn.Module, batch: int, length: int, rate: float):
         self.model, self.rate = model, rate
@@ -135,7 +135,7 @@ class Trainer:
         return loss.detach()
 
     def step(self, ids: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
-        """One step; `share` of the training is done: the rate rises over the first 4 % and falls to 0."""
+        """Take one step, `share` of the way through training: the rate rises over the first 4 % and falls to 0."""
         self.ids.copy_(ids)
         self.labels.copy_(labels)
         if self.graph is None:
@@ -150,9 +150,9 @@ class Trainer:
 
 
 def token_losses(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, L) losses in nats of the next tokens `labels`, 0 where they are -100."""
+    """Return (B, L) losses in nats of the next tokens `labels`, 0 where a label is -100."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        embeds = model.get_input_embeddings()(ids)  # ids are not checked: that would wait for the GPU
+        embeds = model.get_input_embeddings()(ids)  # skips the model's check of ids, which would wait for the GPU
         logits = model.lm_head(model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
 
@@ -178,7 +178,7 @@ def train(model, ids: np.ndarray, labels: np.ndarray, task: dict, rate: float, b
 
 
 def run_recall(cell: dict, folder: Path, device: str) -> dict:
-    """The recall task of `recall.py`: a first stage of short texts with dense attention, then the pattern's own."""
+    """Run the recall task of `recall.py`: a first stage on short texts with dense attention, then the pattern."""
     task, seed = TASKS[cell["task"]] | cell["changes"], cell["seed"]
     weights = folder / f"recall-base-{seed}.safetensors"
     if not weights.exists():
@@ -201,7 +201,7 @@ def _recall_texts(tokens: int, length: int, least: int, seed: int) -> tuple[np.n
 
 
 def score_recall(model, task: dict, device: str) -> dict:
-    """Share of the asked tokens that the model names, by distance."""
+    """Return the share of the tokens asked for that the model predicts, by distance."""
     edges = distance_edges(task["least"], task["length"])
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         scored = score(model, *make_texts(task["texts"], task["length"], task["least"], 10**6), edges, device)
@@ -210,7 +210,7 @@ def score_recall(model, task: dict, device: str) -> dict:
 
 
 def run_text(cell: dict, text: dict, device: str) -> dict:
-    """Train from nothing at full length; score held-out sequences of that length by position."""
+    """Train from scratch at full length; score held-out sequences of that length by position."""
     task = TASKS[cell["task"]] | cell["changes"]
     length, batch = task["length"], max(1, task["step_tokens"] // task["length"])
     model = build(cell["pattern"], cell["seed"], task["sizes"] | {"vocab_size": text["vocab_size"]}, device)
@@ -227,7 +227,7 @@ def run_text(cell: dict, text: dict, device: str) -> dict:
 
 
 def list_cells(plan: list, changes: dict) -> list[dict]:
-    """The cells of a plan, a task's seeds one after the other."""
+    """List the cells of a plan; within a task, seed by seed."""
     cells = []
     for task, seeds, rates, patterns in plan:
         for seed, rate, pattern in itertools.product(range(seeds), rates, patterns):
@@ -248,7 +248,7 @@ def run_cell(cell: dict, folder: Path, text: dict | None, device: str) -> None:
 
 
 def work(cells: "multiprocessing.Queue", folder: Path, text_file: Path | None, device: str, until: float) -> None:
-    """A process: take cells until there are none or the time is up."""
+    """Take cells from the queue in a worker process until there are none or the time is up."""
     text = read_text(text_file) if text_file else None
     while time.monotonic() < until:
         try:
@@ -257,7 +257,7 @@ def work(cells: "multiprocessing.Queue", folder: Path, text_file: Path | None, d
             return
         try:
             run_cell(cell, folder, text, device)
-        except Exception as error:  # the others continue; the next run tries this cell again
+        except Exception as error:  # other cells continue; the next run tries this one again
             print(f"{cell['name']}: {type(error).__name__}: {error}", flush=True)
 
 
@@ -284,7 +284,7 @@ def read_text(file: Path) -> dict:
 
 
 def summarize(folder: Path) -> str:
-    """Mean and spread over the seeds of each pattern at its best rate, one table per task."""
+    """Tabulate mean and spread over the seeds of each pattern at its best rate, one table per task."""
     groups = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
@@ -330,10 +330,10 @@ QUICK_PLAN = [(task, 1, (1e-3,), ["16/1 64/4", "w8 64/4:1 once", "sparse 16 2"])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="file of tokens, from --prepare; without it only recall is run")
+    parser.add_argument("--text", type=Path, help="file of tokens made by --prepare; without it only recall is run")
     parser.add_argument("--prepare", action="store_true", help="write that file and end")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plan", type=json.loads, default=PLAN, help="[[task, seeds, [rates], [patterns]], ...]")
@@ -353,7 +353,7 @@ def main() -> None:
     waiting = context.Queue()
     for cell in missing:
         waiting.put(cell)
-    waiting.cancel_join_thread()  # else cells left over keep this process from ending
+    waiting.cancel_join_thread()  # otherwise cells left in the queue keep this process from ending
     options = (waiting, arguments.output, arguments.text, arguments.device, until)
     if arguments.jobs == 1:
         work(*options)

@@ -6,15 +6,15 @@ import numpy as np
 
 DESCRIPTION = """
 How well a language model predicts the same target tokens when it is given more and more context.
-It computes no loss itself: it takes the negative log-likelihoods of blocks of target tokens,
+The metric computes no loss: it takes the negative log-likelihoods of blocks of target tokens,
 refuses to compare context lengths whose targets differ, and adds standard errors.
 """
 
 INPUTS = """
 Args:
     contexts: the context length in tokens of each block.
-    documents: the document that each block stands in.
-    starts: the place in the document, in tokens, of the block's first target.
+    documents: the document that holds each block.
+    starts: the position in the document, in tokens, of the block's first target.
     targets: the block's target token ids.
     losses: the negative log-likelihood of each target in nats, in the same order.
     text_bytes: the length in UTF-8 bytes of the block's text.
@@ -23,8 +23,8 @@ Returns:
     `contexts`, ascending, and for each of them lists of
     `perplexity`: exp of the mean loss over all target tokens;
     `bits_per_byte`: the summed loss in bits over the summed bytes;
-    `bits_saved_per_byte`: bits per byte less than under the shortest context;
-    and, by `_error`, the standard error of each. Blocks of one document are alike, so documents
+    `bits_saved_per_byte`: bits per byte under the shortest context minus bits per byte under this one;
+    and, with the suffix `_error`, the standard error of each. Blocks of one document are alike, so documents
     are the independent samples (blocks, where all stand in one document); the saving is compared
     document by document, so its error is small where documents differ but all gain alike. One
     sample has no standard error: nan. `tokens`, `bytes`, `blocks` and `documents` count the
@@ -80,7 +80,7 @@ class PerplexityByContext(evaluate.Metric):
 
 
 def summarize(table: dict[int, dict[tuple, float]]) -> dict:
-    """From nats by context and block to the values that `INPUTS` names."""
+    """Compute the values that `INPUTS` names from nats by context and block."""
     shortest = min(table)
     blocks = sorted(table[shortest])
     for context, losses in table.items():
@@ -109,7 +109,7 @@ def summarize(table: dict[int, dict[tuple, float]]) -> dict:
 
 
 def ratio(amounts: np.ndarray, sizes: np.ndarray, samples: list) -> tuple[float, float]:
-    """`sum(amounts) / sum(sizes)` and its standard error over independent samples.
+    """Return `sum(amounts) / sum(sizes)` and its standard error over independent samples.
 
     The linearised variance of a ratio of sums (Cochran, Sampling Techniques, section 6.4): with
     residual e_s = amount_s - ratio * size_s of each of n samples,

@@ -139,7 +139,7 @@ def run_model(net) -> None:
 
 
 def is_small(config) -> bool:
-    """Can the model be built in a moment?"""
+    """Return whether the model can be built in a moment."""
     names = "vocab hidden intermediate image patch".split()
     names = [f"{name}_size" for name in names] + ["tile_features", "num_channels", "num_classes"]
     sizes = [getattr(config, name, None) or 0 for name in names]

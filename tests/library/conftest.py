@@ -1,4 +1,4 @@
-"""Fails a run of Transformers' own tests that departs from `exceptions.py`: in what fails, and in what is skipped."""
+"""Fails a run of Transformers' own tests that differs from `exceptions.py` in what fails or is skipped."""
 
 import re
 from pathlib import Path

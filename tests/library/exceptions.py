@@ -1,4 +1,4 @@
-"""What of Transformers' own tests does not hold or does not run for these models, and why.
+"""Which of Transformers' own tests fail or do not run for these models, and why.
 
 `make test-transformers` fails when a listed test passes, when an unlisted one fails, when a test is skipped for an
 unlisted reason, and when nothing is skipped for a listed one.

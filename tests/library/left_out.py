@@ -1,4 +1,4 @@
-"""What the library's tests import and its source distribution leaves out, written anew for these models on a CPU."""
+"""What the library's tests import but its source distribution lacks, rewritten for these models on a CPU."""
 
 import torch
 import torch.multiprocessing

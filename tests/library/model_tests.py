@@ -1,6 +1,6 @@
 """Transformers' own model tests on the four models: `make test-transformers`, minutes on one core.
 
-`exceptions.py` lists what does not hold and why; `conftest.py` fails a run that departs from the list.
+`exceptions.py` lists what fails or is skipped, and why; `conftest.py` fails a run that differs from the list.
 """
 
 import unittest
@@ -45,7 +45,7 @@ SIZES = {
 
 
 class Tester:
-    """What the mixins ask of a model: a config, inputs, and sizes to compare shapes with."""
+    """What the mixins need of a model: a config, inputs, and sizes to compare shapes with."""
 
     __test__ = False  # pytest takes every name with "Test" for a test
     is_training = True

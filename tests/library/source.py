@@ -1,6 +1,6 @@
 """Transformers' own tests: fetched from its source distribution, by pip, and made importable.
 
-Run as a script, it fetches; imported, it only looks. Nothing of them is committed.
+Run as a script, this file fetches them; imported, it only looks for them. None of them is committed.
 """
 
 import importlib
