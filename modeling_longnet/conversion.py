@@ -47,6 +47,8 @@ def read_state(source: Path) -> dict[str, Tensor]:
         if source.suffix == ".safetensors":
             return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
+    except MemoryError as error:
+        raise ValueError(f"{source} asks for more memory than is free: it is damaged, or too large.") from error
     except DAMAGED as error:
         # PyTorch's text begins and ends with advice to load the file without the check. Keep only its reason.
         text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()

@@ -324,6 +324,18 @@ def test_no_damage_to_an_old_file_escapes(tmp_path):
     assert {"EOFError", "IndexError", "error", "UnpicklingError", "RuntimeError"} <= said
 
 
+def test_a_damaged_length_beyond_the_memory_is_refused(tmp_path, monkeypatch):
+    """The unpickler asks for what the file says; on a large machine it would get the memory, so it is made to fail."""
+
+    def load(*args, **kwargs):
+        raise MemoryError
+
+    (tmp_path / "w.pt").write_bytes(b"")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match="more memory than is free"):
+        read_state(tmp_path / "w.pt")
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     notes, weights, _ = read_fixture("decoder_plain")
     torch.save(weights, tmp_path / "source.pt")
