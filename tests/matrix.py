@@ -5,7 +5,8 @@
     python -m tests.matrix --page                            # run nothing, only rewrite the tables
 
 Each row has an environment of its own under .matrix/. The tables are in docs/support.md: the versions that
-pyproject.toml allows, the rows that were run, and the machines of the result files.
+pyproject.toml allows, the rows that were run, the machines of the result files, and what `make fuzz` and
+`python -m tests.mutate` recorded in docs/.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "support.json"
 PAGE = ROOT / "docs" / "support.md"
+FUZZ, MUTATION = ROOT / "docs" / "fuzz.json", ROOT / "docs" / "mutation.json"
 REPORTS = [ROOT / "benchmarks" / "results", ROOT / "examples" / "paper" / "results"]
 # Python, and what is installed before the package. A CUDA build of PyTorch runs on a machine without a GPU too.
 ROWS = {
@@ -115,9 +118,33 @@ def tabulate_reports(folders: list[Path]) -> str:
     return markdown(["device", "Python", "PyTorch", "Transformers", "benchmarks", "date"], rows)
 
 
+def tabulate_fuzz() -> str:
+    """Return what `make fuzz ARGS='--record docs/fuzz.json'` counted."""
+    record = json.loads(FUZZ.read_text())
+    words = "passed", "refused", "failed"
+    rows = [[kind, *(f"{x.get(word, 0):,}" for word in ("cases", *words))] for kind, x in record["kinds"].items()]
+    total = [f"{sum(x.get(word, 0) for x in record['kinds'].values()):,}" for word in words]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    said = f"`{record['command']}` at commit {record['commit']}, {record['date']}: {versions}, seed {record['seed']}."
+    return f"{said}\n\n" + markdown(["kind", "cases", *words], [*rows, ["all", f"{record['cases']:,}", *total]])
+
+
+def tabulate_mutants() -> str:
+    """Return what `python -m tests.mutate --output docs/mutation.json` found, by module."""
+    counts = {}
+    for key, result in json.loads(MUTATION.read_text()).items():
+        counts.setdefault(key.partition(":")[0], Counter())[result] += 1
+    words = sorted({word for found in counts.values() for word in found})
+    return markdown(
+        ["module", "mutants", *words],
+        [[f"`{name}`", str(sum(x.values())), *(str(x[word]) for word in words)] for name, x in sorted(counts.items())],
+    )
+
+
 def render(page: str, results: dict[str, dict], folders: list[Path]) -> str:
-    """Return the page with its three tables replaced."""
+    """Return the page with its tables replaced."""
     tables = {"bounds": tabulate_bounds(), "rows": tabulate_rows(results), "reports": tabulate_reports(folders)}
+    tables |= {"fuzz": tabulate_fuzz(), "mutants": tabulate_mutants()}
     for name, content in tables.items():
         begin, end = f"<!-- matrix:{name} -->\n", f"\n<!-- end:{name} -->"
         before, found, rest = page.partition(begin)

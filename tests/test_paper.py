@@ -61,8 +61,8 @@ def test_the_pipeline_at_toy_size(tmp_path):
     shown = shown_by("figures")
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert {name.split("-")[0] for name in results} == {
-        "sweep", "base", "full", "tokens", "time", "recall_base", "recall_base_longnet", "sweep_recall", "recall",
-        "far",
+        "sweep", "base", "full", "long", "tokens", "time", "recall_base", "recall_base_longnet", "sweep_recall",
+        "recall", "far",
     }  # fmt: skip
     command = f"python -m examples.paper.run --quick --results {tmp_path}"
     assert {result["command"] for result in results.values()} == {command}

@@ -148,13 +148,14 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
 def written_table(results: dict[str, dict], part: str) -> str:
     """Tabulate perplexity of written patterns at their trained length: mean, each seed's, and divided by each window's.
 
-    Part `full` is one stage at that length; `tokens` is a second stage after dense attention at 512 tokens.
+    Part `full` is one stage at that length, `long` is one with more training; `tokens` is a second stage after dense
+    attention at 512 tokens.
     """
     groups = defaultdict(dict)
     for name, result in results.items():
         cell = result["cell"]
         if name.startswith(part + "-") and cell["pattern"] not in RIVALS:
-            perplexity = math.exp(result["loss"]) if part == "full" else _at_trained(result)
+            perplexity = math.exp(result["loss"]) if "loss" in result else _at_trained(result)
             groups[cell["length"], cell["pattern"]][cell["seed"]] = perplexity
     if not groups:
         return "No such cell has been run."
@@ -452,6 +453,7 @@ def summarize(results: dict[str, dict]) -> str:
         "LongNet's perplexity divided by the others' at the trained length: mean and each seed's",
         ratio_table(results, "tokens"),
         "## Patterns beyond the paper, one stage at full length", written_table(results, "full"),
+        "## The same with more training", written_table(results, "long"),
         "## Patterns beyond the paper, after a first stage of 512 tokens", written_table(results, "tokens"),
         "## The same at the training time that LongNet took", table(results, "time"), ratio_table(results, "time"),
         "## The paper's own numbers", PAPER,
@@ -508,7 +510,9 @@ def beyond_headline(results: dict[str, dict]) -> str:
         provenance({name: r for name, r in results.items() if r["cell"].get("pattern", "") not in RIVALS}),
         "Perplexity of held-out text at the trained length, one stage of training at that length:",
         written_table(results, "full"),
-        f"The same after a first stage of dense attention on 512 tokens. {stages(results)}",
+        "The same with 4 times the training:",
+        written_table(results, "long"),
+        f"The first table after a first stage of dense attention on 512 tokens. {stages(results)}",
         written_table(results, "tokens"),
         "Share recalled by distance in tokens, many passages:",
         recall_table(results, "recall", "recall", variants=False),

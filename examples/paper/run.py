@@ -110,6 +110,8 @@ FULL = {
         ],
     },
     "full_tokens": 3 << 19,
+    # The same with 4 times the training, of the two best patterns of equal work.
+    "long_text": {"length": 2048, "tokens": 3 << 21, "patterns": ["w136 2048/16:1 once", "w192"], "seeds": [0]},
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -150,6 +152,7 @@ QUICK = FULL | {
     "written_text": {"64": ["w16 64/4:1 once"], "128": ["w24"]},
     "full_text": {"64": ["w16 64/4:1 once", "w16"]},
     "full_tokens": 1 << 9,
+    "long_text": {"length": 64, "tokens": 1 << 10, "patterns": ["w16 64/4:1 once"], "seeds": [0]},
 }
 
 # Settings that shape results but are in no cell: if they change, results must be computed again.
@@ -337,6 +340,19 @@ def full_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def long_text_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """Like `full_cells`, with more training."""
+    longer = settings["long_text"]
+    rate = best_rate("sweep-base-dense", settings["base_rates"], folder)
+    return {
+        f"long-{file_name(pattern)}-{longer['length']}-{seed}": common(
+            settings, kind="base", pattern=pattern, length=longer["length"], seed=seed, rate=rate,
+            tokens=longer["tokens"],
+        )
+        for pattern in longer["patterns"]
+    }  # fmt: skip
+
+
 def written_base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """List the first stages, with dense attention, from which written patterns continue."""
     recall, text = recall_base_cells(settings, seed), base_cells(settings, folder, seed)
@@ -439,6 +455,7 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["written"] += [partial(long_recall_cells, settings, seed)]
         parts["written"] += [partial(full_cells, settings, folder, seed)]
         parts["written"] += [partial(written_text_cells, settings, seed)]
+    parts["written"] += [partial(long_text_cells, settings, folder, seed) for seed in settings["long_text"]["seeds"]]
     parts["written"] += [partial(other_base_cells, settings, 0), partial(other_recall_cells, settings, 0)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
