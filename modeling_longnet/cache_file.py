@@ -2,7 +2,7 @@
 
 Tensors of a cache: "{i}.keys" and "{i}.values" (B, G, P, D) of layer i; "lengths" (B,), "columns", "capacity" and
 "ends_in_padding", equal in all layers; "branches" (n, 2 + G), each w, r and the offset per key/value head (for
-patterns beyond the paper the numbers of `flatten_branch`, a row for each layer).
+patterns beyond the paper the numbers of `flatten_branch`, a row for each layer, filled up with zeros).
 
 A state file is a safetensors file of these with B = 1. Its metadata are "position", "total" (a hexadecimal float),
 "text" (SHA-256 of the tokens before the position), the fields of `_model_fields`, and "sha256", the hash of all these.
@@ -64,15 +64,13 @@ def load_cache_tensors(cache, tensors: dict[str, Tensor]) -> None:
         )
     shared = {name: x.tolist() for name, x in shared.items()}
     lengths, columns, capacity, _ = shared.values()
-    needed = min(max(lengths), max(b.w for b in first.branches))
+    needed = min(max(lengths), first.longest)
     if min(lengths) < 0 or max(lengths) > columns or capacity < needed:
         raise ValueError(f"saved cache: {lengths} tokens, {columns} columns and room for {capacity} do not agree.")
-    sample = tensors[names[0]]
-    expected = (
-        (len(lengths), len(first.branches[0].offsets), sum(first.slots(capacity)), *sample.shape[3:]),
-        sample.dtype,
-    )
+    sample, heads = tensors[names[0]], len(first.branches[0].offsets)
     for name in names:
+        layer = cache.layers[int(name.partition(".")[0])]
+        expected = (len(lengths), heads, sum(layer.slots(capacity)), *sample.shape[3:]), sample.dtype
         if (given := (tuple(tensors[name].shape), tensors[name].dtype)) != expected:
             raise ValueError(f"saved cache: {name} has (shape, dtype) {given}; expected {expected}.")
     for i, layer in enumerate(cache.layers):
@@ -88,7 +86,9 @@ def _branch_table(cache) -> list[list[int]]:
     plain = [Branch(b.w, b.r, b.offsets) for b in layers[0]]
     if all(list(branches) == plain for branches in layers):
         return [[b.w, b.r, *b.offsets] for b in plain]
-    return [[n for b in branches for n in map(int, flatten_branch(b))] for branches in layers]
+    rows = [[n for b in branches for n in map(int, flatten_branch(b))] for branches in layers]
+    width = max(map(len, rows))
+    return [row + [0] * (width - len(row)) for row in rows]
 
 
 class StateFile:

@@ -48,9 +48,10 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, branches: tuple[Branch, ...], max_length: int | None = None, offloading: bool = False):
+    def __init__(self, branches: tuple[Branch, ...], max_length: int | None, offloading: bool, longest: int):
         super().__init__()
         self.branches = branches
+        self.longest = longest  # segment of any layer
         self.max_length = max_length
         self.offloading = offloading  # keep the slots on the CPU between calls
         self.lengths: list[int] = []  # real tokens of each batch row
@@ -75,6 +76,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Return the slots of each branch for `capacity` tokens: ceil(min(w, capacity) / r)."""
         return tuple(-(-min(b.w, capacity) // b.r) for b in self.branches)
 
+    def slot_table(self) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Return the `_slot_table` of the current allocation."""
+        return _slot_table(self.slots(self.capacity), self.device)
+
     def map_slots(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to keys and values. The results can be written in and outside of inference mode.
 
@@ -85,10 +90,9 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def reserve(self, tokens: int) -> None:
         """Allocate slots for `tokens` tokens. Sizes double, so each key is copied a constant number of times."""
-        longest = max(b.w for b in self.branches)
-        if tokens <= self.capacity or self.capacity >= longest:
+        if tokens <= self.capacity or self.capacity >= self.longest:
             return
-        capacity = min(longest, max(tokens, 2 * self.capacity, 64))
+        capacity = min(self.longest, max(tokens, 2 * self.capacity, 64))
         old, new = self.slots(self.capacity), self.slots(capacity)
         added = [(0, 0, 0, n - o) for o, n in zip(old, new, strict=True)]
         self.map_slots(lambda x: torch.cat([pad(*pair) for pair in zip(x.split(old, 2), added, strict=True)], 2))
@@ -429,7 +433,8 @@ class LongNetCache(Cache):
         self.pattern = cache_pattern(config)
         self.num_heads = config.num_attention_heads
         layers = layer_branches(*self.pattern, config.num_hidden_layers)
-        super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading) for branches in layers])
+        longest = max(branch.w for branches in layers for branch in branches)
+        super().__init__(layers=[LongNetCacheLayer(branches, max_length, offloading, longest) for branches in layers])
 
     def check(self, config: LongNetConfig, batch: int) -> None:
         """Raise ValueError unless a model of this config can continue with a batch of this size."""
@@ -460,11 +465,6 @@ class LongNetCache(Cache):
         """Real tokens seen in each batch row; empty before the first forward pass."""
         return self.layers[0].lengths
 
-    def slots(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Return the `_slot_table` of the layers' current allocation."""
-        layer = self.layers[0]
-        return _slot_table(layer.slots(layer.capacity), layer.device)
-
     @torch.compiler.disable  # a graph would turn NumPy's arrays into tensors, and fail in inference mode
     def seen_slots(self, positions: Tensor, layer_idx: int) -> Tensor:
         """Return which slots of `LongNetCacheLayer.prefix` the queries at these positions see.
@@ -475,8 +475,8 @@ class LongNetCache(Cache):
         Returns:
             (B, H, L, P) bool.
         """
-        _, branch, number = self.slots()
-        counts = _slot_counts(self.layers[layer_idx].branches, self.num_heads)
+        layer = self.layers[layer_idx]
+        counts, (_, branch, number) = _slot_counts(layer.branches, self.num_heads), layer.slot_table()
         first, last = counts.seen(positions.cpu().numpy(), np.array(self.lengths)[:, None])
         first, last = (torch.from_numpy(x).to(number.device)[..., branch] for x in (first, last))
         return (first <= number) & (number < last)
@@ -490,21 +490,21 @@ class LongNetCache(Cache):
         """
         for layer in self.layers:
             layer.reserve(max(self.lengths) + 1)
-        steps = {branches: self._step(branches) for branches in {layer.branches for layer in self.layers}}
+        steps = {branches: self._step(layer) for branches, layer in {x.branches: x for x in self.layers}.items()}
         return tuple(steps[layer.branches] for layer in self.layers)
 
-    def _step(self, branches: tuple[Branch, ...]) -> DecodingStep:
-        first, (begin, branch_of, number) = self.layers[0], self.slots()
-        counts, position = _slot_counts(branches, self.num_heads), np.array(self.lengths)[:, None]
+    def _step(self, layer: LongNetCacheLayer) -> DecodingStep:
+        begin, branch_of, number = layer.slot_table()
+        counts, position = _slot_counts(layer.branches, self.num_heads), np.array(self.lengths)[:, None]
         own = counts.own_slot(position)  # (B, G, 1, n)
         batch, head, _, branch = (own >= 0).nonzero()
         written = batch, head, begin[branch] + own[batch, head, 0, branch]
         last = counts.seen(position, position + 1)[1]  # (B, H, 1, n)
         end = np.where(last > 0, begin + last, 0).max(initial=0)
-        seen = number[:end] < torch.from_numpy(last).to(first.device)[..., branch_of[:end]]  # (B, H, 1, S)
-        mask = torch.zeros(seen.shape, dtype=first.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-        covered = None if branches[0].covers_all else seen.any(-1, keepdim=True)
-        return DecodingStep(tuple(torch.from_numpy(x).to(first.device) for x in written), mask, covered)
+        seen = number[:end] < torch.from_numpy(last).to(layer.device)[..., branch_of[:end]]  # (B, H, 1, S)
+        mask = torch.zeros(seen.shape, dtype=layer.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        covered = None if layer.branches[0].covers_all else seen.any(-1, keepdim=True)
+        return DecodingStep(tuple(torch.from_numpy(x).to(layer.device) for x in written), mask, covered)
 
     def can_step(self, chunks: tuple[Chunk, ...], length: int) -> bool:
         """Return True for a decoding step: one real token per batch row, no gradient and no record to keep."""

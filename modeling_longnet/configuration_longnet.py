@@ -32,6 +32,7 @@ _OTHER_NAMES = {
     "rotate_offsets": "rotate",
     "stagger_segments": "stagger",
     "keys_once": "once",
+    "branch_layer_period": "every",
     "**parse_pattern(...)": "pattern",
     "position_embedding": "xpos_rel_pos",
     "hidden_size": "decoder_embed_dim encoder_embed_dim d_model",
@@ -104,7 +105,7 @@ class LongNetConfig(PreTrainedConfig):
         head_offsets: the first token that key/value head g keeps: "interleaved" is `g mod r` (Eq. 13), "blocked" is
             TorchScale's `g // ceil(G / r)`, which converted checkpoints need.
         window_size: tokens of a sliding window beside the branches, the query's own included; None: no window.
-            It goes beyond the paper, as do the next four fields; `LongNetConfig.for_context` chooses among them.
+            It goes beyond the paper, as do the next five fields; `LongNetConfig.for_context` chooses among them.
         query_rates: for each branch the rate at which queries are kept, a divisor of its dilation rate; 1 lets every
             query see the branch's keys. None: the dilation rates, as in the paper.
         rotate_offsets: queries and keys of a head are kept at two offsets, which change from layer to layer, so that
@@ -112,6 +113,8 @@ class LongNetConfig(PreTrainedConfig):
         stagger_segments: odd layers place segment borders half a segment earlier.
         keys_once: a branch leaves out the segment, or window, of the branch before it: no key counts twice. A text
             that fits into the first of them then gets dense attention. Causal models only.
+        branch_layer_period: of this many layers the last has the branches, the others have the window alone, so that
+            branches cost less and their keys have been read by more layers.
         is_causal: decoder (True) or bidirectional encoder (False).
         position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)), "rope"
             (rotation alone) or "none". Positions are taken modulo `position_period`.
@@ -171,6 +174,7 @@ class LongNetConfig(PreTrainedConfig):
     rotate_offsets: bool = False
     stagger_segments: bool = False
     keys_once: bool = False
+    branch_layer_period: int = 1
     is_causal: bool = True
     position_embedding: str = "xpos"
     xpos_scale_base: float | int = 512
@@ -318,7 +322,7 @@ class LongNetConfig(PreTrainedConfig):
         if pad is not None and size is not None and not 0 <= pad < size:
             raise ValueError(f"pad_token_id={pad} must be an id below vocab_size={size}, or None.")
         pattern = Pattern.of(self)
-        pattern.check(self.is_causal)
+        pattern.check(self.is_causal, self.num_hidden_layers)
         if self.attend_zero_padding and pattern.beyond:
             raise ValueError(
                 "attend_zero_padding=True is for checkpoints of the released implementation, which has only the "

@@ -68,8 +68,9 @@ def use_dilated_attention(
         model: changed in place. Its config stores the branches as `dilated_attention`.
         segment_lengths, dilation_rates: w and r of each branch (see `dilated_attention`).
         head_offsets, backend: as in `dilated_attention`; "interleaved" and "auto" by default.
-        beyond: window_size, query_rates, rotate_offsets, stagger_segments and keys_once, as in `LongNetConfig`. With a
-            window and keys_once, texts of up to window_size tokens get exactly the model's dense attention.
+        beyond: window_size, query_rates, rotate_offsets, stagger_segments, keys_once and branch_layer_period, as in
+            `LongNetConfig`. With a window and keys_once, texts of up to window_size tokens get exactly the model's
+            dense attention.
 
     Whatever is omitted keeps its stored value; window_size=None and query_rates=None remove them.
 
@@ -88,7 +89,7 @@ def use_dilated_attention(
     given = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "head_offsets": head_offsets}
     given = {name: x for name, x in (given | {"backend": backend}).items() if x is not None} | beyond
     setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given.items()}
-    _check_setting(**setting)
+    _check_setting(config.num_hidden_layers, **setting)
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)
     if not _is_dilated(config):
@@ -97,10 +98,10 @@ def use_dilated_attention(
     return model
 
 
-def _check_setting(backend, **pattern) -> None:
+def _check_setting(num_layers: int, backend, **pattern) -> None:
     if not pattern["segment_lengths"] and not pattern["dilation_rates"] and pattern.get("window_size") is None:
         raise ValueError("give segment_lengths and dilation_rates: the model's config stores none.")
-    Pattern(**pattern).check()
+    Pattern(**pattern).check(num_layers=num_layers)
     if backend not in backend_names():
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backend_names()))}.")
 

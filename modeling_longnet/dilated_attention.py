@@ -66,11 +66,12 @@ def dilated_attention(
         segment_lengths, dilation_rates: w and r of each branch, in tokens; 1 <= r <= w, w ascending.
         is_causal: a query sees no later key.
         scale: factor of the scores, above 0; 1 / sqrt(D) if None.
-        layer: number of the layer, which rotated offsets and staggered segments depend on.
+        layer: number of the layer, on which offsets, segment borders and branches may depend (`LongNetConfig`).
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's kernels), "flash_attn" (that
             package), "triton" (CUDA, D up to 256, no float64), or "auto": "triton" on a GPU, else "torch".
         pattern: head_offsets, "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale); beyond
-            the paper window_size, query_rates, rotate_offsets, stagger_segments, keys_once, see `LongNetConfig`.
+            the paper window_size, query_rates, rotate_offsets, stagger_segments, keys_once, branch_layer_period, see
+            `LongNetConfig`.
 
     Returns:
         (B, H, L, D) in the query's dtype (autocast's under autocast), 0 for a query that no branch covers. Sums over

@@ -29,6 +29,7 @@ class Pattern(NamedTuple):
             tokens of a segment meet in some head or layer.
         stagger_segments: odd layers place the borders of segments half a segment earlier.
         keys_once: a branch leaves out the region of the branch before it, so that no key counts twice.
+        branch_layer_period: of this many layers the last has the branches, the others have the window alone.
     """
 
     segment_lengths: tuple[int, ...]
@@ -39,12 +40,14 @@ class Pattern(NamedTuple):
     rotate_offsets: bool = False
     stagger_segments: bool = False
     keys_once: bool = False
+    branch_layer_period: int = 1
 
     @classmethod
     def parse(cls, words: str) -> "Pattern":
-        """Return the pattern that is written in one line, such as "w256 512/1 2048/8:1 rotate stagger once".
+        """Return the pattern that is written in one line, such as "w256 512/1 2048/8:1 rotate stagger once every2".
 
-        The words are a window (w and its size), branches (w/r, or w/r:query_rate), and flags.
+        The words are a window (w and its size), branches (w/r, or w/r:query_rate), flags, and "every" with a number of
+        layers.
 
         Raises:
             ValueError: names the word that is none of these, or that is a second window.
@@ -58,12 +61,14 @@ class Pattern(NamedTuple):
                 fields[flags[word]] = True
             elif (match := re.fullmatch(r"w(\d+)", word)) and "window_size" not in fields:
                 fields["window_size"] = int(match[1])
+            elif match := re.fullmatch(r"every(\d+)", word):
+                fields["branch_layer_period"] = int(match[1])
             elif match := re.fullmatch(r"(\d+)/(\d+)(?::(\d+))?", word):
                 branches.append([int(x or match[2]) for x in match.groups()])
             else:
                 raise ValueError(
                     f"pattern {words!r}: {word!r} must be a window such as w256 (one at most), a branch such as "
-                    f"2048/4 or 2048/8:1, or one of {', '.join(flags)}."
+                    f"2048/4 or 2048/8:1, one of {', '.join(flags)}, or every2 (layers)."
                 )
         w, r, rates = (tuple(x) for x in zip(*branches, strict=True)) if branches else ((), (), ())
         return cls(w, r, query_rates=None if rates == r else rates, **fields)
@@ -84,8 +89,8 @@ class Pattern(NamedTuple):
     def _defaults(cls) -> dict:
         return dict.fromkeys(cls._fields, ()) | cls._field_defaults
 
-    def check(self, is_causal: bool = True) -> None:
-        """Raise ValueError unless the fields are valid and fit each other."""
+    def check(self, is_causal: bool = True, num_layers: int | None = None) -> None:
+        """Raise ValueError unless the fields make branches and fit each other, and a model of `num_layers` layers."""
         check_branches(self.segment_lengths, self.dilation_rates, allows_none=self.window_size is not None)
         w, r, window = self.segment_lengths, self.dilation_rates, self.window_size
         if self.head_offsets not in HEAD_OFFSETS:
@@ -116,6 +121,14 @@ class Pattern(NamedTuple):
             )
         if self.keys_once and not is_causal:
             raise ValueError("keys_once needs causal attention (is_causal=True).")
+        period = self.branch_layer_period
+        if not _is_count(period) or (period > 1 and window is None):
+            raise ValueError(
+                f"branch_layer_period={period!r} must be a number of layers, at least 1; above 1 the layers without "
+                "branches need a window_size."
+            )
+        if num_layers is not None and period > num_layers:
+            raise ValueError(f"branch_layer_period={period}: none of the {num_layers} layers would have branches.")
 
     def branches(self, num_kv_heads: int, num_heads: int | None = None, layer: int = 0) -> tuple[Branch, ...]:
         """Return a layer's branches for these key/value and query heads (None: as many), the least dilated first.
@@ -129,6 +142,8 @@ class Pattern(NamedTuple):
         window, segment, phase = self.window_size or 0, 0, 0
         if window:
             result.append(Branch(window, 1, (0,) * num_kv_heads, is_window=True))
+        if (layer + 1) % self.branch_layer_period:
+            return tuple(result)
         for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
             inner, inner_phase = segment, phase
             segment, phase = w, self._phase(w, inner, phase) if self.stagger_segments and layer % 2 else 0
@@ -156,7 +171,8 @@ class Pattern(NamedTuple):
         words = [f"w{self.window_size}"] * (self.window_size is not None)
         words += [f"{w}/{r}" + (f":{rate}" if rate != r else "") for w, r, rate in triples]
         flags = {"rotate": self.rotate_offsets, "stagger": self.stagger_segments, "once": self.keys_once}
-        return " ".join(words + [word for word, is_on in flags.items() if is_on])
+        words += [word for word, is_on in flags.items() if is_on]
+        return " ".join(words + [f"every{self.branch_layer_period}"] * (self.branch_layer_period > 1))
 
     def describe(self, is_causal: bool = True) -> str:
         """Return a sentence that says which keys a query sees."""
@@ -166,7 +182,8 @@ class Pattern(NamedTuple):
         if self.window_size is None:
             near = f"up to {self.segment_lengths[0]} tokens of its own segment"
             return f"Branches {branches}: a query sees {near}, and farther ones ever more sparsely."
-        shown = f", and of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
+        where = f" in one of {self.branch_layer_period} layers" if self.branch_layer_period > 1 else ""
+        shown = f", and{where} of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
         near = f"the last {self.window_size} tokens"
         if not is_causal:
             near = f"the tokens up to {self.window_size - 1} on either side"
@@ -181,8 +198,9 @@ class Pattern(NamedTuple):
         """Return the mean number of keys that a causal query sees per head in a sequence of `length` tokens.
 
         A branch shows half of its region, one key in r, to one query in query_rate: sum_i min(w_i, length) /
-        (2 r_i query_rate_i); with keys_once, less the region before it. Exact up to each query's own key (half a key
-        per branch) if whole segments fill the sequence; a ragged end or staggered segments show less.
+        (2 r_i query_rate_i); with keys_once, less the region before it; the mean over layers. Exact up to each query's
+        own key (half a key per branch) if whole segments fill the sequence; a ragged end or staggered segments show
+        less.
         """
         window = self.window_size or 0
         work = window * (1 - window / (2 * length)) if window < length else length / 2
@@ -191,7 +209,7 @@ class Pattern(NamedTuple):
         for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
             tokens = min(w, length)
             region = max(0, tokens - left_out) ** 2 / (2 * tokens)  # of the segment, before the window
-            work += (region - before) / (r * rate)
+            work += (region - before) / (r * rate * self.branch_layer_period)
             before = region if self.keys_once else 0.0
         return work
 

@@ -366,7 +366,7 @@ def test_unread_slots_may_hold_anything():
     model = make_model(LongNetModel)
     cache, ids = filled(model, 17)
     for layer in cache.layers:
-        positions, (_, branch, number) = torch.arange(17), cache.slots()
+        positions, (_, branch, number) = torch.arange(17), cache.layers[0].slot_table()
         w, r, offset = (torch.tensor([b[i] for b in layer.branches])[branch] for i in range(3))
         written = torch.zeros(layer.keys.shape[1:3], dtype=torch.bool)  # (G, P)
         for p in positions:

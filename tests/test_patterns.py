@@ -42,17 +42,19 @@ from modeling_longnet.testing import CACHE
 
 EXACT = 1e-10  # float64, through a few layers
 FIELDS = {"window": "window_size", "rates": "query_rates", "rotate": "rotate_offsets", "stagger": "stagger_segments",
-          "once": "keys_once"}  # fmt: skip
+          "once": "keys_once", "every": "branch_layer_period"}  # fmt: skip
 REMEDIES = [*FIELDS, "all"]
 EVERYTHING = {
     "segment_lengths": [8, 16, 64], "dilation_rates": [1, 2, 4], "window_size": 6, "query_rates": [1, 1, 4],
-    "rotate_offsets": True, "stagger_segments": True, "keys_once": True, "position_embedding": "rope",
+    "rotate_offsets": True, "stagger_segments": True, "keys_once": True, "branch_layer_period": 2,
+    "position_embedding": "rope",
 }  # fmt: skip
 
 
 def draw_pattern(draw: Draw, remedy: str, is_causal: bool = True) -> Pattern:
     """A pattern with one of the fields, or with several of them for "all"; keys_once only if causal."""
     names = {remedy} if remedy != "all" else {name for name in FIELDS if draw.flag(0.75)}
+    names |= {"window"} if remedy == "every" else set()
     is_nested = "once" in names or draw.flag()
     lengths = [draw.integer(1, 8)]
     for _ in range(draw.integer(0, 2)):
@@ -65,13 +67,14 @@ def draw_pattern(draw: Draw, remedy: str, is_causal: bool = True) -> Pattern:
     divisors = (draw.choice([a for a in range(1, r + 1) if r % a == 0]) for r in rates)
     query_rates = tuple(divisors) if "rates" in names else None
     beyond = "rotate" in names, "stagger" in names, "once" in names and is_causal
-    return Pattern(tuple(lengths), tuple(rates), "interleaved", window, query_rates, *beyond)
+    period = draw.integer(2, 3) if "every" in names and window else 1
+    return Pattern(tuple(lengths), tuple(rates), "interleaved", window, query_rates, *beyond, period)
 
 
 def has_remedy(pattern: Pattern, remedy: str) -> bool:
     """Whether the field is on: alone, or at least two of them for "all"."""
-    chosen = [name for name, field in FIELDS.items() if getattr(pattern, field)]
-    return len(chosen) > 1 if remedy == "all" else chosen == [remedy]
+    chosen = [name for name, field in FIELDS.items() if field in pattern.beyond]
+    return len(chosen) > 1 if remedy == "all" else chosen == (["window"] if remedy == "every" else []) + [remedy]
 
 
 def phases(pattern: Pattern, layer: int) -> list[int]:
@@ -92,6 +95,8 @@ def times_seen(pattern: Pattern, layer: int, head: int, group: int, i: int, j: i
     window, lengths = pattern.window_size or 0, pattern.segment_lengths
     count, inside = int(abs(i - j) < window), abs(i - j) < window
     rates = pattern.query_rates or pattern.dilation_rates
+    if layer % pattern.branch_layer_period != pattern.branch_layer_period - 1:
+        return count
     for w, r, rate, phase in zip(lengths, pattern.dilation_rates, rates, phases(pattern, layer), strict=True):
         p, q = i + phase, j + phase
         shared = p // w == q // w

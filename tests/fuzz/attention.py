@@ -46,7 +46,8 @@ def draw_pattern(draw: Draw, is_causal: bool, length: int) -> Pattern:
     query_rates = tuple(draw.choice([a for a in range(1, r + 1) if r % a == 0]) for r in rates) if draw.flag() else None
     is_nested = all(b % a == 0 for a, b in pairwise(lengths))
     beyond = draw.flag(), draw.flag(), is_causal and is_nested and draw.flag(0.7)
-    return Pattern(tuple(lengths), tuple(rates), "interleaved", window, query_rates, *beyond)
+    period = draw.choice([1, 1, 2, 3]) if window else 1
+    return Pattern(tuple(lengths), tuple(rates), "interleaved", window, query_rates, *beyond, period)
 
 
 def draw_length(draw: Draw, usual: int = 60) -> int:
