@@ -505,7 +505,8 @@ def make_plans(args: argparse.Namespace) -> dict:
     patterns = {}
     cases += [(tokens, min(args.devices)) for tokens in args.short]
     for tokens, devices in cases:
-        window = LongNetConfig.for_context(tokens, effort=args.effort, **sizes, **heads)
+        # Layers are counted as alike.
+        window = LongNetConfig.for_context(tokens, effort=args.effort, branch_layer_period=1, **sizes, **heads)
         for name, config in (("the paper's", paper), ("window and summaries", window)):
             rows.append(plan(tokens, devices, name, config, device, counted))
             if (tokens, devices) == (args.tokens, middle):

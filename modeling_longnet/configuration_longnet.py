@@ -64,7 +64,7 @@ def _growing_branches(first: int, length: int, heads: int) -> tuple[list[int], l
     return segments, rates
 
 
-def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
+def _window_patterns(length: int, is_causal: bool, period: int) -> list[Pattern]:
     """Return dense attention, and a window with branches that every query sees, for each size of the window."""
     longest = 1 << max(4, (length - 1).bit_length())
     patterns = [Pattern((longest,), (1,))]
@@ -73,11 +73,13 @@ def _window_patterns(length: int, is_causal: bool) -> list[Pattern]:
         count = -(-octaves // 4)
         # Borders evenly spaced between the window and the length.
         segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
-        for keys in (window, window // 2):  # of all branches together
+        for keys in (period * window, period * window // 2):  # of all branches together, in a layer that has them
             rates = tuple(min(w, 1 << (w * count // (2 * keys) - 1).bit_length()) for w in segments)
             # A key stands for the r tokens up to it: the window or segment before must be long enough to see them.
             if all(r <= before for r, before in zip(rates, (window, *segments), strict=False)):
-                patterns.append(Pattern(segments, rates, "interleaved", window, (1,) * count, keys_once=is_causal))
+                patterns.append(
+                    Pattern(segments, rates, "interleaved", window, (1,) * count, False, False, is_causal, period)
+                )
     return patterns
 
 
@@ -238,16 +240,18 @@ class LongNetConfig(PreTrainedConfig):
     def for_context(cls, length: int, *, effort: int = 1024, num_attention_heads: int = 12, paper=False, **fields):
         """Return a configuration whose pattern suits sequences of `length` tokens; print the pattern and its cost.
 
-        At least half of the effort goes into a window, the rest in equal parts into branches whose segments grow, by
-        factors of at most 16, until one holds the sequence. Every query sees one key in r of a branch, the last of each
-        r tokens, which has read the others; in causal models no key counts twice. Any two tokens are then connected by
-        a few layers, and the work grows with L log L. If the effort allows dense attention, you get that.
+        At least half of the effort goes into a window. The rest goes in equal parts into branches of every second
+        layer, whose segments grow, by factors of at most 16, until one holds the sequence. Every query sees one key in
+        r of a branch, the last of each r tokens, which has read the others; in causal models no key counts twice. Any
+        two tokens are then connected by a few layers, and the work grows with L log L. If the effort allows dense
+        attention, you get that.
 
         Args:
             length: tokens of the sequences.
-            effort: mean number of keys that a query may see per head; dense attention is `length / 2`, in a
+            effort: mean number of keys that a query may see per head and layer; dense attention is `length / 2`, in a
                 bidirectional model `length`.
             num_attention_heads, fields: as in the constructor, but positions are "rope" by default (for any length).
+                branch_layer_period=1 gives every layer branches.
             paper: branches of the paper's kind instead: the first is dense, then segments and rates grow by 4, each
                 adds a quarter of the work of the one before, and any two tokens share a segment. Rates stop at the
                 number of key/value heads, so that some head keeps each token.
@@ -269,7 +273,8 @@ class LongNetConfig(PreTrainedConfig):
             segments = [1 << n for n in range(4, max(5, (length - 1).bit_length() + 1))]
             patterns = [Pattern(*map(tuple, _growing_branches(first, length, heads))) for first in segments]
         else:
-            patterns = _window_patterns(length, is_causal)
+            period = fields.pop("branch_layer_period", min(2, fields.get("num_hidden_layers", 2)))
+            patterns = _window_patterns(length, is_causal, period)
         effort = effort / both
         work = [pattern.count_work(length) for pattern in patterns]
         if effort < min(work):

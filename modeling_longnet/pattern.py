@@ -182,8 +182,8 @@ class Pattern(NamedTuple):
         if self.window_size is None:
             near = f"up to {self.segment_lengths[0]} tokens of its own segment"
             return f"Branches {branches}: a query sees {near}, and farther ones ever more sparsely."
-        where = f" in one of {self.branch_layer_period} layers" if self.branch_layer_period > 1 else ""
-        shown = f", and{where} of longer segments one key in r: branches (w, r) = {branches}" if branches else ""
+        where = f", in one layer of {self.branch_layer_period}" if self.branch_layer_period > 1 else ""
+        shown = f", and of longer segments one key in r{where}: branches (w, r) = {branches}" if branches else ""
         near = f"the last {self.window_size} tokens"
         if not is_causal:
             near = f"the tokens up to {self.window_size - 1} on either side"

@@ -33,6 +33,12 @@ BAD = [
     ({"num_hidden_layers": 1 << 31}, ["num_hidden_layers=2147483648", "at most 10000"]),
     ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
     ({"xpos_scale_base": 10**30}, ["xpos_scale_base=1000000", "the largest int64"]),
+    ({"branch_layer_period": 0}, ["branch_layer_period=0", "at least 1"]),
+    ({"branch_layer_period": 2}, ["branch_layer_period=2", "window_size"]),
+    (
+        {"branch_layer_period": 9, "window_size": 4, "position_embedding": "rope"},
+        ["branch_layer_period=9", "none of the", "layers would have branches"],
+    ),
     ({"num_labels": 1 << 63}, ["num_labels=9223372036854775808", "at most 1048576"]),
     ({"intermediate_size": -1}, ["intermediate_size=-1", "at least 1"]),
     ({"hidden_size": "24"}, ["hidden_size"]),
@@ -234,6 +240,7 @@ def test_for_context_keeps_to_its_effort(length, effort, is_causal, capsys):
         assert "Dense attention" in capsys.readouterr().out
         return
     assert (config.query_rates, config.keys_once) == ([1] * len(config.segment_lengths), is_causal)
+    assert config.branch_layer_period == 2
     # What lies between two tokens that a branch shows has been read by the branch, or the window, before it.
     reach = [config.window_size, *config.segment_lengths]
     assert all(r <= w for r, w in zip(config.dilation_rates, reach, strict=False))
@@ -254,10 +261,15 @@ def test_for_context_refuses_a_misspelt_argument(name, meant):
         LongNetConfig.for_context(8192, **{name: 256})
 
 
+def test_for_context_gives_a_single_layer_branches():
+    assert LongNetConfig.for_context(2048, effort=192, num_hidden_layers=1).branch_layer_period == 1
+    assert LongNetConfig.for_context(2048, effort=192, branch_layer_period=1).dilation_rates == [16]
+
+
 def test_for_context_prints_the_line_that_parse_pattern_reads(capsys):
     config = LongNetConfig.for_context(2048, effort=192)
     words = capsys.readouterr().out.split("'")[1]
-    assert words == "w136 2048/16:1 once"
+    assert words == "w136 2048/8:1 once every2"
     assert Pattern.parse(words) == Pattern.of(config)
 
 

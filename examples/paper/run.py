@@ -87,14 +87,22 @@ FULL = {
     "written_seeds": [0, 1, 2],
     "written_recall": [
         "w128 2048/16:1 once", "w96 2048/12:1 once", "w64 2048/8:1 once", "w96 512/4:1 2048/16:1 once",
-        "w64 512/2 2048/4 rotate stagger once",
+        "w64 512/2 2048/4 rotate stagger once", "w136 2048/8:1 once every2",
     ],
     # The same with more training: recall beyond the window was still growing.
-    "long_recall": {"tokens": 1 << 22, "patterns": ["w64 2048/8:1 once", "w136 2048/16:1 once", *RIVALS[1:]]},
+    "long_recall": {
+        "tokens": 1 << 22,
+        "patterns": ["w136 2048/8:1 once every2", "w64 2048/8:1 once", "w136 2048/16:1 once", *RIVALS[1:]],
+    },
     # Other models of about that size, one seed.
     "recall_models": {
-        "4 layers": {"sizes": {"num_hidden_layers": 4}, "patterns": ["w64 2048/8:1 once"]},
-        "8 heads": {"sizes": {"num_attention_heads": 8}, "patterns": ["w64 2048/8:1 once"]},
+        "4 layers": {
+            "sizes": {"num_hidden_layers": 4},
+            "patterns": ["w64 2048/8:1 once", "w136 2048/8:1 once every2", "w136 2048/4:1 once every4"],
+        },
+        "8 heads": {
+            "sizes": {"num_attention_heads": 8}, "patterns": ["w64 2048/8:1 once", "w136 2048/8:1 once every2"],
+        },
     },
     "written_text": {
         "2048": ["w256 2048/8:1 once", "w256", "w512", "w256 2048/2 8192/4 32768/8 rotate stagger once"],
@@ -110,8 +118,13 @@ FULL = {
         ],
     },
     "full_tokens": 3 << 19,
-    # The same with 4 times the training, of the two best patterns of equal work.
-    "long_text": {"length": 2048, "tokens": 3 << 21, "patterns": ["w136 2048/16:1 once", "w192"], "seeds": [0]},
+    # The same with 4 times the training, of patterns of equal work.
+    "long_text": {
+        "length": 2048, "tokens": 3 << 21, "seeds": [0, 1, 2],
+        "patterns": [
+            "w176 2048/16:1 once every4", "w192", "w136 2048/8:1 once every2", "w136 2048/16:1 once", "w128",
+        ],
+    },
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
