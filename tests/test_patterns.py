@@ -476,7 +476,7 @@ def test_generation_equals_the_one_without_a_cache(options):
         given = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False} | options
         found.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **given))
     assert torch.equal(*found)
-    paper = make_lm(window_size=None, query_rates=None, rotate_offsets=False, stagger_segments=False, keys_once=False)
+    paper = make_lm(**Pattern._field_defaults)
     assert not torch.equal(found[0], paper.generate(ids, attention_mask=mask, **given))
 
 
@@ -487,7 +487,7 @@ def test_drafts_are_taken_back(kind):
     given = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     options = {"prompt_lookup_num_tokens": 5}
     if kind == "assistant":
-        options = {"assistant_model": make_lm(num_hidden_layers=1)}
+        options = {"assistant_model": make_lm(num_hidden_layers=1, branch_layer_period=1)}
         options["assistant_model"].generation_config.num_assistant_tokens = 7
     assert torch.equal(model.generate(ids, **options, **given), model.generate(ids, use_cache=False, **given))
 
@@ -550,14 +550,16 @@ def test_a_crop_that_one_layer_refuses_changes_none():
 
 
 def test_the_cache_holds_the_papers_rows_and_the_window():
-    model, paper = make_lm(), make_lm(**dict.fromkeys(("window_size", "query_rates")), keys_once=False)
+    """In a layer that has branches; the others hold the window alone."""
+    model, paper = make_lm(), make_lm(**Pattern._field_defaults)
     sizes = []
     for each in (model, paper):
         cache = LongNetCache(each.config)
         with torch.no_grad():
             each(torch.randint(0, 29, (1, 200)), **{CACHE: cache})
-        sizes.append(cache.layers[0].keys.shape[2])
-    assert sizes[0] == sizes[1] + EVERYTHING["window_size"]
+        sizes.append([layer.keys.shape[2] for layer in cache.layers])
+    window = EVERYTHING["window_size"]
+    assert sizes[0][:2] == [window, sizes[1][1] + window]
 
 
 def test_rows_are_reordered_and_a_saved_cache_goes_on():
@@ -816,7 +818,7 @@ def test_a_config_without_the_fields_is_the_papers(tmp_path):
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({name: x for name, x in saved.items() if name not in FIELDS.values()}))
     assert Pattern.of(LongNetConfig.from_pretrained(tmp_path)) == Pattern.of(LongNetConfig())
-    assert Pattern.of(LongNetConfig())[3:] == (None, None, False, False, False)
+    assert Pattern.of(LongNetConfig())[3:] == (None, None, False, False, False, 1)
 
 
 # Refusals.
