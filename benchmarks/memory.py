@@ -57,8 +57,11 @@ def kept_bytes(config: LongNetConfig, dtype: str) -> float:
 def count_bytes(path: Path | None, dtype: str) -> dict[bool, float]:
     """Apply the module's formula: bytes per token at a step's peak, with gradient checkpointing and without."""
     config = load_config(path)
-    one, two = (kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (1, 2))
-    block, element, blocks = two - one, getattr(torch, dtype).itemsize, config.num_hidden_layers
+    few = config.branch_layer_period  # layers differ within a period
+    one, two = (
+        kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (few, 2 * few)
+    )
+    block, element, blocks = (two - one) / few, getattr(torch, dtype).itemsize, config.num_hidden_layers
     at_work = (config.intermediate_size + 2 * config.hidden_size) * element
     return {True: blocks * config.hidden_size * element + block + at_work, False: blocks * block + at_work}
 

@@ -149,6 +149,7 @@ MODELS = {
     "packed": {"length": 61, "packed": True},
     "shift-labels": {"length": 61, "shift": True},
     "beyond-the-paper": {"length": 61, "keys_once": True, **BEYOND},
+    "branches-in-some-layers": {"length": 61, "keys_once": True, "branch_layer_period": 2, **BEYOND},
     "beyond-the-paper-bidirectional": {"length": 61, "is_causal": False, "shift": True, **BEYOND},
     "beyond-the-paper-packed": {"length": 61, "packed": True, "keys_once": True, "num_key_value_heads": 2, **BEYOND},
 }

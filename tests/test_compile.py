@@ -152,6 +152,7 @@ PATTERNS = {
     "paper": {},
     "more rate than heads": {"segment_lengths": [4, 12], "dilation_rates": [3, 8], "num_key_value_heads": 2},
     "window and summaries": ROPE | parse_pattern("w3 6/2:1 12/4:1 once"),
+    "some layers": ROPE | parse_pattern("w3 6/2:1 12/4:1 once every2") | {"num_hidden_layers": 2},
     "all remedies": ROPE | parse_pattern("w4 8/2 16/4 rotate stagger once") | {"num_hidden_layers": 2},
     "window alone": ROPE | parse_pattern("w5") | {"tie_word_embeddings": True},
 }

@@ -273,7 +273,9 @@ def test_for_context_prints_the_line_that_parse_pattern_reads(capsys):
     assert Pattern.parse(words) == Pattern.of(config)
 
 
-@pytest.mark.parametrize("words", ["512/1 2048/4", "w64", "w16 64/4:2 256/8:8 rotate stagger", "64/1 256/4:1 once"])
+@pytest.mark.parametrize("words", [
+    "512/1 2048/4", "w64", "w16 64/4:2 256/8:8 rotate stagger", "64/1 256/4:1 once", "w8 64/4:1 once every3",
+])  # fmt: skip
 def test_a_written_pattern_reads_back(words):
     pattern = Pattern.parse(words)
     assert Pattern.parse(pattern.write()) == pattern

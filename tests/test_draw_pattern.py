@@ -7,7 +7,7 @@ from examples import draw_pattern
 from modeling_longnet import LongNetCache, LongNetConfig, LongNetForCausalLM, dilated_attention, parse_pattern
 from modeling_longnet.testing import Pattern
 
-PATTERNS = ["8/1 32/4", "8/1 32/4 rotate stagger", "w4 32/8:1 once", "w8"]
+PATTERNS = ["8/1 32/4", "8/1 32/4 rotate stagger", "w4 32/8:1 once", "w4 32/8:1 once every2", "w8"]
 
 
 def attended(words: str, heads: int, tokens: int, layer: int) -> torch.Tensor:
