@@ -169,9 +169,7 @@ def _branch_pairs(chunk: Chunk, branch: Branch, heads: int, keys: str) -> int:
 def count_load(length: int, devices: int, pattern: Pattern, heads: int, groups: int, node: int) -> Load:
     """Count the load of each device from the plans. Layers are assumed to be alike: no staggered segments."""
     if pattern.branch_layer_period > 1:
-        raise ValueError(
-            f"pattern '{pattern.write()}': only patterns of which every layer has the branches are counted."
-        )
+        raise ValueError(f"pattern '{pattern.write()}': layers are counted as alike; leave branch_layer_period out.")
     branches = pattern.branches(groups, heads)
     borders = shard_borders(length, devices, min(pattern.segment_lengths, default=1))
     whole = whole_batch(1, length)

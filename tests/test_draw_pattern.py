@@ -68,7 +68,9 @@ def test_it_writes_text_and_a_picture(tmp_path, capsys):
     assert next(line for line in text.splitlines() if "1,000,000" in line).split()[3] == "16"
 
 
-@pytest.mark.parametrize(("words", "message"), [("8/1 x", "'x' is no"), ("8/16", "larger than"), ("", "at least one")])
+@pytest.mark.parametrize(
+    ("words", "message"), [("8/1 x", "'x' must be"), ("8/16", "larger than"), ("", "at least one")]
+)
 def test_a_wrong_pattern_is_named(words, message, capsys):
     with pytest.raises(SystemExit):
         draw_pattern.main([words])

@@ -7,6 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from checks import assert_close
@@ -23,8 +24,9 @@ from modeling_longnet import (
     convert_checkpoint,
     export_checkpoint,
 )
+from modeling_longnet.pattern import Pattern
 
-from .attention import draw_branches
+from .attention import draw_branches, draw_pattern
 from .engine import Draw, may_refuse
 
 EXACT = 1e-9  # float64, through three layers
@@ -53,8 +55,14 @@ def draw_fields(draw: Draw, **fixed) -> dict:
         "final_layer_norm": not draw.flag(0.1), "embedding_scale": draw.choice([1.0, 2.5]), "dropout": 0.1,
         "drop_path_rate": 0.2, "vocab_size": VOCABULARY,
     }  # fmt: skip
+    if draw.flag(0.4) and not {"segment_lengths", "head_offsets", "position_embedding"} & fixed.keys():
+        pattern = draw_pattern(draw, fixed.get("is_causal", fields["is_causal"]), 60)
+        layers = fixed.get("num_hidden_layers", fields["num_hidden_layers"])
+        fields |= pattern._replace(branch_layer_period=min(pattern.branch_layer_period, layers))._asdict()
+        fields["position_embedding"] = draw.choice(["rope", "none"])
     fields |= fixed
-    fields["attend_zero_padding"] = not fields["is_causal"] and draw.flag(0.3)
+    is_paper = not Pattern.of(SimpleNamespace(**fields)).beyond
+    fields["attend_zero_padding"] = not fields["is_causal"] and is_paper and draw.flag(0.3)
     return fields
 
 
