@@ -3,7 +3,7 @@
 A pattern is written as `parse_pattern` reads it: "w256 2048/8:1 once" is a window of 256 tokens and a branch of which
 all queries see every eighth key; no key counts twice. `flex 256` is FlexAttention's window of 256 tokens (on a CPU
 forward only).
-The op is timed as two layers, an even and an odd one, because staggered segments and rotated offsets differ there.
+The op is timed as two layers, an even and an odd one, which may differ in offsets, borders and branches.
 """
 
 import argparse
@@ -25,6 +25,7 @@ PATTERNS = (
     "512/1 2048/2 8192/4 32768/8",
     "w256 2048/2 8192/4 32768/8 rotate stagger once",
     "w256 2048/8:1 8192/32:1 32768/128:1 once",
+    "w256 2048/4:1 8192/16:1 32768/64:1 once every2",
     "w256",
 )
 OP, DECODE, TRAIN = "op", "decoding step", "training step"
