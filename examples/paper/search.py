@@ -63,16 +63,19 @@ PAPER_RECALL = "128/1 512/2 2048/4"
 # Most valuable first: task, number of seeds, learning rates, patterns.
 PLAN = [
     ("recall", 3, (1e-3, 2e-3), [
-        PAPER_RECALL, "w204", "w136 2048/8:1 once every2", "w64 2048/8:1 once", "w128 2048/16:1 once", "w96 2048/12:1 once",
+        PAPER_RECALL, "w204", "w136 2048/8:1 once every2", "w64 2048/8:1 once", "w128 2048/16:1 once",
+        "w96 2048/12:1 once",
         "w96 512/4:1 2048/16:1 once", "w128 512/8:1 2048/32:1 once", "w64 512/2 2048/4 rotate stagger once",
         "w128 2048/16:1 rotate once", "w112 2048/14:1 once", "w64 512/4:1 2048/16:1 once", "sparse 192 22",
     ]),
     ("text-2k", 3, (2e-3,), [
-        PAPER, "w718", "w512", "w256", "w240 2048/16:1 once every4", "w208 2048/8:1 once every2", "w256 2048/8:1 once", "w256 2048/16:1 once", "w128 2048/8:1 once",
+        PAPER, "w718", "w512", "w256", "w240 2048/16:1 once every4", "w208 2048/8:1 once every2",
+        "w256 2048/8:1 once", "w256 2048/16:1 once", "w128 2048/8:1 once",
         "w256 2048/2 8192/4 32768/8 rotate stagger once", DENSE,
     ]),
     ("text-8k", 3, (2e-3,), [
-        PAPER, "w850", "w512", "w384 2048/8:1 8192/32:1 once every2", "w256 2048/8:1 8192/32:1 once", "w256 8192/32:1 once",
+        PAPER, "w850", "w512", "w384 2048/8:1 8192/32:1 once every2",
+        "w256 2048/8:1 8192/32:1 once", "w256 8192/32:1 once",
         "w256 2048/2 8192/4 32768/8 rotate stagger once", "w512 8192/16:1 once", DENSE,
     ]),
     ("larger-8k", 1, (2e-3,), [
@@ -80,7 +83,8 @@ PLAN = [
         "w256 2048/8:1 8192/32:1 once", "w512 8192/16:1 once", DENSE,
     ]),
     ("recall-8k", 1, (1e-3,), [
-        "128/1 512/2 2048/4 8192/4", "w256", "w128 1024/4:1 8192/32:1 once every2", "w96 2048/12:1 8192/48:1 once", "w128 8192/64:1 once",
+        "128/1 512/2 2048/4 8192/4", "w256", "w128 1024/4:1 8192/32:1 once every2", "w96 2048/12:1 8192/48:1 once",
+        "w128 8192/64:1 once",
     ]),
     ("text-16k", 3, (2e-3,), [PAPER, "w896", "w256", "w256 2048/8:1 8192/32:1 32768/128:1 once"]),
     ("larger-32k", 1, (2e-3,), [
