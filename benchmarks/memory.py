@@ -1,6 +1,6 @@
 """Memory of a training step: bytes per token counted from the model, beside the measured peak; the paper's model at 1M.
 
-The tensors that autograd keeps are counted (by its own hooks, in models of one and of two blocks). From them follows
+The tensors that autograd keeps are counted (by its own hooks, in models of few blocks). From them follows
 
     peak / token = N E (the blocks' inputs, with gradient checkpointing) or N block (without)
                  + block (with checkpointing: the one being recomputed) + I + 2 E (gradients in flight)
@@ -57,13 +57,16 @@ def kept_bytes(config: LongNetConfig, dtype: str) -> float:
 def count_bytes(path: Path | None, dtype: str) -> dict[bool, float]:
     """Apply the module's formula: bytes per token at a step's peak, with gradient checkpointing and without."""
     config = load_config(path)
-    few = config.branch_layer_period  # layers differ within a period
-    one, two = (
-        kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype) for n in (few, 2 * few)
+    few = config.branch_layer_period  # the last of so many blocks has branches
+    period, others, two = (
+        kept_bytes(LongNetConfig(**config.to_diff_dict() | {"num_hidden_layers": n}), dtype)
+        for n in (few, 2 * few - 1, 2 * few)
     )
-    block, element, blocks = (two - one) / few, getattr(torch, dtype).itemsize, config.num_hidden_layers
+    blocks, largest = config.num_hidden_layers * (two - period) / few, two - others
+    element = getattr(torch, dtype).itemsize
     at_work = (config.intermediate_size + 2 * config.hidden_size) * element
-    return {True: blocks * config.hidden_size * element + block + at_work, False: blocks * block + at_work}
+    inputs = config.num_hidden_layers * config.hidden_size * element
+    return {True: inputs + largest + at_work, False: blocks + at_work}
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -51,7 +51,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def __init__(self, branches: tuple[Branch, ...], max_length: int | None, offloading: bool, longest: int):
         super().__init__()
         self.branches = branches
-        self.longest = longest  # segment of any layer
+        self.longest = longest  # segment or window of all layers
         self.max_length = max_length
         self.offloading = offloading  # keep the slots on the CPU between calls
         self.lengths: list[int] = []  # real tokens of each batch row
@@ -353,10 +353,10 @@ class SlotCounts:
     """
 
     def __init__(self, branches: tuple[Branch, ...], num_heads: int, device: torch.device | None = None):
-        self.xp = np if device is None else torch  # the functions below exist in both
+        self.is_traceable = device is not None
 
         def array(values):
-            return np.array(values) if device is None else torch.tensor(np.array(values), device=device)
+            return torch.tensor(np.array(values), device=device) if self.is_traceable else np.array(values)
 
         def column(values):  # (heads or 1, 1, n)
             return array(np.array(list(values)).T.reshape(-1, 1, len(branches)))
@@ -373,6 +373,11 @@ class SlotCounts:
         self.query_offset = column(self._of_heads(b.query_offsets or b.offsets, num_heads) for b in branches)
         self.zero, self.one = column([0] for _ in branches), column([1] for _ in branches)
         self.kv_head = array(self._of_heads(range(self.offset.shape[0]), num_heads))  # of each query head
+
+    @property
+    def xp(self):
+        """NumPy or PyTorch, whose functions used here agree."""
+        return torch if self.is_traceable else np
 
     @staticmethod
     def _of_heads(values: Sequence[int], num_heads: int) -> np.ndarray:

@@ -74,7 +74,7 @@ def _window_patterns(length: int, is_causal: bool, period: int) -> list[Pattern]
         # Borders evenly spaced between the window and the length.
         segments = tuple(window << (octaves * (i + 1) // count) for i in range(count))
         for keys in (period * window, period * window // 2):  # of all branches together, in a layer that has them
-            rates = tuple(min(w, 1 << (w * count // (2 * keys) - 1).bit_length()) for w in segments)
+            rates = tuple(min(w, 1 << max(0, w * count // (2 * keys) - 1).bit_length()) for w in segments)
             # A key stands for the r tokens up to it: the window or segment before must be long enough to see them.
             if all(r <= before for r, before in zip(rates, (window, *segments), strict=False)):
                 patterns.append(
@@ -83,10 +83,10 @@ def _window_patterns(length: int, is_causal: bool, period: int) -> list[Pattern]
     return patterns
 
 
-def _widen_window(pattern: Pattern, length: int, effort: int) -> Pattern:
+def _widen_window(pattern: Pattern, length: int, effort: float, layers: int) -> Pattern:
     """Widen the window, in steps of 8 tokens to less than twice its size, as far as `effort` allows."""
     sizes = range(pattern.window_size, min(2 * pattern.window_size, pattern.segment_lengths[0]), 8)
-    fits = bisect.bisect_right(sizes, effort, key=lambda size: pattern._replace(window_size=size).count_work(length))
+    fits = bisect.bisect_right(sizes, effort, key=lambda n: pattern._replace(window_size=n).count_work(length, layers))
     return pattern._replace(window_size=sizes[fits - 1])
 
 
@@ -115,8 +115,8 @@ class LongNetConfig(PreTrainedConfig):
         stagger_segments: odd layers place segment borders half a segment earlier.
         keys_once: a branch leaves out the segment, or window, of the branch before it: no key counts twice. A text
             that fits into the first of them then gets dense attention. Causal models only.
-        branch_layer_period: of this many layers the last has the branches, the others have the window alone, so that
-            branches cost less and their keys have been read by more layers.
+        branch_layer_period: n for branches in every n-th layer; the others have only the window. Offsets and borders
+            then change from one layer with branches to the next.
         is_causal: decoder (True) or bidirectional encoder (False).
         position_embedding: "xpos" (arXiv 2212.10554: rotation, and decay zeta_i ** (n / xpos_scale_base)), "rope"
             (rotation alone) or "none". Positions are taken modulo `position_period`.
@@ -251,7 +251,7 @@ class LongNetConfig(PreTrainedConfig):
             effort: mean number of keys that a query may see per head and layer; dense attention is `length / 2`, in a
                 bidirectional model `length`.
             num_attention_heads, fields: as in the constructor, but positions are "rope" by default (for any length).
-                branch_layer_period=1 gives every layer branches.
+                branch_layer_period=1 gives every layer branches; the default is 2.
             paper: branches of the paper's kind instead: the first is dense, then segments and rates grow by 4, each
                 adds a quarter of the work of the one before, and any two tokens share a segment. Rates stop at the
                 number of key/value heads, so that some head keeps each token.
@@ -267,16 +267,21 @@ class LongNetConfig(PreTrainedConfig):
         fields = {"position_embedding": "rope", "num_attention_heads": num_attention_heads} | fields
         if not (isinstance(length, int) and isinstance(effort, int) and length >= 1 and effort >= 1):
             raise ValueError(f"length={length!r}, effort={effort!r}: both must be whole numbers of at least 1.")
+        layers = fields.get("num_hidden_layers", cls.num_hidden_layers)
+        period = 1 if paper else fields.pop("branch_layer_period", min(2, layers) if isinstance(layers, int) else 1)
+        if not all(isinstance(x, int) and x >= 1 for x in (layers, period)) or period > layers:
+            raise ValueError(
+                f"branch_layer_period={period!r} must be a whole number from 1 to num_hidden_layers={layers!r}."
+            )
         is_causal = fields.get("is_causal", True)
         both = 1 if is_causal else 2  # a bidirectional query sees keys on both sides, twice what is counted
         if paper:
             segments = [1 << n for n in range(4, max(5, (length - 1).bit_length() + 1))]
             patterns = [Pattern(*map(tuple, _growing_branches(first, length, heads))) for first in segments]
         else:
-            period = fields.pop("branch_layer_period", min(2, fields.get("num_hidden_layers", 2)))
             patterns = _window_patterns(length, is_causal, period)
         effort = effort / both
-        work = [pattern.count_work(length) for pattern in patterns]
+        work = [pattern.count_work(length, layers) for pattern in patterns]
         if effort < min(work):
             raise ValueError(
                 f"effort={effort * both:.0f} is too small for length={length}"
@@ -288,13 +293,13 @@ class LongNetConfig(PreTrainedConfig):
             key=lambda x: (not x[1].window_size, x[0]),
         )
         if pattern.window_size:
-            pattern = _widen_window(pattern, length, effort)
-        keys = pattern.count_work(length)
+            pattern = _widen_window(pattern, length, effort, layers)
+        keys = pattern.count_work(length, layers)
         print(
             f"'{pattern.write()}': {pattern.describe(is_causal)} On average {keys * both:.0f} keys per head "
             f"(effort {effort * both:.0f}; dense {length / 2 * both:.0f})."
         )
-        return cls(**{name: x for name, x in pattern._asdict().items() if x is not None}, **fields)
+        return cls(**{name: x for name, x in pattern._asdict().items() if x is not None} | fields)
 
     @classmethod
     def _refuse_near_misses(cls, kwargs: dict, is_saved: bool = False) -> None:

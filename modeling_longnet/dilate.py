@@ -90,6 +90,8 @@ def use_dilated_attention(
     given = {name: x for name, x in (given | {"backend": backend}).items() if x is not None} | beyond
     setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given.items()}
     _check_setting(config.num_hidden_layers, **setting)
+    if setting["branch_layer_period"] > 1 and _has_windows(config):
+        raise ValueError("branch_layer_period must be 1 in a model some of whose layers have a sliding window already.")
     config.dilated_attention = setting
     model.set_attn_implementation(IMPLEMENTATION)
     if not _is_dilated(config):

@@ -25,7 +25,10 @@ class ExportableDecoder(nn.Module):
     size is the cache's bound, `P = sum_i ceil(w_i / r_i)`, from the first token on, and enough for any number of them.
 
     Args:
-        model: in eval mode, on the device where the program will run.
+        model: in eval mode.
+
+    Raises:
+        ValueError: not a causal language model, or one that is training.
 
     Example:
         >>> decode = ExportableDecoder(model)
@@ -36,41 +39,73 @@ class ExportableDecoder(nn.Module):
 
     def __init__(self, model: LongNetForCausalLM):
         super().__init__()
-        self.model = model
-        self.train(model.training)
-        self.cache = LongNetCache(model.config)  # stays empty: it knows the branches of each layer
-        kinds = dict.fromkeys(layer.branches for layer in self.cache.layers)
-        self.slots = {branches: _Slots(branches, model.config.num_attention_heads, model.device) for branches in kinds}
+        # Compared by name: remote code has a class of its own.
+        names = {base.__name__ for base in type(model).__mro__}
+        if "LongNetForCausalLM" not in names or not model.config.is_causal or model.training:
+            raise ValueError(
+                f"an exportable decoder needs a LongNetForCausalLM with is_causal=True, in eval mode; got a "
+                f"{type(model).__name__}{' that is training' if model.training else ''}."
+            )
+        self.model = model.eval()
+        self.eval()
+        self.layers = LongNetCache(model.config).layers  # which stay empty: they know the branches
+        self._count_slots()
 
-    def state(self, batch_size: int = 1, cache: LongNetCache | None = None) -> tuple[Tensor, ...]:
-        """Return the state before the first token, or a copy of what a cache holds; ValueError if it does not fit."""
+    def _count_slots(self) -> None:
+        heads, device = self.model.config.num_attention_heads, self.model.device
+        kinds = dict.fromkeys(layer.branches for layer in self.layers)
+        self.slots = {branches: _Slots(branches, heads, device) for branches in kinds}
+
+    def _apply(self, *args, **kwargs):
+        """Follow the model to another device."""
+        super()._apply(*args, **kwargs)
+        self._count_slots()
+        return self
+
+    def state(self, batch_size: int | None = None, cache: LongNetCache | None = None) -> tuple[Tensor, ...]:
+        """Return the state before the first token of `batch_size` rows (1), or a copy of what a cache holds.
+
+        Raises:
+            ValueError: the cache does not fit the model.
+        """
         config, weight = self.model.config, self.model.lm_head.weight
+        if cache is not None:
+            self.model.model.check_cache(cache, batch_size or len(getattr(cache, "lengths", ())))
         if cache is None or not cache.lengths:
-            shape = batch_size, config.num_key_value_heads, config.head_dim
-            keys = [weight.new_zeros(*shape[:2], slots.count, shape[2]) for slots in self._layers() for _ in range(2)]
-            return torch.zeros(batch_size, dtype=torch.int64, device=weight.device), *keys
-        cache.check(config, len(cache.lengths))
+            shapes = [(batch_size or 1, config.num_key_value_heads, n, config.head_dim) for n in self._sizes()]
+            return torch.zeros(batch_size or 1, dtype=torch.int64, device=weight.device), *map(weight.new_zeros, shapes)
         state = [torch.tensor(cache.lengths, device=weight.device)]
-        for layer, slots in zip(cache.layers, self._layers(), strict=True):
-            sizes = layer.slots(layer.capacity)
+        for layer in cache.layers:
+            sizes = layer.slots(layer.capacity), self.slots[layer.branches].sizes
             for x in (layer.keys, layer.values):
-                whole = x.new_zeros(*x.shape[:2], slots.count, x.shape[3])
-                for part, place in zip(x.split(sizes, 2), whole.split(slots.sizes, 2), strict=True):
+                whole = x.new_zeros(*x.shape[:2], sum(sizes[1]), x.shape[3])
+                for part, place in zip(*(y.split(n, 2) for y, n in zip((x, whole), sizes, strict=True)), strict=True):
                     place[:, :, : part.shape[2]] = part
                 state.append(whole.to(weight.device))
         return tuple(state)
 
-    def _layers(self):
-        return [self.slots[layer.branches] for layer in self.cache.layers]
+    def _sizes(self) -> list[int]:
+        """Return P of the keys and the values of each layer."""
+        return [sum(self.slots[layer.branches].sizes) for layer in self.layers for _ in range(2)]
 
     def forward(self, input_ids: Tensor, lengths: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
-        """Return the (B, 1, V) logits after one more token (B, 1) of each row, and the next state."""
-        check_shape("input_ids", input_ids, len(lengths), 1)
-        backbone, config = self.model.model, self.model.config
+        """Return the (B, 1, V) logits after one more token (B, 1) of each row, and the next state.
+
+        Raises:
+            ValueError: tensors that are no state of this model and batch.
+        """
+        config, batch = self.model.config, lengths.shape[0]
+        check_shape("input_ids", input_ids, batch, 1)
+        expected = self._sizes()
+        if len(slots) != len(expected):
+            raise ValueError(f"a state has {1 + len(expected)} tensors; got {1 + len(slots)}.")
+        for number, (x, size) in enumerate(zip(slots, expected, strict=True), 1):
+            check_shape(f"state[{number}]", x, batch, config.num_key_value_heads, size, config.head_dim)
+        backbone = self.model.model
         embeds = backbone.embed(input_ids)
         rotary = make_rotary(config, lengths[:, None], autocast_dtype(embeds))
         steps = {branches: slots.step(lengths) for branches, slots in self.slots.items()}
-        context = _StepContext(rotary, [steps[layer.branches] for layer in self.cache.layers], list(slots))
+        context = _StepContext(rotary, [steps[layer.branches] for layer in self.layers], list(slots))
         logits = self.model.lm_head(backbone.encode(embeds, context))
         return logits, lengths + 1, *context.slots
 
@@ -81,7 +116,6 @@ class _Slots:
     def __init__(self, branches, num_heads: int, device: torch.device):
         self.counts = SlotCounts(branches, num_heads, device)
         self.sizes = [-(-b.w // b.r) for b in branches]
-        self.count = sum(self.sizes)
         self.branch = torch.arange(len(branches)).repeat_interleave(torch.tensor(self.sizes)).to(device)
         self.number = torch.cat([torch.arange(n, device=device) for n in self.sizes])
 

@@ -285,7 +285,7 @@ class LongNetModel(LongNetBackbone):
             if cache is None and use_cache and self.config.is_causal and not torch.compiler.is_exporting():
                 cache = LongNetCache(self.config)
             if cache is not None:
-                self._check_cache(cache, len(embeds))
+                self.check_cache(cache, len(embeds))
             context = make_context(self.config, embeds, backend, attention_mask, position_ids, cache)
         return BaseModelOutputWithPast(last_hidden_state=self.encode(embeds, context), **{CACHE: cache})
 
@@ -310,7 +310,8 @@ class LongNetModel(LongNetBackbone):
         embeds = self.embed_tokens((input_ids if shard is None else shard.cut(input_ids)).long())
         return embeds if self.config.embedding_scale == 1 else embeds * self.config.embedding_scale
 
-    def _check_cache(self, cache, batch: int) -> None:
+    def check_cache(self, cache, batch: int) -> None:
+        """Raise ValueError unless the model can continue this cache with a batch of this size."""
         # Compared by name: with remote code, a second class of this name may be loaded.
         if type(cache).__name__ != "LongNetCache":
             raise ValueError(

@@ -29,7 +29,7 @@ class Pattern(NamedTuple):
             tokens of a segment meet in some head or layer.
         stagger_segments: odd layers place the borders of segments half a segment earlier.
         keys_once: a branch leaves out the region of the branch before it, so that no key counts twice.
-        branch_layer_period: of this many layers the last has the branches, the others have the window alone.
+        branch_layer_period: n for branches in every n-th layer; the others have only the window.
     """
 
     segment_lengths: tuple[int, ...]
@@ -50,7 +50,7 @@ class Pattern(NamedTuple):
         layers.
 
         Raises:
-            ValueError: names the word that is none of these, or that is a second window.
+            ValueError: names the word that is none of these, or a second window or period.
         """
         flags = {"rotate": "rotate_offsets", "stagger": "stagger_segments", "once": "keys_once"}
         branches, fields = [], {}
@@ -61,7 +61,7 @@ class Pattern(NamedTuple):
                 fields[flags[word]] = True
             elif (match := re.fullmatch(r"w(\d+)", word)) and "window_size" not in fields:
                 fields["window_size"] = int(match[1])
-            elif match := re.fullmatch(r"every(\d+)", word):
+            elif (match := re.fullmatch(r"every(\d+)", word)) and "branch_layer_period" not in fields:
                 fields["branch_layer_period"] = int(match[1])
             elif match := re.fullmatch(r"(\d+)/(\d+)(?::(\d+))?", word):
                 branches.append([int(x or match[2]) for x in match.groups()])
@@ -121,14 +121,13 @@ class Pattern(NamedTuple):
             )
         if self.keys_once and not is_causal:
             raise ValueError("keys_once needs causal attention (is_causal=True).")
-        period = self.branch_layer_period
-        if not _is_count(period) or (period > 1 and window is None):
+        period, of = self.branch_layer_period, num_layers or LONGEST_SEGMENT
+        if not _is_count(period) or period > of or (period > 1 and not (window and w)):
+            up_to = "" if num_layers is None else f" to the number of layers ({num_layers})"
             raise ValueError(
-                f"branch_layer_period={period!r} must be a number of layers, at least 1; above 1 the layers without "
-                "branches need a window_size."
+                f"branch_layer_period={period!r} must be a whole number from 1{up_to}; above 1 it needs branches, "
+                "and a window_size for the layers without them."
             )
-        if num_layers is not None and period > num_layers:
-            raise ValueError(f"branch_layer_period={period}: none of the {num_layers} layers would have branches.")
 
     def branches(self, num_kv_heads: int, num_heads: int | None = None, layer: int = 0) -> tuple[Branch, ...]:
         """Return a layer's branches for these key/value and query heads (None: as many), the least dilated first.
@@ -144,6 +143,7 @@ class Pattern(NamedTuple):
             result.append(Branch(window, 1, (0,) * num_kv_heads, is_window=True))
         if (layer + 1) % self.branch_layer_period:
             return tuple(result)
+        layer //= self.branch_layer_period  # those with branches rotate and stagger among themselves
         for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
             inner, inner_phase = segment, phase
             segment, phase = w, self._phase(w, inner, phase) if self.stagger_segments and layer % 2 else 0
@@ -182,7 +182,7 @@ class Pattern(NamedTuple):
         if self.window_size is None:
             near = f"up to {self.segment_lengths[0]} tokens of its own segment"
             return f"Branches {branches}: a query sees {near}, and farther ones ever more sparsely."
-        where = f", in one layer of {self.branch_layer_period}" if self.branch_layer_period > 1 else ""
+        where = f" (one layer in {self.branch_layer_period})" if self.branch_layer_period > 1 else ""
         shown = f", and of longer segments one key in r{where}: branches (w, r) = {branches}" if branches else ""
         near = f"the last {self.window_size} tokens"
         if not is_causal:
@@ -194,14 +194,15 @@ class Pattern(NamedTuple):
         """Return about w / 2, so that borders of the inner segments stay borders of this one."""
         return inner_phase + (w // 2 - inner_phase) // inner * inner if inner else w // 2
 
-    def count_work(self, length: int) -> float:
-        """Return the mean number of keys that a causal query sees per head in a sequence of `length` tokens.
+    def count_work(self, length: int, num_layers: int | None = None) -> float:
+        """Return the mean number of keys that a causal query sees per head and layer in a sequence of `length` tokens.
 
         A branch shows half of its region, one key in r, to one query in query_rate: sum_i min(w_i, length) /
-        (2 r_i query_rate_i); with keys_once, less the region before it; the mean over layers. Exact up to each query's
-        own key (half a key per branch) if whole segments fill the sequence; a ragged end or staggered segments show
-        less.
+        (2 r_i query_rate_i); with keys_once, less the region before it. Exact up to each query's own key (half a key
+        per branch) if whole segments fill the sequence; a ragged end or staggered segments show less.
         """
+        period = self.branch_layer_period
+        share = num_layers // period / num_layers if num_layers else 1 / period  # of the layers, with branches
         window = self.window_size or 0
         work = window * (1 - window / (2 * length)) if window < length else length / 2
         left_out, before = window if self.keys_once else 0, 0.0
@@ -209,7 +210,7 @@ class Pattern(NamedTuple):
         for w, r, rate in zip(self.segment_lengths, self.dilation_rates, rates, strict=True):
             tokens = min(w, length)
             region = max(0, tokens - left_out) ** 2 / (2 * tokens)  # of the segment, before the window
-            work += (region - before) / (r * rate * self.branch_layer_period)
+            work += (region - before) / (r * rate) * share
             before = region if self.keys_once else 0.0
         return work
 

@@ -1,8 +1,11 @@
 """Whole models as one graph: torch.compile(fullgraph=True) in training, torch.export. Numbers are the eager model's."""
 
+import copy
+
 import pytest
 import torch
-from checks import assert_close, make_model
+from checks import assert_close, make_model, refused
+from transformers import DynamicCache
 
 from modeling_longnet import (
     ExportableDecoder,
@@ -178,15 +181,45 @@ def test_exported_decoding(fields):
             assert_close(f"column {column}", logits[:, 0], whole[:, column], 1e-11)
 
 
+def test_an_exported_decoder_takes_any_batch_and_is_copied():
+    model = make(LongNetForCausalLM)
+    decode, ids = copy.deepcopy(ExportableDecoder(model)), make_ids(5, 9)
+    batch = torch.export.Dim("batch")
+    inputs = (ids[:3, :1], *decode.state(batch_size=3))
+    shapes = {"input_ids": {0: batch}, "lengths": {0: batch}, "slots": tuple({0: batch} for _ in inputs[2:])}
+    with torch.no_grad():
+        program, expected = torch.export.export(decode, inputs, dynamic_shapes=shapes).module(), model(ids).logits
+        state = decode.state(batch_size=5)
+        for column in range(9):
+            logits, *state = program(ids[:, column : column + 1], *state)
+            assert_close(f"column {column}", logits[:, 0], expected[:, column], 1e-11)
+    moved = decode.to("meta")
+    assert moved(ids[:, :1].to("meta"), *moved.state(batch_size=5))[0].shape == (5, 1, 29)
+
+
 def test_an_exported_decoder_refuses_what_does_not_fit():
     model = make(LongNetForCausalLM)
     decode = ExportableDecoder(model)
-    with pytest.raises(ValueError, match=r"input_ids has shape \(1, 2\)"):
-        decode(make_ids(1, 2), *decode.state())
-    other = make(LongNetForCausalLM, num_key_value_heads=2)
-    cache = getattr(other(make_ids()), CACHE)
-    with pytest.raises(ValueError, match="another config"):
-        decode.state(cache=cache)
+    token, lengths, *slots = (make_ids(2, 1), *decode.state(2))
+    for given, words in (
+        ((make_ids(2, 2), lengths, *slots), ["input_ids has shape (2, 2)"]),
+        ((token, lengths, *slots[1:]), ["a state has", "got"]),
+        ((token, lengths, *(x[:1] for x in slots)), ["state[1] has shape (1, "]),
+    ):
+        with refused(*words):
+            decode(*given)
+    other, cache = make(LongNetForCausalLM, num_key_value_heads=2), getattr(model(make_ids()), CACHE)
+    with refused("another config"):
+        decode.state(cache=getattr(other(make_ids()), CACHE))
+    with refused("3 rows", "has 7"):
+        decode.state(batch_size=7, cache=cache)
+    with refused("DynamicCache"):
+        decode.state(cache=DynamicCache())
+    with refused("LongNetForMaskedLM"):
+        ExportableDecoder(make(LongNetForMaskedLM, is_causal=False))
+    for wrong, words in ((make(LongNetForCausalLM, is_causal=False), "is_causal"), (other.train(), "training")):
+        with refused(words):
+            ExportableDecoder(wrong)
 
 
 def test_a_cache_is_not_exported():

@@ -10,7 +10,7 @@ from checks import make_config, make_model, refused
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern
 from modeling_longnet.pattern import Pattern, count_work
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-*.json"))
@@ -33,12 +33,10 @@ BAD = [
     ({"num_hidden_layers": 1 << 31}, ["num_hidden_layers=2147483648", "at most 10000"]),
     ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
     ({"xpos_scale_base": 10**30}, ["xpos_scale_base=1000000", "the largest int64"]),
-    ({"branch_layer_period": 0}, ["branch_layer_period=0", "at least 1"]),
+    ({"branch_layer_period": 0}, ["branch_layer_period=0", "from 1"]),
     ({"branch_layer_period": 2}, ["branch_layer_period=2", "window_size"]),
-    (
-        {"branch_layer_period": 9, "window_size": 4, "position_embedding": "rope"},
-        ["branch_layer_period=9", "none of the", "layers would have branches"],
-    ),
+    (parse_pattern("w4") | {"branch_layer_period": 2}, ["branch_layer_period=2", "needs branches"]),
+    ({"branch_layer_period": 9, "window_size": 4}, ["branch_layer_period=9", "number of layers (2)"]),
     ({"num_labels": 1 << 63}, ["num_labels=9223372036854775808", "at most 1048576"]),
     ({"intermediate_size": -1}, ["intermediate_size=-1", "at least 1"]),
     ({"hidden_size": "24"}, ["hidden_size"]),
@@ -266,11 +264,35 @@ def test_for_context_gives_a_single_layer_branches():
     assert LongNetConfig.for_context(2048, effort=192, branch_layer_period=1).dilation_rates == [16]
 
 
+def test_for_context_counts_the_layers_there_are(capsys):
+    """In one layer of three, not in one of two."""
+    config = LongNetConfig.for_context(32_768, num_hidden_layers=3)
+    assert 1010 < Pattern.of(config).count_work(32_768, 3) <= 1024
+    config = LongNetConfig.for_context(4096, effort=1800, branch_layer_period=4)
+    assert config.dilation_rates == [1]
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_hidden_layers": 0}, {"num_hidden_layers": "3"}, {"num_hidden_layers": None}, {"branch_layer_period": 0},
+    {"branch_layer_period": 99}, {"branch_layer_period": "2"}, {"branch_layer_period": 1.5},
+    {"paper": True, "branch_layer_period": 2},
+], ids=str)  # fmt: skip
+def test_for_context_refuses_layers_that_do_not_fit(fields):
+    with refused("branch_layer_period"):
+        LongNetConfig.for_context(8192, **fields)
+
+
 def test_for_context_prints_the_line_that_parse_pattern_reads(capsys):
     config = LongNetConfig.for_context(2048, effort=192)
     words = capsys.readouterr().out.split("'")[1]
     assert words == "w136 2048/8:1 once every2"
     assert Pattern.parse(words) == Pattern.of(config)
+
+
+@pytest.mark.parametrize("words", ["w4 w8", "64/1 every2 every3", "64/1 every", "64/1 everyone"])
+def test_words_that_are_no_pattern_are_refused(words):
+    with refused("pattern", "must be"):
+        Pattern.parse(words)
 
 
 @pytest.mark.parametrize("words", [

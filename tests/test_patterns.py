@@ -97,6 +97,7 @@ def times_seen(pattern: Pattern, layer: int, head: int, group: int, i: int, j: i
     rates = pattern.query_rates or pattern.dilation_rates
     if layer % pattern.branch_layer_period != pattern.branch_layer_period - 1:
         return count
+    layer //= pattern.branch_layer_period
     for w, r, rate, phase in zip(lengths, pattern.dilation_rates, rates, phases(pattern, layer), strict=True):
         p, q = i + phase, j + phase
         shared = p // w == q // w
@@ -149,8 +150,9 @@ def test_one_layer_of_r_squared_heads_or_r_layers_of_r_heads_meet_every_pair():
     """Every two tokens of a segment meet in exactly one of them; without rotation three of four pairs never meet."""
     positions = torch.arange(32)[None]
 
-    def meetings(rotate: bool, heads: int, layers: int):
-        pattern = Pattern((16,), (4,), rotate_offsets=rotate)
+    def meetings(rotate: bool, heads: int, layers: int, period: int = 1):
+        window = None if period == 1 else 1  # of the query itself, which then meets itself in every layer
+        pattern = Pattern((16,), (4,), rotate_offsets=rotate, window_size=window, branch_layer_period=period)
         counts = [
             count_branches(pattern.branches(heads, heads, i), positions, positions, is_causal=False)
             for i in range(layers)
@@ -160,11 +162,17 @@ def test_one_layer_of_r_squared_heads_or_r_layers_of_r_heads_meet_every_pair():
     assert (meetings(True, 16, 1) == 1).all()
     assert (meetings(True, 4, 4) == 1).all()
     assert (meetings(False, 16, 4) == 0).sum() == 16 * 12
+    itself = torch.eye(16, dtype=torch.int64)
+    assert (meetings(True, 4, 12, period=3) - 12 * 4 * itself == 1).all()
 
 
-def test_every_two_neighbours_share_a_segment_in_an_odd_or_even_layer():
-    positions, pattern = torch.arange(64)[None], Pattern((4, 16), (1, 1), stagger_segments=True)
-    even, odd = (count_branches(pattern.branches(1, 1, i), positions, positions)[0, 0] for i in range(2))
+@pytest.mark.parametrize("period", [1, 2])
+def test_every_two_neighbours_share_a_segment_in_an_odd_or_even_layer(period):
+    """Of those with branches."""
+    fields = {"stagger_segments": True, "window_size": None if period == 1 else 1, "branch_layer_period": period}
+    positions, pattern = torch.arange(64)[None], Pattern((4, 16), (1, 1), **fields)
+    layers = range(period - 1, 2 * period, period)
+    even, odd = (count_branches(pattern.branches(1, 1, i), positions, positions)[0, 0] for i in layers)
     neighbours = [x.diagonal(-1) for x in (even, odd)]
     assert min(x.min() for x in neighbours) == 0
     assert (neighbours[0] + neighbours[1]).min() > 0

@@ -142,6 +142,9 @@ def config(draw: Draw) -> None:
     heads = draw.choice([1, 4, 3])
     if draw.flag(0.3):
         arguments = {"length": odd_value(draw, 100), "effort": odd_value(draw, 64), "num_attention_heads": heads}
+        if draw.flag():
+            name = draw.choice(["num_hidden_layers", "branch_layer_period"])
+            arguments[name] = odd_value(draw, draw.choice([1, 2, 3]))
         draw.note("for_context", arguments)
         is_number = all(type(arguments[name]) is int for name in ("length", "effort"))
         with contextlib.redirect_stdout(io.StringIO()), may_refuse(*([] if is_number else [TypeError])):

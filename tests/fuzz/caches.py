@@ -86,11 +86,16 @@ class _CacheProgram:
             self.masks[row], self.texts[row] = kept, self.texts[row][: sum(kept)]
 
     def _is_easy(self, back: int) -> bool:
-        """No padding, and no segment ended within the last `back` columns."""
-        branches = self.cache.layers[0].branches
-        lengths = [len(text) for text in self.texts]
+        """No padding, no segment ended within the last `back` columns, and no window moved past what they saw."""
+        lengths, branches = [len(text) for text in self.texts], {b for x in self.cache.layers for b in x.branches}
         whole = all(flag for mask in self.masks for flag in mask) and back <= len(self.masks[0])
-        return whole and all(t // b.w == (t - back) // b.w for t in lengths for b in branches)
+
+        def keeps(branch, t: int) -> bool:
+            if branch.is_window:  # tokens before t - w were overwritten
+                return max(0, t - back - branch.w + 1) >= t - branch.w
+            return (t + branch.phase) // branch.w == (t - back + branch.phase) // branch.w
+
+        return whole and all(keeps(b, t) for t in lengths for b in branches)
 
     def select(self) -> None:
         """Reorder, repeat or select rows."""
