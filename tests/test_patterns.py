@@ -466,7 +466,9 @@ def test_gradients_are_those_of_the_dense_reference():
 
 
 def make_lm(**overrides):
-    return make_model(LongNetForCausalLM, **(EVERYTHING | {"pad_token_id": 0, "num_key_value_heads": 3} | overrides))
+    """Two of the four layers have branches, and one of these is staggered."""
+    fields = {"num_hidden_layers": 4, "pad_token_id": 0, "num_key_value_heads": 3}
+    return make_model(LongNetForCausalLM, **(EVERYTHING | fields | overrides))
 
 
 @pytest.mark.parametrize("options", [
@@ -586,7 +588,7 @@ def test_rows_are_reordered_and_a_saved_cache_goes_on():
 
 CHANGES = [
     {"window_size": 5}, {"query_rates": None}, {"rotate_offsets": False}, {"stagger_segments": False},
-    {"keys_once": False},
+    {"keys_once": False}, {"branch_layer_period": 1},
 ]  # fmt: skip
 
 
