@@ -83,6 +83,17 @@ def _window_patterns(length: int, is_causal: bool, period: int) -> list[Pattern]
     return patterns
 
 
+def _check_period(period, layers) -> int:
+    """Return the period that `for_context` gives to so many layers, 2 if none was asked for."""
+    if period is None and isinstance(layers, int):
+        period = min(2, layers)
+    if not all(isinstance(x, int) and x >= 1 for x in (layers, period)) or period > layers:
+        raise ValueError(
+            f"branch_layer_period={period!r} must be a whole number from 1 to num_hidden_layers={layers!r}."
+        )
+    return period
+
+
 def _widen_window(pattern: Pattern, length: int, effort: float, layers: int) -> Pattern:
     """Widen the window, in steps of 8 tokens to less than twice its size, as far as `effort` allows."""
     sizes = range(pattern.window_size, min(2 * pattern.window_size, pattern.segment_lengths[0]), 8)
@@ -268,11 +279,7 @@ class LongNetConfig(PreTrainedConfig):
         if not (isinstance(length, int) and isinstance(effort, int) and length >= 1 and effort >= 1):
             raise ValueError(f"length={length!r}, effort={effort!r}: both must be whole numbers of at least 1.")
         layers = fields.get("num_hidden_layers", cls.num_hidden_layers)
-        period = 1 if paper else fields.pop("branch_layer_period", min(2, layers) if isinstance(layers, int) else 1)
-        if not all(isinstance(x, int) and x >= 1 for x in (layers, period)) or period > layers:
-            raise ValueError(
-                f"branch_layer_period={period!r} must be a whole number from 1 to num_hidden_layers={layers!r}."
-            )
+        period = _check_period(1 if paper else fields.pop("branch_layer_period", None), layers)
         is_causal = fields.get("is_causal", True)
         both = 1 if is_causal else 2  # a bidirectional query sees keys on both sides, twice what is counted
         if paper:
@@ -288,10 +295,8 @@ class LongNetConfig(PreTrainedConfig):
                 f"{f' with {heads} key/value heads' if paper else ''}: the least is {math.ceil(min(work) * both)}. "
                 f"Give more effort{' or more heads' if paper else ''}."
             )
-        _, pattern = max(
-            ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort),
-            key=lambda x: (not x[1].window_size, x[0]),
-        )
+        able = ((w, p) for w, p in zip(work, patterns, strict=True) if w <= effort)
+        _, pattern = max(able, key=lambda x: (not x[1].window_size, x[0]))
         if pattern.window_size:
             pattern = _widen_window(pattern, length, effort, layers)
         keys = pattern.count_work(length, layers)

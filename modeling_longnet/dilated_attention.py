@@ -66,8 +66,7 @@ def dilated_attention(
         segment_lengths, dilation_rates: w and r of each branch, in tokens; 1 <= r <= w, w ascending.
         is_causal: a query sees no later key.
         scale: factor of the scores, above 0; 1 / sqrt(D) if None.
-        layer: number of the layer, from 0, which rotated offsets, staggered segments and branch_layer_period depend on
-            (this one needs it).
+        layer: number of the layer, from 0, on which patterns beyond the paper may depend; with a period it is needed.
         backend: "eager" (dense reference, O(L^2), any device), "torch" (PyTorch's kernels), "flash_attn" (that
             package), "triton" (CUDA, D up to 256, no float64), or "auto": "triton" on a GPU, else "torch".
         pattern: head_offsets, "interleaved" (g mod r, the paper) or "blocked" (g // ceil(G / r), TorchScale); beyond
@@ -95,10 +94,7 @@ def dilated_attention(
         raise ValueError(f"scale={scale} must be above 0 in float32: kernels multiply masked scores, -inf, by it.")
     pattern = Pattern(segment_lengths, dilation_rates, **pattern)
     pattern.check(is_causal)
-    if layer is None and pattern.branch_layer_period > 1:
-        raise ValueError(f"branch_layer_period={pattern.branch_layer_period}: give the layer, from 0, too.")
-    branches = pattern.branches(key.shape[1], query.shape[1], 0 if layer is None else layer)
-    backend = choose_backend(backend, query)
+    branches, backend = pattern.branches(key.shape[1], query.shape[1], layer), choose_backend(backend, query)
     if backend == "eager":
         p = torch.arange(query.shape[2], device=query.device)[None]
         counts = count_branches(branches, p, p, is_causal=is_causal)

@@ -129,11 +129,14 @@ class Pattern(NamedTuple):
                 "and a window_size for the layers without them."
             )
 
-    def branches(self, num_kv_heads: int, num_heads: int | None = None, layer: int = 0) -> tuple[Branch, ...]:
+    def branches(self, num_kv_heads: int, num_heads: int | None = None, layer: int | None = None) -> tuple[Branch, ...]:
         """Return a layer's branches for these key/value and query heads (None: as many), the least dilated first.
 
         The order affects the result by rounding only. If any branch covers every token, the first does.
         """
+        if layer is None and self.branch_layer_period > 1:
+            raise ValueError(f"branch_layer_period={self.branch_layer_period}: give the layer too, from 0.")
+        layer = 0 if layer is None else layer
         if not (isinstance(layer, int) and layer >= 0):
             raise ValueError(f"layer={layer!r} must be a whole number of at least 0.")
         heads, groups = num_heads or num_kv_heads, range(num_kv_heads)

@@ -834,6 +834,16 @@ def test_a_config_without_the_fields_is_the_papers(tmp_path):
 # Refusals.
 
 
+def test_the_op_asks_for_the_layer_of_a_period():
+    """The default layer would have no branches."""
+    q, fields = torch.randn(1, 2, 20, 4), parse_pattern("w4 16/4:1 once every2")
+    with refused("branch_layer_period=2", "give the layer"):
+        dilated_attention(q, q, q, **fields)
+    near, far = (dilated_attention(q, q, q, **fields, layer=layer) for layer in (0, 1))
+    assert torch.equal(near, dilated_attention(q, q, q, [], [], window_size=4))
+    assert torch.equal(far, dilated_attention(q, q, q, **parse_pattern("w4 16/4:1 once")))
+
+
 @pytest.mark.parametrize(("fields", "words"), [
     pytest.param({"window_size": 0}, ["window_size=0", "at least 1"], id="no window"),
     pytest.param({"window_size": 9}, ["window_size=9", "at most the shortest segment (8)"], id="long window"),
