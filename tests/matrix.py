@@ -120,6 +120,8 @@ def tabulate_reports(folders: list[Path]) -> str:
 
 def tabulate_fuzz() -> str:
     """Return what `make fuzz ARGS='--record docs/fuzz.json'` counted."""
+    if not FUZZ.exists():
+        return "No record."
     record = json.loads(FUZZ.read_text())
     words = "passed", "refused", "failed"
     rows = [[kind, *(f"{x.get(word, 0):,}" for word in ("cases", *words))] for kind, x in record["kinds"].items()]
@@ -131,6 +133,8 @@ def tabulate_fuzz() -> str:
 
 def tabulate_mutants() -> str:
     """Return what `python -m tests.mutate --output docs/mutation.json` found, by module."""
+    if not MUTATION.exists():
+        return "No record."
     counts = {}
     for key, result in json.loads(MUTATION.read_text()).items():
         counts.setdefault(key.partition(":")[0], Counter())[result] += 1
