@@ -513,3 +513,20 @@ def test_demo_then_long_documents(packages, tmp_path, monkeypatch):
 def test_one_block_has_no_error():
     assert evaluate_perplexity.format_error(3.14159, float("nan"), 2) == "3.14"
     assert evaluate_perplexity.format_error(3.14159, 0.5, 2) == "3.14 +- 0.50"
+
+
+def test_serve_lets_the_server_find_the_class(monkeypatch):
+    """Transformers' server loads the trained model of pretrained/ as the command line would."""
+    manager = pytest.importorskip("transformers.cli.serving.model_manager")
+    from examples import serve
+
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["serve", "--device", "cpu"])
+    monkeypatch.setattr(serve.command, "main", lambda: seen.extend(sys.argv))
+    monkeypatch.setattr(manager.transformers, "LongNetForCausalLM", None, raising=False)
+    serve.main()
+    assert seen == ["serve", "serve", "--device", "cpu"]
+    model, tokenizer = manager.ModelManager(device="cpu").load_model_and_processor(str(ROOT / "pretrained"))
+    ids = tokenizer("def main(", return_tensors="pt").input_ids
+    assert type(model) is LongNetForCausalLM
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, ids.shape[1] + 3)
