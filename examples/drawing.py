@@ -169,7 +169,9 @@ def name_pattern(words: str) -> str:
         return f"{len(branches)} branches\nfrom {format_count(int(branches[0][0]))}"
     if not branches:
         return f"window of {window[1]}"
-    return "window and\nsummaries" if all(rate for _, rate in branches) else "window and\nbranches"
+    period = re.search(r"every(\d+)", words)
+    name = "summaries" if all(rate for _, rate in branches) else "branches"
+    return f"window and\n{name}" + (f",\n1 layer in {period[1]}" if period else "")
 
 
 def draw_line(axis: Axes, x, y, name: str | None, color: str, *, mode: str = "forward+backward", **look) -> Line2D:
