@@ -77,8 +77,8 @@ class LongNetCacheLayer(CacheLayerMixin):
         return tuple(-(-min(b.w, capacity) // b.r) for b in self.branches)
 
     def slot_table(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Return the `_slot_table` of the current allocation."""
-        return _slot_table(self.slots(self.capacity), self.device)
+        """Return the `tabulate_slots` of the current allocation."""
+        return tabulate_slots(self.slots(self.capacity), self.device)
 
     def map_slots(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to keys and values. The results can be written in and outside of inference mode.
@@ -338,7 +338,7 @@ def _is_discarded(branch: Branch, length: int, now: int) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _slot_table(sizes: tuple[int, ...], device: torch.device) -> tuple[np.ndarray, Tensor, Tensor]:
+def tabulate_slots(sizes: tuple[int, ...], device: torch.device) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return where each branch's slots begin (n,), and each slot's branch and number in it (P,)."""
     begin = np.cumsum(sizes) - sizes
     branch = np.arange(len(sizes)).repeat(sizes)

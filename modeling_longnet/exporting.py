@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .cache_longnet import LongNetCache, SlotCounts
+from .cache_longnet import LongNetCache, LongNetCacheLayer, SlotCounts, tabulate_slots
 from .dilated_attention import autocast_dtype
 from .modeling_longnet import LongNetForCausalLM, check_shape
 from .positions import Rotary, make_rotary
@@ -46,15 +46,15 @@ class ExportableDecoder(nn.Module):
                 f"an exportable decoder needs a LongNetForCausalLM with is_causal=True, in eval mode; got a "
                 f"{type(model).__name__}{' that is training' if model.training else ''}."
             )
-        self.model = model.eval()
+        self.model = model
         self.eval()
         self.layers = LongNetCache(model.config).layers  # which stay empty: they know the branches
         self._count_slots()
 
     def _count_slots(self) -> None:
         heads, device = self.model.config.num_attention_heads, self.model.device
-        kinds = dict.fromkeys(layer.branches for layer in self.layers)
-        self.slots = {branches: _Slots(branches, heads, device) for branches in kinds}
+        kinds = {layer.branches: layer for layer in self.layers}
+        self.slots = {branches: _Slots(layer, heads, device) for branches, layer in kinds.items()}
 
     def _apply(self, *args, **kwargs):
         """Follow the model to another device."""
@@ -113,11 +113,10 @@ class ExportableDecoder(nn.Module):
 class _Slots:
     """The slots of a layer's branches at their full size."""
 
-    def __init__(self, branches, num_heads: int, device: torch.device):
-        self.counts = SlotCounts(branches, num_heads, device)
-        self.sizes = [-(-b.w // b.r) for b in branches]
-        self.branch = torch.arange(len(branches)).repeat_interleave(torch.tensor(self.sizes)).to(device)
-        self.number = torch.cat([torch.arange(n, device=device) for n in self.sizes])
+    def __init__(self, layer: LongNetCacheLayer, num_heads: int, device: torch.device):
+        self.counts = SlotCounts(layer.branches, num_heads, device)
+        self.sizes = layer.slots(layer.longest)
+        _, self.branch, self.number = tabulate_slots(self.sizes, device)
 
     def step(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return which slots the next token of each row writes, (B, G, P, 1), and sees, (B, H, 1, P)."""

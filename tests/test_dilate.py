@@ -531,6 +531,16 @@ def test_arguments_that_do_not_fit_are_refused():
         read(model, ids_of(1, 5))
 
 
+def test_a_period_is_refused_beside_layers_with_a_window():
+    """Or no dilated layer might have branches."""
+    layer_types = ["full_attention", "sliding_attention"]
+    make = with_config(
+        Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, layer_types=layer_types
+    )
+    with refused("branch_layer_period must be 1"):
+        use_dilated_attention(make(), *BRANCHES, window_size=4, branch_layer_period=2)
+
+
 def test_calls_that_do_not_fit_are_refused():
     model, ids = dilated(), ids_of(1, 9)
     with refused("static caches"):

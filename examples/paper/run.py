@@ -120,11 +120,9 @@ FULL = {
     "full_tokens": 3 << 19,
     # The same with 4 times the training, of patterns of equal work.
     "long_text": {
-        "length": 2048, "tokens": 3 << 21, "seeds": [0, 1, 2],
-        "patterns": [
-            "w176 2048/16:1 once every4", "w192", "w136 2048/8:1 once every2", "w136 2048/16:1 once", "w128",
-        ],
+        "2048": ["w176 2048/16:1 once every4", "w192", "w136 2048/8:1 once every2", "w136 2048/16:1 once", "w128"],
     },
+    "long_tokens": 3 << 21,
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -165,7 +163,8 @@ QUICK = FULL | {
     "written_text": {"64": ["w16 64/4:1 once"], "128": ["w24"]},
     "full_text": {"64": ["w16 64/4:1 once", "w16"]},
     "full_tokens": 1 << 9,
-    "long_text": {"length": 64, "tokens": 1 << 10, "patterns": ["w16 64/4:1 once"], "seeds": [0]},
+    "long_text": {"64": ["w16 64/4:1 once"]},
+    "long_tokens": 1 << 10,
 }
 
 # Settings that shape results but are in no cell: if they change, results must be computed again.
@@ -340,29 +339,16 @@ def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
     return cells
 
 
-def full_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+def full_cells(settings: dict, folder: Path, seed: int, part: str = "full") -> dict[str, dict]:
     """List cells of one stage at full length, from scratch, at the best learning rate of the dense first stage."""
     rate = best_rate("sweep-base-dense", settings["base_rates"], folder)
     return {
-        f"full-{file_name(pattern)}-{length}-{seed}": common(
+        f"{part}-{file_name(pattern)}-{length}-{seed}": common(
             settings, kind="base", pattern=pattern, length=int(length), seed=seed, rate=rate,
-            tokens=settings["full_tokens"],
+            tokens=settings[f"{part}_tokens"],
         )
-        for length, patterns in settings["full_text"].items()
+        for length, patterns in settings[f"{part}_text"].items()
         for pattern in patterns
-    }  # fmt: skip
-
-
-def long_text_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
-    """Like `full_cells`, with more training."""
-    longer = settings["long_text"]
-    rate = best_rate("sweep-base-dense", settings["base_rates"], folder)
-    return {
-        f"long-{file_name(pattern)}-{longer['length']}-{seed}": common(
-            settings, kind="base", pattern=pattern, length=longer["length"], seed=seed, rate=rate,
-            tokens=longer["tokens"],
-        )
-        for pattern in longer["patterns"]
     }  # fmt: skip
 
 
@@ -468,7 +454,7 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["written"] += [partial(long_recall_cells, settings, seed)]
         parts["written"] += [partial(full_cells, settings, folder, seed)]
         parts["written"] += [partial(written_text_cells, settings, seed)]
-    parts["written"] += [partial(long_text_cells, settings, folder, seed) for seed in settings["long_text"]["seeds"]]
+    parts["written"] += [partial(full_cells, settings, folder, seed, "long") for seed in settings["written_seeds"]]
     parts["written"] += [partial(other_base_cells, settings, 0), partial(other_recall_cells, settings, 0)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
