@@ -152,15 +152,10 @@ def ratio_table(results: dict[str, dict], budget: str) -> str:
 def written_table(results: dict[str, dict], part: str) -> str:
     """Tabulate perplexity of written patterns at their trained length: mean, each seed's, and divided by each window's.
 
-    Part `full` is one stage at that length, `long` is one with more training; `tokens` is a second stage after dense
-    attention at 512 tokens.
+    Part `full` is one stage at that length, `long` is one with more training, and `extended` a second stage after it;
+    `tokens` is a second stage after dense attention at 512 tokens.
     """
-    groups = defaultdict(dict)
-    for name, result in results.items():
-        cell = result["cell"]
-        if name.startswith(part + "-") and cell["pattern"] not in RIVALS:
-            perplexity = math.exp(result["loss"]) if "loss" in result else _at_trained(result)
-            groups[cell["length"], cell["pattern"]][cell["seed"]] = perplexity
+    groups = written_groups(results, part)
     if not groups:
         return "No such cell has been run."
     windows = sorted({p for _, p in groups if p[1:].isdigit()}, key=lambda p: int(p[1:]))
@@ -175,6 +170,49 @@ def written_table(results: dict[str, dict], part: str) -> str:
             row.append(_each(ratios, ".3f") if ratios and window != pattern else "")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def written_groups(results: dict[str, dict], part: str) -> dict[tuple[int, str], dict[int, float]]:
+    """Return the perplexity of written patterns at their trained length, by length and pattern, then by seed."""
+    groups = defaultdict(dict)
+    for name, result in results.items():
+        cell = result["cell"]
+        if name.startswith(part + "-") and cell["pattern"] not in RIVALS:
+            perplexity = math.exp(result["loss"]) if "loss" in result else _at_trained(result)
+            groups[cell["length"], cell["pattern"]][cell["seed"]] = perplexity
+    return groups
+
+
+def equal_time_table(results: dict[str, dict]) -> str:
+    """Tabulate two patterns' perplexity after equal time, of which the cheaper one has trained on more tokens."""
+    lines = [
+        "| trained on | pattern | perplexity (each seed's) | in the same time | tokens | perplexity | ratio |",
+        "| ---: | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for part in ("long", "extended"):
+        ours, cheaper = written_groups(results, part), written_groups(results, f"time_{part}")
+        for (length, window), theirs in sorted(cheaper.items()):
+            cells = [r for name, r in results.items() if name.startswith(f"time_{part}-{file_name(window)}-{length}-")]
+            timed = cells[0]["settings"]["timed"][0]
+            bases = cells[0]["settings"]["extended_text"].get(str(length), {timed: timed})
+            pattern = next(name for name, base in bases.items() if base == timed)
+            seeds = sorted(theirs.keys() & ours.get((length, pattern), {}).keys())
+            ours_each, theirs_each = [ours[length, pattern][x] for x in seeds], [theirs[x] for x in seeds]
+            ratios = [a / b for a, b in zip(ours_each, theirs_each, strict=True)]
+            more = np.mean([cell["tokens"] / cell["settings"][f"{part}_tokens"] for cell in cells])
+            row = [f"{length:,}", f"`{pattern}`", _each(ours_each, ".2f"), f"`{window}`", f"{more:.2f} times"]
+            lines.append("| " + " | ".join([*row, _each(theirs_each, ".2f"), _each(ratios, ".3f")]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else "No such cell has been run."
+
+
+def repeated(results: dict[str, dict]) -> str:
+    """Name the perplexities of the longer training that was repeated, first and second, by pattern and seed."""
+    groups, again = written_groups(results, "repeat_long"), written_groups(results, "long")
+    words = [
+        f"`{key[1]}` {', '.join(f'{first:.2f} and {again[key][seed]:.2f}' for seed, first in sorted(seeds.items()))}"
+        for key, seeds in sorted(groups.items())
+    ]
+    return "; ".join(words) + "." if words else "None was repeated."
 
 
 def _each(values: list[float], form: str) -> str:
@@ -457,6 +495,10 @@ def summarize(results: dict[str, dict]) -> str:
         ratio_table(results, "tokens"),
         "## Patterns beyond the paper, one stage at full length", written_table(results, "full"),
         "## The same with more training", written_table(results, "long"),
+        "Perplexity of those that were trained again on another machine, first and second, each seed's: "
+        + repeated(results),
+        "## Longer texts after that", written_table(results, "extended"),
+        "## A cheaper pattern trained for as long", equal_time_table(results),
         "## Patterns beyond the paper, after a first stage of 512 tokens", written_table(results, "tokens"),
         "## The same at the training time that LongNet took", table(results, "time"), ratio_table(results, "time"),
         "## The paper's own numbers", PAPER,
@@ -515,6 +557,12 @@ def beyond_headline(results: dict[str, dict]) -> str:
         written_table(results, "full"),
         "The same with 4 times the training:",
         written_table(results, "long"),
+        "Trained again on another machine, with the same seeds, perplexity of the first and the second time: "
+        + repeated(results),
+        "A second stage on longer texts, after that longer training on 2,048 tokens:",
+        written_table(results, "extended"),
+        "The window trained for the time that the pattern took, in both stages:",
+        equal_time_table(results),
         f"The first table after a first stage of dense attention on 512 tokens. {stages(results)}",
         written_table(results, "tokens"),
         "Share recalled by distance in tokens, many passages:",

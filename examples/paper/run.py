@@ -123,6 +123,15 @@ FULL = {
         "2048": ["w176 2048/16:1 once every4", "w192", "w136 2048/8:1 once every2", "w136 2048/16:1 once", "w128"],
     },
     "long_tokens": 3 << 21,
+    # Longer texts after that: by trained length, a pattern and the one of the first stage.
+    "extended_text": {
+        "8192": {"w136 2048/8:1 8192/32:1 once every2": "w136 2048/8:1 once every2", "w192": "w192", "w256": "w192"},
+        "16384": {"w136 2048/8:1 16384/64:1 once every2": "w136 2048/8:1 once every2", "w192": "w192", "w256": "w192"},
+    },
+    "extended_tokens": 3 << 19,
+    "extended_contexts": [512, 2048, 8192, 16384],
+    # A pattern, and a cheaper one that is also trained for as much time.
+    "timed": ["w136 2048/8:1 once every2", "w192"],
 }  # fmt: skip
 QUICK = FULL | {
     "name": "quick",
@@ -163,8 +172,12 @@ QUICK = FULL | {
     "written_text": {"64": ["w16 64/4:1 once"], "128": ["w24"]},
     "full_text": {"64": ["w16 64/4:1 once", "w16"]},
     "full_tokens": 1 << 9,
-    "long_text": {"64": ["w16 64/4:1 once"]},
+    "long_text": {"64": ["w16 64/4:1 once", "w16"]},
     "long_tokens": 1 << 10,
+    "extended_text": {"128": {"w16 64/4:1 128/8:1 once": "w16 64/4:1 once", "w16": "w16"}},
+    "extended_tokens": 1 << 9,
+    "extended_contexts": [32, 128],
+    "timed": ["w16 64/4:1 once", "w16"],
 }
 
 # Settings that shape results but are in no cell: if they change, results must be computed again.
@@ -342,7 +355,7 @@ def written_text_cells(settings: dict, seed: int) -> dict[str, dict]:
 def full_cells(settings: dict, folder: Path, seed: int, part: str = "full") -> dict[str, dict]:
     """List cells of one stage at full length, from scratch, at the best learning rate of the dense first stage."""
     rate = best_rate("sweep-base-dense", settings["base_rates"], folder)
-    return {
+    cells = {
         f"{part}-{file_name(pattern)}-{length}-{seed}": common(
             settings, kind="base", pattern=pattern, length=int(length), seed=seed, rate=rate,
             tokens=settings[f"{part}_tokens"],
@@ -350,6 +363,46 @@ def full_cells(settings: dict, folder: Path, seed: int, part: str = "full") -> d
         for length, patterns in settings[f"{part}_text"].items()
         for pattern in patterns
     }  # fmt: skip
+    for name, cell in cells.items():
+        if part == "long" and cell["pattern"] in settings["timed"]:  # other cells continue from it
+            cell["weights"] = f"{name}.safetensors"
+    return cells
+
+
+def extended_cells(settings: dict, seed: int) -> dict[str, dict]:
+    """List cells of longer texts, continued from the longer training."""
+    cells, short = {}, settings["lengths"][0]
+    for length, patterns in settings["extended_text"].items():
+        for pattern, base in patterns.items():
+            cells[f"extended-{file_name(pattern)}-{length}-{seed}"] = common(
+                settings, kind="text", pattern=pattern, length=int(length), seed=seed, warmup=0.1,
+                rate=settings["written_rates"]["text"], tokens=settings["extended_tokens"],
+                contexts=settings["extended_contexts"], base=f"long-{file_name(base)}-{short}-{seed}.safetensors",
+            )  # fmt: skip
+    return cells
+
+
+def equal_time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """List the longer training of the cheaper of the `timed` patterns, for the time that the other took."""
+    names = [f"long-{file_name(pattern)}-{settings['lengths'][0]}-{seed}" for pattern in settings["timed"]]
+    theirs, own = (read(folder / f"{name}.json")["seconds"] for name in names)
+    cell = full_cells(settings, folder, seed, "long")[names[1]]
+    steps = max(1, round(theirs / own * cell["tokens"] / cell["length"]))
+    name = names[1].replace("long", "time_long", 1)
+    return {name: cell | {"tokens": steps * cell["length"], "weights": f"{name}.safetensors"}}
+
+
+def equal_time_extended_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
+    """List the cells of longer texts that continue from those, again with the time that the other pattern took."""
+    cells, listed = {}, extended_cells(settings, seed)
+    for length, patterns in settings["extended_text"].items():
+        pattern, cheaper = (next(x for x, base in patterns.items() if base == first) for first in settings["timed"])
+        names = [f"extended-{file_name(x)}-{length}-{seed}" for x in (pattern, cheaper)]
+        theirs, own = (read(folder / f"{name}.json")["seconds"] for name in names)
+        cell = listed[names[1]]
+        steps = max(1, round(theirs / own * cell["tokens"] / cell["length"]))
+        cells[f"time_{names[1]}"] = cell | {"tokens": steps * cell["length"], "base": "time_" + cell["base"]}
+    return cells
 
 
 def written_base_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
@@ -455,6 +508,9 @@ def list_parts(settings: dict, folder: Path) -> dict[str, list[Callable[[], dict
         parts["written"] += [partial(full_cells, settings, folder, seed)]
         parts["written"] += [partial(written_text_cells, settings, seed)]
     parts["written"] += [partial(full_cells, settings, folder, seed, "long") for seed in settings["written_seeds"]]
+    parts["written"] += [partial(extended_cells, settings, seed) for seed in settings["written_seeds"]]
+    for list_cells in (equal_time_cells, equal_time_extended_cells):
+        parts["written"] += [partial(list_cells, settings, folder, seed) for seed in settings["written_seeds"]]
     parts["written"] += [partial(other_base_cells, settings, 0), partial(other_recall_cells, settings, 0)]
     parts["time"] += [partial(time_cells, settings, folder, seed) for seed in seeds["time"]]
     return parts
