@@ -103,7 +103,7 @@ def options_of(source: Path) -> set[str]:
 
 
 def read_by(source: Path) -> list[Path]:
-    """Return a script and the scripts that it imports from its own folder; `benchmarks.run` starts all of its folder."""
+    """Return a script and those that it imports from its own folder; `benchmarks.run` starts all of its folder."""
     if source.parent.name == "benchmarks":
         return sorted(source.parent.glob("*.py"))
     imported = [node.module for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
