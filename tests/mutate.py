@@ -3,9 +3,10 @@
     python -m tests.mutate branches packing          # all mutants of two modules
     python -m tests.mutate --sample 100 --seed 1     # some of all modules
 
-Each mutant runs in a forked process in which PyTorch and pytest are already imported. If no test fails, the mutant has
-survived. Known equivalent mutants are in `mutants_equivalent.json` with the reason; any other survivor makes the run
-fail. Results go to --output, also those of an interrupted run, which resumes from it.
+Each mutant runs in a forked process in which PyTorch and pytest are already imported, first the tests that found the
+last mutants, as they often find the next one. If no test fails, the mutant has survived. Known equivalent mutants are
+in `mutants_equivalent.json` with the reason; any other survivor makes the run fail. Results go to --output, also those
+of an interrupted run, which resumes from it.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.json")
@@ -44,6 +47,8 @@ SWAPS = {
     ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
 }  # fmt: skip
+KILLERS = 5  # tests that run before the others
+USAGE_ERROR = 4  # pytest's exit code
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -129,8 +134,23 @@ class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.tree, module.__file__, "exec"), module.__dict__)
 
 
-def run(module: str, tree: ast.Module, seconds: float) -> str:
-    """Run the module's tests with a changed tree; return "killed", "survived" or "too slow"."""
+class _FirstFailure:
+    """A plugin of pytest that writes the name of the first test that fails."""
+
+    def __init__(self, file: int):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            os.write(self.file, f"{report.nodeid}\n".encode())
+
+
+def run(module: str, tree: ast.Module, seconds: float, first: list[str]) -> str:
+    """Run the module's tests with a changed tree; return "killed", "survived" or "too slow".
+
+    The tests `first` run before the others. A test that fails becomes the first of them.
+    """
+    reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -139,17 +159,28 @@ def run(module: str, tree: ast.Module, seconds: float) -> str:
         import pytest
 
         files = [str(ROOT / "tests" / name) for name in TARGETS[module]]
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files])
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        code = pytest.main([*options, *first, *files], plugins=[_FirstFailure(writing)])
         os._exit(int(code))
+    os.close(writing)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
-            return "survived" if status == 0 else "killed"
+            break
         time.sleep(0.02)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return "too slow"
+    else:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    with os.fdopen(reading) as file:
+        name = file.readline().rstrip()
+    if name:
+        first[:] = [name, *(x for x in first if x != name)][:KILLERS]
+    if not done:
+        return "too slow"
+    if first and not name and os.waitstatus_to_exitcode(status) == USAGE_ERROR:  # it has no test of such a name
+        return run(module, tree, seconds, first=[])
+    return "survived" if status == 0 else "killed"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,11 +204,13 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = list(mutants(module))
         if args.sample is not None and args.sample < len(chosen):
             chosen = random.Random(args.seed).sample(chosen, args.sample)
-        assert run(module, chosen[0].tree, args.seconds) == "survived", f"the tests of {module} fail without a change"
-        for mutant in chosen:
+        first = []
+        unchanged = run(module, chosen[0].tree, args.seconds, first)
+        assert unchanged == "survived", f"the tests of {module} without a change: {unchanged}, {first}"
+        for mutant in tqdm(chosen, desc=module):
             key = f"{module}:{mutant.line}: {mutant.text} #{mutant.place[0]}"
             if key not in results:
-                results[key] = run(module, mutant.apply(), args.seconds)
+                results[key] = run(module, mutant.apply(), args.seconds, first)
                 args.output.write_text(json.dumps(results, indent=1) + "\n")
     survivors = [key for key, result in results.items() if result == "survived"]
     new = [key for key in survivors if key.rsplit(" #", 1)[0].split(": ", 1)[1] not in known]

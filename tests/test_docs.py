@@ -92,18 +92,23 @@ def test_commands_exist(page, command):
 
 def options_of(source: Path) -> set[str]:
     """Names of the options of a script: those of its parsers, and the fields of its own and Transformers' arguments."""
-    folder = sorted(source.parent.glob("*.py"))
-    text = "\n".join(path.read_text() for path in folder if source.parent.name != "modeling_longnet" or path == source)
-    found = {name.replace("-", "_") for name in re.findall(r"\"--([\w-]+)\"", text)}
-    found |= {name for node in ast.walk(ast.parse(source.read_text())) for name in _fields(node)}
-    if "TextArguments" in source.read_text():
-        found |= {
-            name for node in ast.walk(ast.parse((ROOT / "examples/corpus.py").read_text())) for name in _fields(node)
-        }
+    texts = [path.read_text() for path in read_by(source)]
+    found = {name.replace("-", "_") for text in texts for name in re.findall(r"\"--([\w-]+)\"", text)}
+    found |= {name for text in texts for node in ast.walk(ast.parse(text)) for name in _fields(node)}
+    if any("TrainingArguments" in text for text in texts):
         found |= {field.name for field in dataclasses.fields(TrainingArguments)}
     if source.name == "conversion.py":
         found |= set(modeling_longnet.conversion.FIELDS)
     return found
+
+
+def read_by(source: Path) -> list[Path]:
+    """Return a script and those that it imports from its own folder; `benchmarks.run` starts all of its folder."""
+    if source.parent.name == "benchmarks":
+        return sorted(source.parent.glob("*.py"))
+    imported = [node.module for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+    paths = [source.parent / f"{name}.py" for name in imported if name and "." not in name]
+    return [source, *(path for path in paths if path.exists())]
 
 
 def _fields(node: ast.AST) -> list[str]:
