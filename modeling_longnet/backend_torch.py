@@ -79,6 +79,8 @@ class TorchBackend(StridedBackend):
     def backward(self, grad_out, query, key, value, out, lse, is_causal, scale, band=0) -> Grads:
         if query.device.type != "cpu":
             return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
+        if _is_faster_in_float32(query):
+            grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
         if not (is_causal and self.splits_queries(query, query.shape[-2])):
             tensors = self._gather(grad_out, query, key, value, out)
             mask = _band_mask(query.shape[-2], band, query.dtype) if band else None
@@ -98,6 +100,15 @@ class TorchBackend(StridedBackend):
         if tensors[0].itemsize > 2 or tensors[0].nbytes > self.gathered_bytes:
             return tensors
         return tuple([x.contiguous() for x in tensors])
+
+
+def _is_faster_in_float32(query: Tensor) -> bool:
+    """Return True if the CPU kernel's gradient is faster in float32, copies included (benchmarks/README.md).
+
+    In half precision each of its many small matrix products has a cost of its own, whatever its size.
+    """
+    queries, size = query.shape[-2:]
+    return query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and (size < 64 or queries * size < 24_576))
 
 
 def _cpu_forward(query, key, value, is_causal, scale, mask=None) -> tuple[Tensor, Tensor]:
