@@ -128,7 +128,7 @@ FULL = {
         "8192": {"w136 2048/8:1 8192/32:1 once every2": "w136 2048/8:1 once every2", "w192": "w192", "w256": "w192"},
         "16384": {"w136 2048/8:1 16384/64:1 once every2": "w136 2048/8:1 once every2", "w192": "w192", "w256": "w192"},
     },
-    "extended_tokens": 3 << 19,
+    "extended_tokens": 3 << 18,
     "extended_contexts": [512, 2048, 8192, 16384],
     # A pattern, and a cheaper one that is also trained for as much time.
     "timed": ["w136 2048/8:1 once every2", "w192"],
