@@ -2,7 +2,7 @@
 
 The kernel alone is PyTorch's fastest, on as many kept tokens, contiguous (see `op`). The error is relative to the dense
 reference in float64, at `--error-length` tokens, of out and of the worst gradient; beside it stands the dense
-reference's own error in that dtype. On a CPU backend "torch" also runs without each of its two options. (float32 is
+reference's own error in that dtype. On a CPU backend "torch" also runs without each of its options. (float32 is
 never gathered, so there "never gathered" is the same code and shows the noise of the measurement.)
 """
 
@@ -19,10 +19,12 @@ from modeling_longnet.testing import BACKENDS, TorchBackend
 from . import op
 from .measure import DTYPES, Spread, spread, time_alternately
 
-# Without the second call for causal attention over 384 to 512 tokens, and without contiguous copies of slices.
+# Without the second call for causal attention over 384 to 512 tokens, without contiguous copies of slices, and without
+# float32 for the gradients of half precision.
 VARIANTS = {
     "torch, never cut": TorchBackend(split_seqlens=range(0)),
     "torch, never gathered": TorchBackend(gathered_bytes=0),
+    "torch, never float32": TorchBackend(float32_size=0),
 }
 SHAPES = ("8x64", "12x64", "4x128", "16x48", "32x16")
 

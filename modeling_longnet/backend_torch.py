@@ -34,10 +34,14 @@ class TorchBackend(StridedBackend):
             of 512 keys, so one call costs as much as attention without a mask (benchmarks/README.md).
         gathered_bytes: up to this size, half-precision slices are made contiguous before a CPU kernel, which is faster
             copies included (benchmarks/README.md); larger copies would cost memory.
+        float32_size: below so many queries times D, and always if D is below 64 or in float16, half-precision gradients
+            are computed in float32 on a CPU: its kernel takes long for small products (benchmarks/README.md).
     """
 
-    def __init__(self, split_seqlens: range = range(384, 513), gathered_bytes: int = 4 << 20):
-        self.split_seqlens, self.gathered_bytes = split_seqlens, gathered_bytes
+    def __init__(
+        self, split_seqlens: range = range(384, 513), gathered_bytes: int = 4 << 20, float32_size: int = 24_576
+    ):
+        self.split_seqlens, self.gathered_bytes, self.float32_size = split_seqlens, gathered_bytes, float32_size
 
     def unavailable(self, query: Tensor) -> str | None:
         device = query.device.type
@@ -79,7 +83,7 @@ class TorchBackend(StridedBackend):
     def backward(self, grad_out, query, key, value, out, lse, is_causal, scale, band=0) -> Grads:
         if query.device.type != "cpu":
             return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
-        if _is_faster_in_float32(query):
+        if self._takes_float32(query):
             grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
         if not (is_causal and self.splits_queries(query, query.shape[-2])):
             tensors = self._gather(grad_out, query, key, value, out)
@@ -95,20 +99,16 @@ class TorchBackend(StridedBackend):
             total[..., first, :] += part
         return join_tokens(dq_first, dq), dk, dv
 
+    def _takes_float32(self, query: Tensor) -> bool:
+        queries, size = query.shape[-2:]
+        is_slow = query.dtype == torch.float16 or size < 64 or queries * size < self.float32_size
+        return query.itemsize == 2 and is_slow and self.float32_size > 0
+
     def _gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Make half-precision slices contiguous unless they are large."""
         if tensors[0].itemsize > 2 or tensors[0].nbytes > self.gathered_bytes:
             return tensors
         return tuple([x.contiguous() for x in tensors])
-
-
-def _is_faster_in_float32(query: Tensor) -> bool:
-    """Return True if the CPU kernel's gradient is faster in float32, copies included (benchmarks/README.md).
-
-    In half precision each of its many small matrix products has a cost of its own, whatever its size.
-    """
-    queries, size = query.shape[-2:]
-    return query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and (size < 64 or queries * size < 24_576))
 
 
 def _cpu_forward(query, key, value, is_causal, scale, mask=None) -> tuple[Tensor, Tensor]:

@@ -291,8 +291,10 @@ def test_zero_padding_equals_the_dense_reference(case):
     pytest.param(Case(1, 200, 4, 4, 8, (16, 60), (3, 4), True, "interleaved"), id="uncovered"),
     pytest.param(Case(1, 300, 4, 4, 16, (16, 32, 64, 128, 256), (1, 2, 4, 6, 12), True, "interleaved"), id="paper"),
 ])  # fmt: skip
-def test_low_precision(case, dtype):
+@pytest.mark.parametrize("float32_size", [24_576, 0], ids=["as it is", "gradients never in float32"])
+def test_low_precision(case, dtype, float32_size, monkeypatch):
     """Error against float64 at most twice the dense reference's own in that dtype, plus one rounding step."""
+    monkeypatch.setitem(BACKENDS, "torch", backend_torch.TorchBackend(float32_size=float32_size))
     inputs = make_inputs(case, dtype)
     exact = run(case, *(x.double() for x in inputs), backend="eager")
     dense = run(case, *inputs, backend="eager")
@@ -312,6 +314,30 @@ def test_low_precision_with_many_branches(dtype):
     one_branch = run(single, *inputs)
     for name, value in run(case, *inputs).items():
         assert_low_precision(name, value, one_branch[name], exact[name])
+
+
+@pytest.mark.parametrize(("shape", "dtype", "expected"), [
+    ((1, 2, 96, 128), torch.bfloat16, torch.float32),
+    ((1, 2, 192, 128), torch.bfloat16, torch.bfloat16),
+    ((1, 2, 300, 32), torch.bfloat16, torch.float32),
+    ((1, 2, 800, 32), torch.bfloat16, torch.float32),
+    ((1, 2, 192, 128), torch.float16, torch.float32),
+    ((1, 2, 16, 16), torch.float64, torch.float64),
+])  # fmt: skip
+def test_small_gradients_are_computed_in_float32(shape, dtype, expected, monkeypatch):
+    """Where the kernel's float32 is faster on a CPU; the products here are one call each."""
+    seen, kernel = [], backend_torch.cpu_flash_backward
+
+    def record(*tensors, **options):
+        seen.append({x.dtype for x in tensors[:5]})
+        return kernel(*tensors, **options)
+
+    monkeypatch.setattr(backend_torch, "cpu_flash_backward", record)
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+    out = dilated_attention(*inputs, [shape[2]], [1], backend="torch")
+    out.backward(torch.randn_like(out))
+    assert seen == [{expected}]
+    assert {x.grad.dtype for x in inputs} == {dtype}
 
 
 @pytest.mark.parametrize(("rates", "expected"), [((1, 2, 4, 8), torch.bfloat16), ((1, 1, 2), torch.float32)])
