@@ -14,7 +14,7 @@ from .evaluate_perplexity import write_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 # Models of the same size, trained by the demo with its configuration and others.
-NAMES = ("demo", "demo_repeated", "demo_dense", "demo_window", "demo_paper")
+NAMES = ("demo", "demo_dense", "demo_window", "demo_paper")
 BASELINES = [ROOT / "docs" / f"{name}.json" for name in NAMES]
 
 

@@ -31,7 +31,8 @@ def main(folder: str, expected_file: str, sample_file: str) -> None:
     print(f"{type(model).__module__}: the logits equal those of the model that was saved")
     set_seed(0)
     prompt = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
-    tokens = model.generate(prompt.input_ids, max_new_tokens=160, do_sample=True, temperature=0.8, top_k=50)
+    how = {"do_sample": True, "temperature": 0.8, "top_k": 50, "repetition_penalty": 1.1}  # small models repeat words
+    tokens = model.generate(prompt.input_ids, max_new_tokens=160, **how)
     sample = tokenizer.decode(tokens[0], skip_special_tokens=True)
     Path(sample_file).write_text(sample + "\n", encoding="utf-8")
     print(sample)
