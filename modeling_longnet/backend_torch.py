@@ -18,6 +18,8 @@ from .compat import (
 
 # A causal call that is split: the first _SPLIT queries are one causal call, the others a second call with a mask.
 _SPLIT = 256
+# From so many queries on, the CPU kernel's gradient takes them 256 at a time, not 32 or 64.
+_QUERIES = 768
 # With fewer keys than a vector register holds, the CPU kernel returns out 0 and lse 0 where all scores are NaN.
 _VECTOR = 16
 _KERNELS = {
@@ -34,8 +36,8 @@ class TorchBackend(StridedBackend):
             of 512 keys, so one call costs as much as attention without a mask (benchmarks/README.md).
         gathered_bytes: up to this size, half-precision slices are made contiguous before a CPU kernel, which is faster
             copies included (benchmarks/README.md); larger copies would cost memory.
-        float32_size: below so many queries times D, and always if D is below 64 or in float16, half-precision gradients
-            are computed in float32 on a CPU: its kernel takes long for small products (benchmarks/README.md).
+        float32_size: half-precision gradients are computed in float32 on a CPU, whose kernel takes long for small
+            products (benchmarks/README.md), below so many keys times D and 768 queries; also if D < 64 or in float16.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class TorchBackend(StridedBackend):
     def backward(self, grad_out, query, key, value, out, lse, is_causal, scale, band=0) -> Grads:
         if query.device.type != "cpu":
             return _cuda_backward(grad_out, query, key, value, out, lse, is_causal, scale)
-        if self._takes_float32(query):
+        if self._takes_float32(query, key):
             grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
         if not (is_causal and self.splits_queries(query, query.shape[-2])):
             tensors = self._gather(grad_out, query, key, value, out)
@@ -99,10 +101,10 @@ class TorchBackend(StridedBackend):
             total[..., first, :] += part
         return join_tokens(dq_first, dq), dk, dv
 
-    def _takes_float32(self, query: Tensor) -> bool:
-        queries, size = query.shape[-2:]
-        is_slow = query.dtype == torch.float16 or size < 64 or queries * size < self.float32_size
-        return query.itemsize == 2 and is_slow and self.float32_size > 0
+    def _takes_float32(self, query: Tensor, key: Tensor) -> bool:
+        (queries, size), keys = query.shape[-2:], key.shape[-2]
+        pays = query.dtype == torch.float16 or size < 64 or (queries < _QUERIES and keys * size < self.float32_size)
+        return pays and query.itemsize == 2 and self.float32_size > 0
 
     def _gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Make half-precision slices contiguous unless they are large."""

@@ -319,6 +319,8 @@ def test_low_precision_with_many_branches(dtype):
 @pytest.mark.parametrize(("shape", "dtype", "expected"), [
     ((1, 2, 96, 128), torch.bfloat16, torch.float32),
     ((1, 2, 192, 128), torch.bfloat16, torch.bfloat16),
+    ((1, 2, 300, 64), torch.bfloat16, torch.float32),
+    ((1, 2, 513, 64), torch.bfloat16, torch.bfloat16),
     ((1, 2, 300, 32), torch.bfloat16, torch.float32),
     ((1, 2, 800, 32), torch.bfloat16, torch.float32),
     ((1, 2, 192, 128), torch.float16, torch.float32),
@@ -338,6 +340,12 @@ def test_small_gradients_are_computed_in_float32(shape, dtype, expected, monkeyp
     out.backward(torch.randn_like(out))
     assert seen == [{expected}]
     assert {x.grad.dtype for x in inputs} == {dtype}
+
+
+@pytest.mark.parametrize("queries", [767, 768])
+def test_gradients_of_many_queries_stay_in_half_precision(queries):
+    query, key = (torch.empty(1, 1, length, 64, dtype=torch.bfloat16) for length in (queries, 64))
+    assert backend_torch.TorchBackend()._takes_float32(query, key) == (queries < 768)
 
 
 @pytest.mark.parametrize(("rates", "expected"), [((1, 2, 4, 8), torch.bfloat16), ((1, 1, 2), torch.float32)])
