@@ -30,7 +30,7 @@ PAGES = [ROOT / name for name in NAMES]
 
 # Results of examples/: files in `--docs` by the name of their markers.
 EXAMPLES = {
-    "demo": ["demo.json", "demo_window.json", "demo_dense.json", "demo_paper.json"],
+    "demo": ["demo.json", "demo_window.json", "demo_dense.json"],
     "extend_llama": ["extend_llama.json"],
     "long_documents": ["long_documents.json"],
     "segments": ["same_segments.json", "longer_segments.json"],

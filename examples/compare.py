@@ -14,7 +14,7 @@ from .evaluate_perplexity import write_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 # Models of the same size, trained by the demo with its configuration and others.
-NAMES = ("demo", "demo_dense", "demo_window", "demo_paper")
+NAMES = ("demo", "demo_dense", "demo_window")
 BASELINES = [ROOT / "docs" / f"{name}.json" for name in NAMES]
 
 
@@ -109,7 +109,7 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
     """
     figure = make_figure(height=3.9)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    top, repeated = 1.02 * max(results["perplexity"]), ""
+    top, repeated = max(1.02 * max(results["perplexity"]), 3.2 * min(results["perplexity"])), ""
     for report in [*baselines, results]:
         name, color = name_model(report["model"])
         contexts, perplexity = report["contexts"], report["perplexity"]
@@ -121,10 +121,11 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
         draw_line(left, contexts, perplexity, name, color, **look)
         keys = [count_keys(report["model"], context) for context in results["contexts"]]
         draw_line(right, results["contexts"], keys, name, color, **look)
-        over = next((i for i, value in enumerate(perplexity) if i and value > top), None)
+        lowest = perplexity.index(min(perplexity))
+        over = next((i for i, value in enumerate(perplexity) if i > lowest and value > top), None)
         if over:
             text = f"{perplexity[-1]:,.0f} at {format_count(contexts[-1])} \u2191"
-            place = (contexts[over], 0.99), left.get_xaxis_transform()
+            place = (contexts[over], 0.9), left.get_xaxis_transform()
             left.annotate(text, place[0], xycoords=place[1], va="top", fontsize=10, color=COLORS[color])
     error = results["perplexity_error"]
     if None not in error:
