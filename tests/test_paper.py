@@ -62,8 +62,11 @@ def test_the_pipeline_at_toy_size(tmp_path):
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert {name.split("-")[0] for name in results} == {
         "sweep", "base", "full", "long", "tokens", "time", "recall_base", "recall_base_longnet", "sweep_recall",
-        "recall", "far",
+        "recall", "far", "extended", "time_long", "time_extended",
     }  # fmt: skip
+    pattern, window = (results[f"long-{name}-64-0"] for name in ("w16_64-4q1_once", "w16"))
+    timed = results["time_long-w16-64-0"]
+    assert abs(timed["tokens"] - window["tokens"] * pattern["seconds"] / window["seconds"]) <= 64
     command = f"python -m examples.paper.run --quick --results {tmp_path}"
     assert {result["command"] for result in results.values()} == {command}
     for name in ("tokens-dense-64-0", "tokens-longnet-128-0"):
