@@ -205,16 +205,6 @@ def equal_time_table(results: dict[str, dict]) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No such cell has been run."
 
 
-def repeated(results: dict[str, dict]) -> str:
-    """Name the perplexities of the longer training that was repeated, first and second, by pattern and seed."""
-    groups, again = written_groups(results, "repeat_long"), written_groups(results, "long")
-    words = [
-        f"`{key[1]}` {', '.join(f'{first:.2f} and {again[key][seed]:.2f}' for seed, first in sorted(seeds.items()))}"
-        for key, seeds in sorted(groups.items())
-    ]
-    return "; ".join(words) + "." if words else "None was repeated."
-
-
 def _each(values: list[float], form: str) -> str:
     """Format the geometric mean, and each value if there are several."""
     mean = f"{np.exp(np.mean(np.log(values))):{form}}"
@@ -270,7 +260,8 @@ def recall_table(results: dict[str, dict], part: str, task: str, variants: bool 
 def quality_table(results: dict[str, dict]) -> str:
     """Return the README's table: perplexity on text and recall at two distances, one line per kind of attention.
 
-    Text is scored after one stage of training at 2,048 tokens, the longer one. What has not been run is left empty.
+    Text is scored after one stage of training at 2,048 tokens, the longer one, on every machine. What has not been
+    run is left empty.
     """
     lines = [
         "| attention | keys per query | perplexity | keys per query | recall, up to 256 tokens back | 256 to 2,048 |",
@@ -278,7 +269,8 @@ def quality_table(results: dict[str, dict]) -> str:
     ]
     recall, counts = recall_groups(results, "recall"), set()
     for title, text, task in QUALITY:
-        cells = [r for name, r in results.items() if name.startswith("long-") and r["cell"]["pattern"] == text]
+        trained = ("long-", "repeat_long-")
+        cells = [r for name, r in results.items() if name.startswith(trained) and r["cell"]["pattern"] == text]
         row = ["", ""]
         if cells:
             keys = count_keys(make_pattern(text, ((), ()), 2048), 2048)
@@ -289,7 +281,7 @@ def quality_table(results: dict[str, dict]) -> str:
             row += [_range([100 * _share_between(r["recall"], *ends) for r in found], ".0f", " %") for ends in ENDS]
         lines.append("| " + " | ".join([title, *row, *[""] * (5 - len(row))]) + " |")
         counts |= {len(cells), len(found)} - {0}
-    return "\n".join(lines) + f"\n\nMeans of {min(counts)} to {max(counts)} seeds, the range in parentheses."
+    return "\n".join(lines) + f"\n\nMeans of {min(counts)} to {max(counts)} runs, the range in parentheses."
 
 
 def _range(values: list[float], form: str, unit: str = "") -> str:
@@ -495,8 +487,7 @@ def summarize(results: dict[str, dict]) -> str:
         ratio_table(results, "tokens"),
         "## Patterns beyond the paper, one stage at full length", written_table(results, "full"),
         "## The same with more training", written_table(results, "long"),
-        "Perplexity of those that were trained again on another machine, first and second, each seed's: "
-        + repeated(results),
+        "The same with more training, on another machine:", written_table(results, "repeat_long"),
         "## Longer texts after that", written_table(results, "extended"),
         "## A cheaper pattern trained for as long", equal_time_table(results),
         "## Patterns beyond the paper, after a first stage of 512 tokens", written_table(results, "tokens"),
@@ -557,8 +548,8 @@ def beyond_headline(results: dict[str, dict]) -> str:
         written_table(results, "full"),
         "The same with 4 times the training:",
         written_table(results, "long"),
-        "Trained again on another machine, with the same seeds, perplexity of the first and the second time: "
-        + repeated(results),
+        "And on another machine, with the same seeds:",
+        written_table(results, "repeat_long"),
         "A second stage on longer texts, after that longer training on 2,048 tokens:",
         written_table(results, "extended"),
         "The window trained for the time that the pattern took, in both stages:",
