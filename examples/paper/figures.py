@@ -542,6 +542,7 @@ def headline(results: dict[str, dict]) -> str:
 
 def beyond_headline(results: dict[str, dict]) -> str:
     """Return what docs/patterns.md shows."""
+    timed = ["The window trained for the time that the pattern took, in both stages:", equal_time_table(results)]
     return "\n\n".join([
         provenance({name: r for name, r in results.items() if r["cell"].get("pattern", "") not in RIVALS}),
         "Perplexity of held-out text at the trained length, one stage of training at that length:",
@@ -552,8 +553,7 @@ def beyond_headline(results: dict[str, dict]) -> str:
         written_table(results, "repeat_long"),
         "A second stage on longer texts, after that longer training on 2,048 tokens:",
         written_table(results, "extended"),
-        "The window trained for the time that the pattern took, in both stages:",
-        equal_time_table(results),
+        *(timed if any(name.startswith("time_") for name in results) else ()),
         f"The first table after a first stage of dense attention on 512 tokens. {stages(results)}",
         written_table(results, "tokens"),
         "Share recalled by distance in tokens, many passages:",
