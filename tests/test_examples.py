@@ -473,7 +473,7 @@ def test_demo_then_long_documents(packages, tmp_path, monkeypatch):
     assert results["training"] | {"loss": None} == {
         "text": str(packages), "documents_held_out": 1, "steps": 2, "sequence_length": 1024, "tokens": 2048,
         "text_tokens": results["training"]["text_tokens"], "loss": None, "bfloat16": results["training"]["bfloat16"],
-        "learning_rate": 2e-3, "muon_learning_rate": 0.02, "warmup_steps": 50, "seed": 0,
+        "learning_rate": 4e-3, "muon_learning_rate": 0.04, "warmup_steps": 50, "seed": 0,
     }  # fmt: skip
     assert results["model"]["segment_lengths"] == TINY["segment_lengths"]
     assert (output / "perplexity.png").read_bytes().startswith(b"\x89PNG")
