@@ -268,10 +268,15 @@ def time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
         if cell["pattern"] != "longnet":
             names = (f"tokens-{pattern}-{cell['length']}-{seed}.json" for pattern in (cell["pattern"], "longnet"))
             own, longnet = (read(folder / file) for file in names)
-            steps = max(1, round(longnet["seconds"] / own["seconds"] * own["tokens"] / cell["length"]))
-            changed = {"tokens": steps * cell["length"], "contexts": cell["contexts"][:-1]}
-            cells[name.replace("tokens", "time", 1)] = cell | changed
+            cell = train_as_long(cell, own, longnet) | {"contexts": cell["contexts"][:-1]}
+            cells[name.replace("tokens", "time", 1)] = cell
     return cells
+
+
+def train_as_long(cell: dict, own: dict, other: dict) -> dict:
+    """Return the cell with the steps that fit into the time of the result `other`, at the speed of its result `own`."""
+    steps = max(1, round(other["seconds"] / own["seconds"] * own["tokens"] / cell["length"]))
+    return cell | {"tokens": steps * cell["length"]}
 
 
 def recall_base_cells(settings: dict, seed: int) -> dict[str, dict]:
@@ -385,11 +390,9 @@ def extended_cells(settings: dict, seed: int) -> dict[str, dict]:
 def equal_time_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
     """List the longer training of the cheaper of the `timed` patterns, for the time that the other took."""
     names = [f"long-{file_name(pattern)}-{settings['lengths'][0]}-{seed}" for pattern in settings["timed"]]
-    theirs, own = (read(folder / f"{name}.json")["seconds"] for name in names)
-    cell = full_cells(settings, folder, seed, "long")[names[1]]
-    steps = max(1, round(theirs / own * cell["tokens"] / cell["length"]))
-    name = names[1].replace("long", "time_long", 1)
-    return {name: cell | {"tokens": steps * cell["length"], "weights": f"{name}.safetensors"}}
+    theirs, own = (read(folder / f"{name}.json") for name in names)
+    cell = train_as_long(full_cells(settings, folder, seed, "long")[names[1]], own, theirs)
+    return {f"time_{names[1]}": cell | {"weights": f"time_{cell['weights']}"}}
 
 
 def equal_time_extended_cells(settings: dict, folder: Path, seed: int) -> dict[str, dict]:
@@ -398,10 +401,9 @@ def equal_time_extended_cells(settings: dict, folder: Path, seed: int) -> dict[s
     for length, patterns in settings["extended_text"].items():
         pattern, cheaper = (next(x for x, base in patterns.items() if base == first) for first in settings["timed"])
         names = [f"extended-{file_name(x)}-{length}-{seed}" for x in (pattern, cheaper)]
-        theirs, own = (read(folder / f"{name}.json")["seconds"] for name in names)
-        cell = listed[names[1]]
-        steps = max(1, round(theirs / own * cell["tokens"] / cell["length"]))
-        cells[f"time_{names[1]}"] = cell | {"tokens": steps * cell["length"], "base": "time_" + cell["base"]}
+        theirs, own = (read(folder / f"{name}.json") for name in names)
+        cell = train_as_long(listed[names[1]], own, theirs)
+        cells[f"time_{names[1]}"] = cell | {"base": f"time_{cell['base']}"}
     return cells
 
 
