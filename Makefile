@@ -35,14 +35,14 @@ test: $(READY) ## run the tests (TRANSFORMERS='5.17.*' with that release, ARGS=.
 coverage: $(READY) ## the tests, and which lines of the package they run; under 95 % is an error
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(ARGS)
 
-test-distributed: $(READY) ## run the whole matrix of sequences shared among processes
+test-distributed: $(READY) ## run the whole matrix of sequences sharded over processes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/sharding_matrix.py $(ARGS)
 
 test-transformers: $(READY) ## run Transformers' own model tests, minutes (TRANSFORMERS='5.17.*' those of that release)
 	$(VENV)/bin/python tests/library/source.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -r fEx tests/library/model_tests.py $(ARGS)
 
-test-ecosystem: .venv-ecosystem/.ready ## run other libraries on the models: PEFT, TRL, lm-eval (TABLE=docs/ecosystem.md)
+test-ecosystem: .venv-ecosystem/.ready ## run other libraries on the models: PEFT, TRL, lm-eval and more (TABLE=docs/ecosystem.md)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TABLE=$(TABLE) .venv-ecosystem/bin/python -m pytest tests/ecosystem $(ARGS)
 
 test-faults: $(READY) ## kill training, saves, conversions, streams and sharded processes at random moments; minutes
@@ -62,7 +62,7 @@ lint: $(READY) ## check style and format
 bench: $(READY) ## time against the rivals (BENCH=op for one), write benchmarks/results/*.json
 	for name in $(BENCH); do $(RUN) benchmarks.run $$name $(ARGS) || exit 1; done
 
-paper: $(READY) ## redo the paper's comparisons, small; hours, goes on where it stopped (ARGS='--hours 2')
+paper: $(READY) ## redo the paper's comparisons, small; hours, resumes where it stopped (ARGS='--hours 2')
 	$(RUN) examples.paper.run $(ARGS)
 
 paper-quick: $(READY) ## the same at toy size, in a minute: shows that every step runs

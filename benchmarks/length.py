@@ -219,7 +219,8 @@ def plot(result: dict, path: str) -> None:
 def _title(result: dict) -> str:
     """Say what was timed, and how it compares with dense attention at the longest length that both ran."""
     row = result["rows"][0]
-    title = f"One layer's attention, {row['heads']} heads of {row['head_dim']}, {row['dtype']}"
+    branches = " with the paper's branches" if result["pattern"] == PATTERN else ""
+    title = f"One layer's attention{branches}, {row['heads']} heads of {row['head_dim']}, {row['dtype']}"
     title += f", {result['gpu']}" if row["device"] == "cuda" else f", {row['threads']} CPU cores"
     times = {(r["who"], r["length"], r["mode"]): spread(r["seconds"]).median for r in result["rows"]}
     lengths = [n for who, n, mode in times if who == "sdpa" and ("ours", n, mode) in times]

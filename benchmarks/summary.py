@@ -37,7 +37,7 @@ def _attention(result: dict, tokens: int) -> Cells | None:
     wanted = {"length": tokens, "mode": "forward+backward", "pattern": PAPER, "dtype": "bfloat16"}
     for row in op.summarize(result):
         if wanted.items() <= row.items() and row["speedup"]:
-            return _times([row["seconds"]], [row["dense_seconds"]])
+            return _format(row["seconds"], row["dense_seconds"], row["speedup"].median)
 
 
 def _training_step(result: dict, tokens: int) -> Cells | None:
@@ -66,12 +66,15 @@ def _decoding_step(result: dict, tokens: int) -> Cells | None:
 
 
 def _times(ours: list[float] | None, dense: list[float] | None) -> Cells | None:
-    """Return the medians and their ratio."""
+    """Return the medians, and the median of the ratios round by round."""
     if not ours or not dense:
         return None
-    ours, dense = spread(ours).median, spread(dense).median
-    digits = 2 if dense < ours else 1
-    return _duration(ours), _duration(dense), f"{dense / ours:.{digits}f}"
+    ratio = spread([a / b for a, b in zip(dense, ours, strict=True)]).median
+    return _format(spread(ours).median, spread(dense).median, ratio)
+
+
+def _format(ours: float, dense: float, ratio: float) -> Cells:
+    return _duration(ours), _duration(dense), f"{ratio:.{2 if ratio < 1 else 1}f}"
 
 
 def _duration(seconds: float) -> str:

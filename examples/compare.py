@@ -90,7 +90,7 @@ def mark_lengths(axis: Axes, results: dict) -> None:
     for length in model["segment_lengths"]:
         marks.setdefault(length, []).append("segment")
     if model["window_size"]:
-        marks.setdefault(model["window_size"], []).append("window")
+        marks.setdefault(model["window_size"], []).append("LongNet's window")
     for length, texts in marks.items():
         if length <= max(results["contexts"]):
             mark(axis, length, " = ".join(texts))
@@ -105,7 +105,7 @@ def count_keys(model: dict, context: int) -> float:
 def plot(results: dict, baselines: list[dict], file: Path) -> None:
     """Draw perplexity and the work of attention against context, beside those of other models.
 
-    `results` sets the scale of perplexity. A line that leaves the panel is labelled with its last value.
+    `results` sets the scale of perplexity. A line that leaves the panel is labelled with its highest value.
     """
     figure = make_figure(height=3.9)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -124,14 +124,15 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
         lowest = perplexity.index(min(perplexity))
         over = next((i for i, value in enumerate(perplexity) if i > lowest and value > top), None)
         if over:
-            text = f"{perplexity[-1]:,.0f} at {format_count(contexts[-1])} \u2191"
+            most = perplexity.index(max(perplexity))
+            text = f"{perplexity[most]:,.0f} at {format_count(contexts[most])} \u2191"
             place = (contexts[over], 0.9), left.get_xaxis_transform()
             left.annotate(text, place[0], xycoords=place[1], va="top", fontsize=10, color=COLORS[color])
     error = results["perplexity_error"]
     if None not in error:
         low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
         left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
-    left.set(title="Perplexity of held-out text" + repeated, ylim=(0.9 * min(results["perplexity"]), top))
+    left.set(title="Perplexity of held-out text (band: 1 standard error)" + repeated, ylim=(0.9 * min(results["perplexity"]), top))
     right.set(title="Keys that a query sees")
     scale_log(right.yaxis)
     for axis in (left, right):

@@ -67,7 +67,7 @@ class DemoArguments:
         default_factory=lambda: [str(path) for path in BASELINES],
         metadata={"help": "perplexity.json of other runs of the demo, drawn beside this one."},
     )
-    quick: bool = field(default=False, metadata={"help": "Run every step in half a minute; the model is no good."})
+    quick: bool = field(default=False, metadata={"help": "Run every step in half a minute; the model is useless."})
 
 
 def read_settings(

@@ -4,7 +4,7 @@
     python -m examples.draw_pattern "2048/1 4096/2 8192/4" --heads 12 --layers 2 --output pattern.png
 
 A pattern is written as `parse_pattern` reads it: a window (w256), branches (segment/rate, or segment/rate:query_rate),
-and options (rotate, stagger, once).
+and options (rotate, stagger, once, every2).
 """
 
 if not __package__:

@@ -45,6 +45,7 @@ from .drawing import draw_line, make_figure, mark, name_lines, scale_tokens, sty
 METRIC = Path(__file__).parent / "perplexity_by_context"
 BATCH_TOKENS = 8_192  # tokens of short windows in a forward pass: enough to be efficient
 READ_TOKENS = 32_768  # a longer context is read in pieces, with the model's cache
+TUNED = ", fine-tuned"  # suffix of a model's name
 BYTES_MARGIN = 8  # tokens before a block on which the decoding of its first characters depends
 
 
@@ -312,19 +313,24 @@ def plot_comparison(results: dict[str, dict], file: Path, *, trained: int) -> No
     """Draw several models' perplexity against context, and mark the length of their first training.
 
     Args:
-        results: By model, as `evaluate_contexts` returns them.
+        results: By model, as `evaluate_contexts` returns them. Models named "..., fine-tuned" get a panel of their own,
+            in the colours that they have without the word.
         trained: Tokens of a sequence in the first training.
     """
-    figure = make_figure(height=4)
-    axis = figure.subplots()
-    for number, (name, result) in enumerate(results.items()):
-        color = "dense" if name == "dense" else f"C{number - ('dense' in results)}"
-        draw_line(axis, result["contexts"], result["perplexity"], name, color)
-    if trained is not None:
-        mark(axis, trained, "first training")
-    scale_tokens(axis.xaxis)
-    axis.set(xlabel="context (tokens)", title="Perplexity of the same text")
-    name_lines(axis)
+    first = {name: result for name, result in results.items() if not name.endswith(TUNED)}
+    tuned = {name.removesuffix(TUNED): result for name, result in results.items() if name.endswith(TUNED)}
+    panels = {"Perplexity of the same text": first} | ({"The same, fine-tuned": tuned} if tuned else {})
+    figure = make_figure(height=4 * len(panels))
+    axes = figure.subplots(len(panels), sharey=True, squeeze=False).flat
+    colors = {name: f"C{number}" for number, name in enumerate(x for x in first if x != "dense")} | {"dense": "dense"}
+    for axis, (title, models) in zip(axes, panels.items(), strict=True):
+        for name, result in models.items():
+            draw_line(axis, result["contexts"], result["perplexity"], name, colors.get(name, "other"))
+        if trained is not None:
+            mark(axis, trained, "length of the first training")
+        scale_tokens(axis.xaxis)
+        axis.set(xlabel="context (tokens)", title=title)
+        name_lines(axis)
     write_figure(figure, file)
 
 
@@ -364,7 +370,7 @@ def describe_machine() -> dict[str, str]:
         "command": command_line(),
         "machine": torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        else f"{platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

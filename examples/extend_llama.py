@@ -30,13 +30,14 @@ from transformers import (
 from modeling_longnet import parse_pattern, use_dilated_attention
 
 from .corpus import TextArguments, join_documents, load_text, load_tokenizer, pack, tokenize
-from .evaluate_perplexity import evaluate_contexts, format_comparison, write_comparison
+from .evaluate_perplexity import TUNED, evaluate_contexts, format_comparison, write_comparison
 from .optimizer import MuonAndAdamW
 
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 SIZES |= {"num_key_value_heads": 3, "tie_word_embeddings": True}
-# One like the paper's, and a window with summaries, which does not change attention in texts of up to 256 tokens.
-PATTERNS = ["256/1 1024/2 4096/4", "w256 4096/16:1 once"]
+# One like the paper's, and windows with summaries, which do not change attention in texts of up to 256 tokens; in every
+# second layer they can be twice as dense for the same work.
+PATTERNS = ["256/1 1024/2 4096/4", "w256 4096/16:1 once", "w256 4096/8:1 once every2"]
 
 
 def parse() -> argparse.Namespace:
@@ -83,11 +84,11 @@ def make_stages(
     )  # fmt: skip
     print(f"{model.num_parameters():,} parameters; training on sequences of {arguments.length:,} tokens")
     train(model, documents, arguments.length, arguments.steps, batch=8, rate=2e-3)
-    stages = {"dense": model, "dense, fine-tuned": copy.deepcopy(model)}
+    stages = {"dense": model, f"dense{TUNED}": copy.deepcopy(model)}
     for pattern in arguments.patterns:
-        for name in (pattern, f"{pattern}, fine-tuned"):
+        for name in (pattern, f"{pattern}{TUNED}"):
             stages[name] = use_dilated_attention(copy.deepcopy(model), **parse_pattern(pattern))
-    for name in filter(lambda name: name.endswith("fine-tuned"), stages):
+    for name in filter(lambda name: name.endswith(TUNED), stages):
         print(f"{name}: {arguments.long_steps} steps on sequences of {arguments.long_length:,} tokens")
         train(stages[name], documents, arguments.long_length, arguments.long_steps, batch=1, rate=5e-4)
     return stages
@@ -108,7 +109,7 @@ def main() -> None:
             contexts=arguments.contexts, targets=arguments.targets, blocks=arguments.blocks,
         )  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stages[f"{arguments.patterns[-1]}, fine-tuned"].save_pretrained(arguments.output / "model")
+    stages[f"{arguments.patterns[-1]}{TUNED}"].save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
     write_comparison(results, arguments.output, settings, trained=arguments.length)

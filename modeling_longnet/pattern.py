@@ -185,8 +185,8 @@ class Pattern(NamedTuple):
         if self.window_size is None:
             near = f"up to {self.segment_lengths[0]} tokens of its own segment"
             return f"Branches {branches}: a query sees {near}, and farther ones ever more sparsely."
-        where = f" (one layer in {self.branch_layer_period})" if self.branch_layer_period > 1 else ""
-        shown = f", and of longer segments one key in r{where}: branches (w, r) = {branches}" if branches else ""
+        where = f", in one layer of {self.branch_layer_period}," if self.branch_layer_period > 1 else ""
+        shown = f" and{where} one key in r of its segment of w: branches (w, r) = {branches}" if branches else ""
         near = f"the last {self.window_size} tokens"
         if not is_causal:
             near = f"the tokens up to {self.window_size - 1} on either side"
@@ -229,8 +229,8 @@ def layer_branches(
 def parse_pattern(words: str) -> dict[str, object]:
     """Return the arguments of `dilated_attention`, `LongNetConfig` or `use_dilated_attention` for a written pattern.
 
-    Raises:
-        ValueError: names the word that is not part of a pattern.
+    Words: w256 (window), 2048/8 or 2048/8:1 (segment/rate:query rate), rotate, stagger, once, every2 (branches in
+    every 2nd layer only). Raises ValueError for any other word.
 
     Example:
         >>> parse_pattern("w256 2048/8:1 once")["window_size"]

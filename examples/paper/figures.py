@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +53,10 @@ PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 
 | LongNet, trained on 16K | 4.27 | 3.26 | 3.31 |
 | Sparse Transformer, trained on 32K | 5.15 | 4.00 | 3.64 |
 | LongNet, trained on 32K | 4.37 | 3.33 | 3.01 |"""
-SUMMARIES = "w64_2048-8q1_once"
-NAMES = {"dense": "dense", "longnet": "LongNet", "window": "window", "sparse": "Sparse"}
-NAMES[SUMMARIES] = "window and\nsummaries"
+BEST = "w136_2048-8q1_once_every2"
+NAMES = {"dense": "dense", "longnet": "LongNet,\nthe paper's", "window": "window", "sparse": "Sparse"}
+NAMES[BEST] = "LongNet,\nthe best"
+POINTS = {"longnet": "paper", BEST: "longnet"}  # colours that are not the name
 MOST_LINES = 5  # in a panel
 DISTANCE = "tokens between passage and question"
 # Rows of the README's table of quality: title, pattern of the text cells, name of the recall cells.
@@ -63,7 +64,7 @@ QUALITY = [
     (
         "LongNet, window, in every 2nd layer also 1 key in 8",
         "w136 2048/8:1 once every2",
-        "w136_2048-8q1_once_every2" + LONGER,
+        BEST + LONGER,
     ),
     ("LongNet, window, in every layer also 1 key in 16", "w136 2048/16:1 once", "w136_2048-16q1_once" + LONGER),
     ("LongNet, the paper's pattern", "512/1 2048/2 8192/4 32768/8", "longnet" + LONGER),
@@ -264,7 +265,7 @@ def quality_table(results: dict[str, dict]) -> str:
     run is left empty.
     """
     lines = [
-        "| attention | keys per query | perplexity | keys per query | recall, up to 256 tokens back | 256 to 2,048 |",
+        "| attention | keys per query, text | perplexity | keys per query, recall | recall, up to 256 tokens back | recall, 256 to 2,048 back |",
         "| --- |" + " ---: |" * 5,
     ]
     recall, counts = recall_groups(results, "recall"), set()
@@ -281,7 +282,7 @@ def quality_table(results: dict[str, dict]) -> str:
             row += [_range([100 * _share_between(r["recall"], *ends) for r in found], ".0f", " %") for ends in ENDS]
         lines.append("| " + " | ".join([title, *row, *[""] * (5 - len(row))]) + " |")
         counts |= {len(cells), len(found)} - {0}
-    return "\n".join(lines) + f"\n\nMeans of {min(counts)} to {max(counts)} runs, the range in parentheses."
+    return "\n".join(lines) + f"\n\nMeans of {min(counts)} to {max(counts)} runs, the range in parentheses. Empty: not trained for so long."
 
 
 def _range(values: list[float], form: str, unit: str = "") -> str:
@@ -338,15 +339,14 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
     lengths = sorted({length for length, _ in groups})
     by_length, by_work, by_context, by_position = [], [], [], []
     for pattern in RIVALS:
-        name, color = NAMES[pattern], pattern
+        name, color = NAMES[pattern], POINTS.get(pattern, pattern)
         trained = {length: groups[length, pattern] for length in lengths if (length, pattern) in groups}
         if not trained:
             continue
         losses = [[np.log(_at_trained(cell)) for cell in cells] for cells in trained.values()]
         by_length.append(_each_place(trained, losses, name, color))
         work = [np.mean([count_all_flops(cell) for cell in cells]) for cells in trained.values()]
-        crowded = None if pattern in ("longnet", "window") else name
-        by_work.append(_each_place([flops / 1e13 for flops in work], losses, crowded, color))
+        by_work.append(_each_place([flops / 1e13 for flops in work], losses, name.replace("\n", " "), color))
         cells = trained[max(trained)]
         scores = [np.log(cell["scores"]["perplexity"]) for cell in cells]
         by_context.append(_line(cells[0]["scores"]["contexts"], scores, name, color))
@@ -356,7 +356,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
     longest = format_count(max(lengths))
     panels = [
         Panel("at the trained length", by_length, scale_plain, "trained length (tokens)"),
-        Panel("at the trained length", by_work, scale_plain, "training FLOPs ($10^{13}$)", scale_plain),
+        Panel("against the work of training", by_work, scale_plain, "training FLOPs ($10^{13}$)", scale_plain),
         Panel(f"trained on {longest}: by context", by_context, scale_plain, "context (tokens)"),
         Panel(f"trained on {longest}: by position", by_position, scale_plain, "share of the sequence", scale_plain),
     ]
@@ -375,13 +375,13 @@ def _recall_line(cells: list[dict], task: str, name: str, color: str) -> Line:
 
 
 def plot_recall(results: dict[str, dict], path: Path) -> None:
-    """Draw recall and passkey against distance, in both lengths of text: the rivals, and a window with summaries."""
+    """Draw recall and passkey against distance, in both lengths of text: the rivals, and the best pattern."""
     panels = []
-    for part, task in (("recall", "recall"), ("recall", "passkey"), ("far", "recall")):
+    for part, task in product(("recall", "far"), ("recall", "passkey")):
         groups = recall_groups(results, part)
         lines = [
-            _recall_line(groups[name], task, NAMES[name], "other" if name == SUMMARIES else name)
-            for name in (*RIVALS, SUMMARIES)
+            _recall_line(groups[name], task, NAMES[name], POINTS.get(name, name))
+            for name in (*RIVALS, BEST)
             if name in groups
         ]
         length = next((cells[0]["cell"]["length"] for cells in groups.values()), 0)
@@ -393,17 +393,21 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
 def plot_recall_variants(results: dict[str, dict], path: Path) -> None:
     """Draw recall of many passages for every other pattern, five lines per panel."""
     groups = {name: cells for name, cells in recall_groups(results, "recall").items() if name not in RIVALS}
+    longer = [name for name in groups if name.endswith(LONGER)]
+    shorter = [name for name in groups if name not in longer]
     kinds = {
-        "LongNet, two branches": [name for name in groups if re.fullmatch(r"longnet \d+,\d+ by \d+,\d+", name)],
-        "beyond the paper": [name for name in groups if re.match(r"w\d", name)],
+        "Window and branches": [name for name in shorter if re.match(r"w\d", name)],
+        "Trained 4 times as long": longer,
+        "Like the paper's: two branches": [x for x in shorter if re.fullmatch(r"longnet \d+,\d+ by \d+,\d+", x)],
     }
-    kinds["LongNet, other choices"] = [name for name in groups if not any(name in names for names in kinds.values())]
+    kinds["Like the paper's: other choices"] = [x for x in shorter if not any(x in names for names in kinds.values())]
     panels = []
     for title, names in kinds.items():
-        for start in range(0, len(names), MOST_LINES):
+        most = -(-len(names) // max(1, -(-len(names) // MOST_LINES)))  # lines of each panel, evenly
+        for start in range(0, len(names), most or 1):
             lines = [
-                _recall_line(groups[name], "recall", _short(name), f"C{number}")
-                for number, name in enumerate(names[start : start + MOST_LINES])
+                _recall_line(groups[name], "recall", _short(name.removesuffix(LONGER)), f"C{number}")
+                for number, name in enumerate(names[start : start + most])
             ]
             panels.append(Panel(title, lines, scale_share, DISTANCE))
     draw_panels(panels, path, columns=1, title="Share of a passage's tokens recalled, many passages in 2K")
@@ -413,6 +417,7 @@ def _short(name: str) -> str:
     """Return a cell's pattern in the usual notation, without the word LongNet."""
     if match := re.fullmatch(r"longnet ([\d,]+) by ([\d,]+)", name):
         return " ".join(f"{w}/{r}" for w, r in zip(match[1].split(","), match[2].split(","), strict=True))
+    name = {"longnet": "the paper's", "longnet own first stage": "first stage with the paper's pattern"}.get(name, name)
     words = re.sub(r"(\d)-(\d)", r"\1/\2", name.removeprefix("longnet ").replace("_", " "))
     return re.sub(r"(\d)q(\d)", r"\1:\2", words)
 
@@ -440,7 +445,7 @@ def plot_patterns(path: Path) -> None:
     weights = map_attention(segments, rates, heads, 256)
     for axis, head in zip(axes, (0, 5), strict=False):
         axis.imshow(weights[head] > 0, cmap="Blues", interpolation="nearest")
-        axis.set(title=f"keys seen by head {head} of {heads}", xlabel="key", ylabel="query")
+        axis.set(title=f"keys of head {head}: 16/1 64/4 256/16", xlabel="key", ylabel="query")
         axis.set(xticks=[0, 128, 255], yticks=[0, 128, 255])
         axis.grid(False)
     layers, cache = list(figure.axes)[2:]
@@ -452,7 +457,7 @@ def plot_patterns(path: Path) -> None:
         y = np.where((steps > 0) & (distance > 0), steps + 0.12 * number, np.nan)
         layers.plot(distance, y, ".", markersize=4)
         layers.text(1.2, 2 + 0.12 * number, f"{format_count(length)} tokens", color=f"C{number}", va="center")
-    layers.set(title="layers until the last token has heard of one", xlabel="distance (tokens)", ylim=(0.6, 2.6))
+    layers.set(title="layers needed to reach the last token", xlabel="distance (tokens)", ylim=(0.6, 2.6))
     layers.set_yticks([1, 2])
     tokens = np.unique(np.geomspace(1, 1 << 18, 400).astype(int))
     for name, color, w, r in (
