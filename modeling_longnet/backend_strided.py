@@ -134,8 +134,8 @@ class StridedBackend(Backend):
         """
         raise NotImplementedError
 
-    def takes_bands(self, query: Tensor) -> bool:
-        """Return True if `forward` and `backward` take a band."""
+    def takes_bands(self, query: Tensor, window: int) -> bool:
+        """Return True if `forward` and `backward` take a band for a window of this size."""
         return False
 
     def splits_queries(self, query: Tensor, seqlen: int) -> bool:
@@ -143,7 +143,7 @@ class StridedBackend(Backend):
         return False
 
     def _products(self, call: BranchCall, query: Tensor) -> tuple[Product, ...]:
-        bands = self.takes_bands(query)
+        bands = self.takes_bands(query, call.branch.w)
         return branch_products(call.chunk, call.branch, query.shape[2], call.is_causal, call.keys, bands)
 
     def forward_branch(self, call, query, key, value, out, lse):

@@ -20,6 +20,9 @@ from .compat import (
 _SPLIT = 256
 # From so many queries on, the CPU kernel's gradient takes them 256 at a time, not 32 or 64.
 _QUERIES = 768
+# Larger windows take blocks of whole windows: the keys of bands overlap, which costs copies and memory
+# (benchmarks/README.md).
+_BAND, _HALF_BAND = 512, 256
 # With fewer keys than a vector register holds, the CPU kernel returns out 0 and lse 0 where all scores are NaN.
 _VECTOR = 16
 _KERNELS = {
@@ -62,8 +65,8 @@ class TorchBackend(StridedBackend):
     def splits_queries(self, query, seqlen):
         return query.device.type == "cpu" and seqlen in self.split_seqlens
 
-    def takes_bands(self, query):
-        return query.device.type == "cpu"
+    def takes_bands(self, query, window):
+        return query.device.type == "cpu" and window <= (_HALF_BAND if query.itemsize == 2 else _BAND)
 
     def forward(self, query, key, value, is_causal, scale, band=0) -> list[Part]:
         if query.device.type != "cpu":

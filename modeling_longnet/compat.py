@@ -105,11 +105,11 @@ def set_parallel_size(config: ParallelismConfig, name: str, size: int) -> None:
 
 # --- Transformers: what its own models use. Checked with 5.17 and 5.24.
 try:
-    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.generic import merge_with_config_defaults as _merge_with_config_defaults
     from transformers.utils.output_capturing import capture_outputs
 except ImportError:  # then config defaults are not merged, and hidden states and attention weights are refused
 
-    def merge_with_config_defaults(forward):
+    def _merge_with_config_defaults(forward):
         return forward
 
     def capture_outputs(forward):
@@ -122,6 +122,19 @@ except ImportError:  # then config defaults are not merged, and hidden states an
             return forward(self, *args, **kwargs)
 
         return checked
+
+
+def merge_with_config_defaults(forward):
+    """Return the method with the config's defaults; refuse `is_causal`, which would change the config for a call."""
+    merged = _merge_with_config_defaults(forward)
+
+    @wraps(forward)
+    def checked(self, *args, is_causal: bool | None = None, **kwargs):
+        if is_causal not in (None, self.config.is_causal):
+            raise ValueError(f"is_causal={is_causal!r}: set it in the config, which says {self.config.is_causal!r}.")
+        return merged(self, *args, **kwargs)
+
+    return checked
 
 
 # 5.18 or so renamed the cache: outputs and generate's keyword arguments use each version's own name.

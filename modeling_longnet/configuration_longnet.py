@@ -122,7 +122,7 @@ class LongNetConfig(PreTrainedConfig):
         query_rates: for each branch the rate at which queries are kept, a divisor of its dilation rate; 1 lets every
             query see the branch's keys. None: the dilation rates, as in the paper.
         rotate_offsets: queries and keys of a head are kept at two offsets, which change from layer to layer, so that
-            any two tokens of a segment meet in some head or layer.
+            any two tokens of a segment meet in some head or layer, if heads times layers is at least r ** 2.
         stagger_segments: odd layers place segment borders half a segment earlier.
         keys_once: a branch leaves out the segment, or window, of the branch before it: no key counts twice. A text
             that fits into the first of them then gets dense attention. Causal models only.
@@ -150,7 +150,7 @@ class LongNetConfig(PreTrainedConfig):
         use_cache: `forward` returns a `LongNetCache` (never in training with gradient checkpointing).
         tie_word_embeddings: the output projection shares the embedding table.
         max_position_embeddings: context length that other tools read (`generate` without a length stops there, lm-eval
-            cuts there); the model ignores it. The default is the longest segment: farther tokens never meet.
+            cuts there); the model ignores it. The default is the reach: the longest segment, or all layers' windows.
 
     Raises:
         StrictDataclassError or ValueError: names the field, the value and what is allowed.
@@ -271,6 +271,8 @@ class LongNetConfig(PreTrainedConfig):
             ValueError: the effort is too small for this length (and number of heads); the message gives the least one.
         """
         for key in fields:
+            if key in Pattern._fields and key != "branch_layer_period":
+                raise TypeError(f"for_context chooses {key}; to set it, give LongNetConfig the whole pattern.")
             close = difflib.get_close_matches(key, ("effort", "length", "paper"), n=1, cutoff=0.75)
             if close and not hasattr(cls, key):
                 raise TypeError(f"for_context has no argument {key!r}; did you mean {close[0]!r}?")
@@ -421,10 +423,12 @@ class LongNetConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """The number set for other tools, else the longest segment."""
+        """The number set for other tools, else the longest segment, or without branches the layers' windows in all."""
         # Stored under its own name, so that it is saved only if it was set and else follows the segments.
         tokens = self.__dict__.get("max_position_embeddings")
-        return max([*self.segment_lengths, self.window_size or 0]) if tokens is None else tokens
+        if tokens is not None:
+            return tokens
+        return max(self.segment_lengths, default=0) or self.window_size * self.num_hidden_layers
 
     @max_position_embeddings.setter
     def max_position_embeddings(self, tokens: int | None) -> None:

@@ -24,7 +24,7 @@ from .branches import Branch, prefix_lengths
 from .cache_longnet import LongNetCache
 from .compat import CACHE, attn_implementation
 from .dilated_attention import autocast_dtype
-from .packing import pack
+from .packing import pack, real_tokens
 from .pattern import Pattern
 from .reference import count_branches
 from .sharding_accelerate import check_whole_sequences
@@ -115,6 +115,7 @@ def _is_dilated(config) -> bool:
 def _pattern(config, groups: int | None = None) -> SimpleNamespace:
     """Return the setting and sizes of a switched model under LongNetConfig's names; `groups` are key/value heads."""
     groups = groups or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    _check_setting(config.num_hidden_layers, **config.dilated_attention)  # it may come from a file
     sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_hidden_layers")}
     return SimpleNamespace(**config.dilated_attention, **sizes, num_key_value_heads=groups)
 
@@ -234,8 +235,8 @@ def _make_context(
     rows, _, length, head_dim = sample.shape
     device, layers, is_bounded = sample.device, plan_branches(pattern), isinstance(cache, DilatedCache)
     if mask is not None:
-        _check_columns("the attention mask", mask.shape, (rows, past + length))
-        mask = mask != 0
+        _check_columns("the attention mask", getattr(mask, "shape", ()), (rows, past + length))
+        mask = real_tokens(mask)
     backend = choose_backend(pattern.backend, sample.to(autocast_dtype(sample)))
     starts = None
     if is_bounded:

@@ -605,7 +605,8 @@ class LongNetForSequenceClassification(LongNetClassifier):
         if self.config.is_causal:
             return hidden_states[torch.arange(batch, device=real.device), (real * columns).argmax(1)]
         hidden_states = hidden_states.masked_fill(~real[..., None], 0)  # padding may hold anything
-        return hidden_states.sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(hidden_states.dtype)
+        total = hidden_states.sum(1, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        return (total / real.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
 
 
 class LongNetForTokenClassification(LongNetClassifier):

@@ -107,6 +107,13 @@ find_chunks = register_operator(
 )
 
 
+def real_tokens(mask: Tensor) -> Tensor:
+    """Return the mask as bool, True for real tokens. Raises ValueError for one that is to be added to scores."""
+    if mask.is_floating_point() and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask has values other than 0 and 1; expected 1 for real tokens, 0 for padding.")
+    return mask != 0
+
+
 def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) -> list[Borders]:
     """Return where the real tokens of each batch row begin and end within the new columns."""
     shape = len(starts), columns + length
@@ -115,7 +122,7 @@ def _mask_borders(mask: Tensor, length: int, starts: list[int], columns: int) ->
             f"attention_mask has shape {tuple(mask.shape)}; expected {shape}: (batch, columns), nonzero for real "
             "tokens, the columns in the cache included. Masks of (query, key) pairs are not supported."
         )
-    real = (mask != 0).cpu().int()
+    real = real_tokens(mask).cpu().int()
     counts, first, last = real.sum(1), real.argmax(1), shape[1] - real.flip(1).argmax(1)
     holes = (counts > 0) & (last - first != counts)
     if holes.any():

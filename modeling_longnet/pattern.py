@@ -26,7 +26,7 @@ class Pattern(NamedTuple):
         query_rates: a query rate for each branch, a divisor of its r: a head keeps every query_rate-th token as a
             query. 1 lets every query see the branch (r times the work). None: r, as in the paper.
         rotate_offsets: a head keeps queries and keys at two offsets, which change from layer to layer, so that any two
-            tokens of a segment meet in some head or layer.
+            tokens of a segment meet in some head or layer, if heads times layers is at least r ** 2.
         stagger_segments: odd layers place the borders of segments half a segment earlier.
         keys_once: a branch leaves out the region of the branch before it, so that no key counts twice.
         branch_layer_period: n for branches in every n-th layer; the others have only the window.
@@ -160,7 +160,8 @@ class Pattern(NamedTuple):
                 offsets = tuple(g // math.ceil(num_kv_heads / r) for g in groups)
             queries = (0, ())  # kept where keys are
             if self.rotate_offsets or rate < r:
-                queries = rate, tuple(h % rate for h in range(heads))
+                turn = heads * (layer // r) if self.rotate_offsets else 0  # after r layers all key offsets were there
+                queries = rate, tuple((h + turn) % rate for h in range(heads))
             after = (window, inner, inner_phase) if self.keys_once else (0, 0, 0)
             result.append(Branch(w, r, offsets, *queries, phase, False, *after))
         return tuple(sorted(result, key=lambda branch: (not branch.covers_all, branch.r, branch.w)))

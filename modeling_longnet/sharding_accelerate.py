@@ -115,7 +115,8 @@ class SequenceSharded:
     _sequence_group = None
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_sequence_group"}
+        # Module leaves out what it compiled: a copy would run the original's forward.
+        return {name: x for name, x in super().__getstate__().items() if name != "_sequence_group"}
 
     def set_sequence_group(self, group: "dist.ProcessGroup | None") -> None:
         """Shard each sequence over the processes of `group`, without Accelerate; None turns it off.

@@ -263,7 +263,7 @@ class LongNetSlideEncoder(LongNetBackbone):
 
     def _embed_tiles(self, tiles: Tensor, coordinates: Tensor) -> Tensor:
         """(B, K - 1, features), (B, K - 1, 2) -> (B, K, E): the CLS token, then projected tiles with their places."""
-        places = (coordinates / self.config.tile_size).floor().long()
+        places = torch.div(coordinates, self.config.tile_size, rounding_mode="floor").long()
         outside = (places < 0) | (places >= self.config.grid_size)
         if outside.any():
             slide, tile, _ = outside.nonzero()[0].tolist()

@@ -259,6 +259,17 @@ def test_for_context_refuses_a_misspelt_argument(name, meant):
         LongNetConfig.for_context(8192, **{name: 256})
 
 
+def test_for_context_refuses_what_it_chooses():
+    for name, value in {"window_size": 32, "keys_once": False, "segment_lengths": [64]}.items():
+        with pytest.raises(TypeError, match=f"for_context chooses {name}"):
+            LongNetConfig.for_context(8192, effort=256, **{name: value})
+
+
+def test_a_windows_reach_grows_with_the_layers():
+    config = LongNetConfig(segment_lengths=[], dilation_rates=[], window_size=192, position_embedding="rope")
+    assert config.max_position_embeddings == 192 * config.num_hidden_layers
+
+
 def test_for_context_gives_a_single_layer_branches():
     assert LongNetConfig.for_context(2048, effort=192, num_hidden_layers=1).branch_layer_period == 1
     assert LongNetConfig.for_context(2048, effort=192, branch_layer_period=1).dilation_rates == [16]

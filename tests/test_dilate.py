@@ -269,6 +269,28 @@ def test_a_saved_model_knows_its_branches(tmp_path):
     assert (read(make_model(), ids) - read(model, ids)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("noted", "words"),
+    [({"dilation_rates": [9, 9, 9]}, "dilation_rates"), ({"segment_lengths": [8, 4, 2]}, "segment_lengths")],
+)
+def test_a_damaged_note_is_refused_when_it_is_used(noted, words, tmp_path):
+    model = dilated()
+    model.config.dilated_attention |= noted
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dilated")
+    with refused(words):
+        loaded(ids_of(1, 20))
+
+
+def test_masks_of_other_kinds_are_refused():
+    """One to be added to scores, and the one of pairs that a static cache brings."""
+    model, ids = dilated("qwen3"), ids_of(1, 20)
+    with refused("0 and 1"):
+        model(ids, attention_mask=torch.tensor([[-torch.inf] * 4 + [0.0] * 16]))
+    with refused("static caches have no dilated form"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
 def test_what_is_left_out_stays_as_noted():
     model = dilated(head_offsets="blocked", backend="torch")
     noted = dict(model.config.dilated_attention)

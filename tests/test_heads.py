@@ -39,6 +39,14 @@ def pad(rows, side, value):
     return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left" if left else "right")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_over_many_tokens_is_exact(dtype):
+    """More tokens than float16 can count, and a sum beyond its range."""
+    model = make_head("AutoModelForSequenceClassification", dtype)
+    hidden_states = torch.full((1, 70_000, 8), 2.0, dtype=dtype)
+    assert (model._pool(hidden_states, None, None) == 2).all()
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "decoder"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", [name for name in HEADS if "MaskedLM" not in name])

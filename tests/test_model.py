@@ -121,6 +121,23 @@ def test_a_bidirectional_model(variant):
     assert (fast(changed).last_hidden_state[:, 0] != outs[0][:, 0]).any()
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_call_cannot_change_the_direction(labels):
+    model, ids = make_model(LongNetForCausalLM), random_ids()
+    with refused("is_causal=False: set it in the config"):
+        model(ids, is_causal=False, labels=ids if labels else None)
+    assert_close("as configured", model(ids, is_causal=True).logits, model(ids).logits)
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights():
+    model, ids = make_model(LongNetForCausalLM), random_ids()
+    model.compile(backend="eager")
+    copied = copy.deepcopy(model)
+    torch.nn.init.zeros_(copied.lm_head.weight)
+    assert not copied(ids).logits.any()
+    assert model(ids).logits.any()
+
+
 def test_set_attn_implementation():
     model = make_model(LongNetForCausalLM)
     ids = random_ids()

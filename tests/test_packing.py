@@ -184,3 +184,10 @@ def test_masks_and_positions_that_do_not_fit_are_refused(kwargs, words):
     model = make_model(LongNetModel)
     with refused(*words):
         model(torch.randint(0, 29, (2, 4)), **kwargs)
+
+
+def test_a_mask_to_be_added_to_scores_is_refused():
+    for drop in (-torch.inf, torch.nan, -10_000.0):
+        mask = torch.tensor([[0.0, 0.0, drop, drop]])
+        with refused("attention_mask has values other than 0 and 1"):
+            pack(1, 4, mask.device, mask)

@@ -88,7 +88,7 @@ def phases(pattern: Pattern, layer: int) -> list[int]:
     return found
 
 
-def times_seen(pattern: Pattern, layer: int, head: int, group: int, i: int, j: int, is_causal: bool) -> int:
+def times_seen(pattern: Pattern, layer: int, heads: int, head: int, group: int, i: int, j: int, is_causal: bool) -> int:
     """How often query i of a head sees key j: the words of `LongNetConfig`, from its fields alone."""
     if is_causal and j > i:
         return 0
@@ -108,7 +108,8 @@ def times_seen(pattern: Pattern, layer: int, head: int, group: int, i: int, j: i
         elif rate < r:
             key_offset = r - 1
         if pattern.rotate_offsets or rate < r:
-            query_is_kept = p % w % rate == head % rate
+            turns = layer // r if pattern.rotate_offsets else 0
+            query_is_kept = p % w % rate == (head + turns * heads) % rate
         count += shared and query_is_kept and q % w % r == key_offset and not (pattern.keys_once and inside)
         inside = shared or abs(i - j) < window
     return count
@@ -138,7 +139,7 @@ def test_the_reference_is_the_rule(remedy, is_causal):
         counts = counts.repeat_interleave(heads // counts.shape[1], 1)
         expected = [
             [
-                [times_seen(pattern, layer, h, h // repeat, i, j, is_causal) for j in range(length)]
+                [times_seen(pattern, layer, heads, h, h // repeat, i, j, is_causal) for j in range(length)]
                 for i in range(length)
             ]
             for h in range(heads)
@@ -161,6 +162,7 @@ def test_one_layer_of_r_squared_heads_or_r_layers_of_r_heads_meet_every_pair():
 
     assert (meetings(True, 16, 1) == 1).all()
     assert (meetings(True, 4, 4) == 1).all()
+    assert (meetings(True, 2, 8) == 1).all()  # fewer heads than the rate
     assert (meetings(False, 16, 4) == 0).sum() == 16 * 12
     itself = torch.eye(16, dtype=torch.int64)
     assert (meetings(True, 4, 12, period=3) - 12 * 4 * itself == 1).all()

@@ -111,6 +111,15 @@ def test_maps_are_those_of_the_dense_reference(padding):
         assert_close("sums", maps.sum(-1), torch.ones(3, 1, 6, 3, dtype=torch.float64))
 
 
+def test_a_far_tile_keeps_its_place():
+    """The last pixel before a border, at a place that float32 would round up."""
+    encoder = make_encoder(grid_size=100_001)
+    tiles = torch.zeros(1, 2, FEATURES, dtype=torch.float64)
+    coordinates = torch.tensor([[[256 * 100_000 - 1, 0], [256 * 99_999, 0]]])
+    _, first, second = encoder._embed_tiles(tiles, coordinates)[0]
+    assert torch.equal(first, second)
+
+
 def test_place_features_tell_all_places_apart():
     """The table of 1000 places: sines, then cosines, of fast to slow angles."""
     table = place_features(1000, 8)

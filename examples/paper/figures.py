@@ -286,8 +286,10 @@ def quality_table(results: dict[str, dict]) -> str:
 
 
 def _range(values: list[float], form: str, unit: str = "") -> str:
-    """Format the mean, and the least and the most if they differ in the digits shown."""
+    """Format the mean, and the least and the most if they differ in the digits shown; say if there is one value."""
     mean, least, most = (f"{x:{form}}" for x in (np.mean(values), min(values), max(values)))
+    if len(values) == 1:
+        return f"{mean}{unit} (one run)"
     return f"{mean}{unit}" if least == most else f"{mean}{unit} ({least} to {most})"
 
 
@@ -552,7 +554,7 @@ def beyond_headline(results: dict[str, dict]) -> str:
         provenance({name: r for name, r in results.items() if r["cell"].get("pattern", "") not in RIVALS}),
         "Perplexity of held-out text at the trained length, one stage of training at that length:",
         written_table(results, "full"),
-        "The same with 4 times the training:",
+        "The same with 4 times the training, on a newer version of the text; compare within this table only:",
         written_table(results, "long"),
         "And on another machine, with the same seeds:",
         written_table(results, "repeat_long"),
