@@ -53,10 +53,10 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 class Mutant:
-    """One change of a module: `apply` returns the changed tree."""
+    """One change of a module, named by its line of code: `apply` returns the changed tree."""
 
-    def __init__(self, tree: ast.Module, place: tuple[int, str], line: int, text: str):
-        self.tree, self.place, self.line, self.text = tree, place, line, text
+    def __init__(self, tree: ast.Module, place: tuple[int, str], line: str, text: str):
+        self.tree, self.place, self.name = tree, place, f"{line}: {text}"
 
     def apply(self) -> ast.Module:
         tree = copy.deepcopy(self.tree)
@@ -101,7 +101,7 @@ def _change(node: ast.AST, change: str) -> None:
 def mutants(module: str) -> Iterator[Mutant]:
     """Yield all mutants of a module; annotations, decorators and error messages stay."""
     source = (ROOT / "modeling_longnet" / f"{module}.py").read_text()
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
     skipped = set()
     for node in ast.walk(tree):
         parts = [node] if isinstance(node, ast.Raise | ast.JoinedStr) else []
@@ -112,7 +112,7 @@ def mutants(module: str) -> Iterator[Mutant]:
     for number, node in enumerate(ast.walk(tree)):
         for change in [] if id(node) in skipped else _changes(node):
             text = f"{ast.unparse(node)} [{change}]"
-            yield Mutant(tree, (number, change), node.lineno, text)
+            yield Mutant(tree, (number, change), lines[node.lineno - 1].strip(), text)
 
 
 class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -208,12 +208,12 @@ def main(arguments: list[str] | None = None) -> int:
         unchanged = run(module, chosen[0].tree, args.seconds, first)
         assert unchanged == "survived", f"the tests of {module} without a change: {unchanged}, {first}"
         for mutant in tqdm(chosen, desc=module):
-            key = f"{module}:{mutant.line}: {mutant.text} #{mutant.place[0]}"
+            key = f"{module}: {mutant.name} #{mutant.place[0]}"
             if key not in results:
                 results[key] = run(module, mutant.apply(), args.seconds, first)
                 args.output.write_text(json.dumps(results, indent=1) + "\n")
     survivors = [key for key, result in results.items() if result == "survived"]
-    new = [key for key in survivors if key.rsplit(" #", 1)[0].split(": ", 1)[1] not in known]
+    new = [key for key in survivors if key.rsplit(" #", 1)[0] not in known]
     print("\n".join([*(f"survived: {key}" for key in new), str(dict(Counter(results.values())))]))
     return bool(new)
 

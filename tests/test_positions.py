@@ -122,13 +122,23 @@ def test_a_period_beyond_64_bits():
     assert torch.isfinite(torch.view_as_real(make_rotary(config, torch.arange(5)[None], torch.float32).query)).all()
 
 
-def test_long_sequences_are_turned_in_slices(monkeypatch):
+@pytest.mark.parametrize("size", [7, 20, 33])
+def test_long_sequences_are_turned_in_slices(size, monkeypatch):
     config = make_config()
     positions = torch.arange(33)[None]
     whole = make_rotary(config, positions, torch.float64)
-    monkeypatch.setattr("modeling_longnet.positions._POSITIONS_PER_STEP", 7)
+    monkeypatch.setattr("modeling_longnet.positions._POSITIONS_PER_STEP", size)
     for actual, expected in zip(make_rotary(config, positions, torch.float64), whole, strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_the_real_factors_of_a_compiled_graph_turn_as_the_complex_ones(monkeypatch):
+    config, x = make_config(), torch.randn(2, 9, 3, 4, dtype=torch.float64)
+    turns = make_rotary(config, torch.arange(9)[None], torch.float64)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    for factors, real in zip(turns, make_rotary(config, torch.arange(9)[None], torch.float64), strict=True):
+        assert not real.is_complex()
+        assert_close("turned", apply_rotary(x, real), apply_rotary(x, factors))
 
 
 def test_no_positions():
