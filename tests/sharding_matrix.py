@@ -24,7 +24,7 @@ IDS = [f"{sequence}x{data}" for sequence, data in LAYOUTS]
 
 @pytest.mark.parametrize("processes", [2, 3, 4, 5])
 def test_op_for_any_cut(processes):
-    launch("op", 100, processes=processes)
+    launch("op", 600, processes=processes)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])

@@ -24,8 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, SequenceSharding
 from modeling_longnet.attention_autograd import AttentionPlan, attend_chunks
-from modeling_longnet.branches import Chunk
-from modeling_longnet.pattern import make_branches
+from modeling_longnet.branches import Branch, Chunk
+from modeling_longnet.pattern import Pattern, make_branches
 from modeling_longnet.sharding import GroupExchange, attend_sharded
 from modeling_longnet.sharding_plan import Shard, plan_exchange
 
@@ -97,6 +97,23 @@ def _draw_chunks(rng: random.Random, batch: int, length: int) -> tuple[Chunk, ..
     return tuple(chunks)
 
 
+def _draw_branches(rng: random.Random, heads: int, query_heads: int, is_causal: bool) -> tuple[Branch, ...]:
+    """The paper's branches, or those of a layer with any of the remedies."""
+    w = sorted({rng.randint(1, 50) for _ in range(rng.randint(1, 4))})
+    if rng.random() < 0.5:
+        r = tuple(rng.randint(1, min(x, 6)) for x in w)
+        return make_branches(tuple(w), r, heads, rng.choice(["interleaved", "blocked"]))
+    w = [w[0] * 2**i for i in range(len(w))]  # nested, as staggered borders need
+    r = [rng.randint(1, min(x, 6)) for x in w]
+    rates = tuple(rng.choice([a for a in range(1, x + 1) if x % a == 0]) for x in r)
+    window, layer = rng.choice([None, rng.randint(1, w[0])]), rng.randint(0, 5)
+    flags = rng.random() < 0.5, rng.random() < 0.5, is_causal and rng.random() < 0.5
+    period = rng.randint(1, 2) if window else 1
+    pattern = Pattern(tuple(w), tuple(r), "interleaved", window, rng.choice([None, rates]), *flags, period)
+    pattern.check(is_causal)
+    return pattern.branches(heads, query_heads, layer)
+
+
 def op(cases: str) -> None:
     """Random shapes, branches, documents and cuts: out and every gradient equal the whole sequence's on one process."""
     if not dist.is_initialized():
@@ -106,10 +123,8 @@ def op(cases: str) -> None:
     for case in range(int(cases)):
         torch.manual_seed(case)
         batch, length, heads, repeat = rng.randint(1, 3), rng.randint(1, 70), rng.randint(1, 3), rng.randint(1, 2)
-        w = sorted({rng.randint(1, 50) for _ in range(rng.randint(1, 4))})
-        r = [rng.randint(1, min(x, 6)) for x in w]
         is_causal = rng.random() < 0.5
-        branches = make_branches(tuple(w), tuple(r), heads, rng.choice(["interleaved", "blocked"]))
+        branches = _draw_branches(rng, heads, heads * repeat, is_causal)
         chunks = _draw_chunks(rng, batch, length)
         shard = Shard(None, rank, (0, *sorted(rng.randint(0, length) for _ in range(size - 1)), length))
         inputs = [torch.randn(batch, length, n, 5, dtype=torch.float64) for n in (heads * repeat, heads, heads)]
@@ -123,7 +138,7 @@ def op(cases: str) -> None:
         plan = plan._replace(chunks=shard.cut_chunks(chunks, rank))
         out = attend_sharded(*parts, plan, GroupExchange(dist.group.WORLD, exchange))
         out.backward(shard.cut(grad))
-        what = f"case {case}, rank {rank}: w={w}, r={r}, causal={is_causal}, borders={shard.borders}, {chunks}: "
+        what = f"case {case}, rank {rank}: {branches}, causal={is_causal}, borders={shard.borders}, {chunks}: "
         close(what + "out", out, shard.cut(expected))
         for name, part, x in zip("qkv", parts, whole, strict=True):
             close(f"{what}d{name}", part.grad, shard.cut(x.grad))

@@ -629,7 +629,8 @@ def test_streaming_resumes(chunk_size, tmp_path):
 
 
 def test_two_processes_work_as_one():
-    launch("model", "beyond-the-paper", "beyond-the-paper-bidirectional", "beyond-the-paper-packed", processes=2)
+    names = "beyond-the-paper", "beyond-the-paper-bidirectional", "beyond-the-paper-packed", "branches-in-some-layers"
+    launch("model", *names, processes=2)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -74,7 +74,7 @@ def test_received_rows_stop_growing_with_the_sequence(devices):
 def test_two_processes_work_as_one():
     """One start of processes for three functions of the worker: starting them takes the time."""
     models = ["ragged", "empty-shards", "bidirectional", "grouped-heads"]
-    launch("op", 25, "+", "model", *models, "+", "refusals", processes=2)
+    launch("op", 40, "+", "model", *models, "+", "refusals", processes=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float64], ids=str)
