@@ -224,6 +224,9 @@ class LongNetConfig(PreTrainedConfig):
         labels = kwargs.get("num_labels")
         if isinstance(labels, int) and labels > MOST_LABELS:  # Transformers names each of them
             raise ValueError(f"num_labels={labels} must be at most {MOST_LABELS}.")
+        if not type(self).__module__.startswith("transformers_modules."):
+            # What names code of the file's folder, which is not running here, must not reach a folder saved from here.
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("auto_map", "custom_pipelines")}
         where = [f"the config of {path}"] if path else ["LongNetConfig", "has a value of the wrong kind"]
         with refusing_damage(*where):
             kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
@@ -249,6 +252,9 @@ class LongNetConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """As in Transformers, but an interrupted save leaves the former files in place."""
+        # The folder gets its own code, and no longer names that of another repository ("OWNER/NAME--").
+        here = {name: code for name, code in (self.auto_map or {}).items() if "--" not in str(code)}
+        self.auto_map = self.auto_classes | here
         if push_to_hub:  # the upload reads the folder itself
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
         with merging(Path(save_directory)) as scratch:
