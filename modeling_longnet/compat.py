@@ -142,7 +142,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 
 @contextmanager
-def refusing_damage(what: str):
+def refusing_damage(what: str, reason: str = "cannot be read; it may be damaged"):
     """Raise a ValueError that names `what` for the errors of Transformers and safetensors on damaged files.
 
     A damaged `config.json`, index or weights file may raise any of these, without the file's name.
@@ -150,7 +150,9 @@ def refusing_damage(what: str):
     try:
         yield
     except (AttributeError, LookupError, OverflowError, RecursionError, SafetensorError, TypeError) as error:
-        raise ValueError(f"{what} cannot be read; it may be damaged ({type(error).__name__}: {error}).") from error
+        if "__init__() got an unexpected keyword argument" in str(error):  # the caller's; files give models none
+            raise TypeError(f"{what}: {error}.") from error
+        raise ValueError(f"{what} {reason} ({type(error).__name__}: {error}).") from error
 
 
 def attn_implementation(config) -> str:

@@ -2,6 +2,7 @@
 
 import bisect
 import difflib
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -210,7 +211,11 @@ class LongNetConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_near_misses(kwargs, is_saved=self.transformers_version is not None)
+        is_saved, size, heads = self.transformers_version is not None, self.hidden_size, self.num_attention_heads
+        head_dim, path = kwargs.get("head_dim"), kwargs.pop("_read_from", kwargs.get("name_or_path"))
+        if is_saved and isinstance(head_dim, int) and head_dim * heads != size:
+            raise ValueError(f"head_dim={head_dim} contradicts hidden_size={size} / num_attention_heads={heads}.")
+        self._refuse_near_misses(kwargs, is_saved)
         self.segment_lengths = list(self.segment_lengths)
         self.dilation_rates = list(self.dilation_rates)
         self.query_rates = None if self.query_rates is None else list(self.query_rates)
@@ -219,17 +224,22 @@ class LongNetConfig(PreTrainedConfig):
         labels = kwargs.get("num_labels")
         if isinstance(labels, int) and labels > MOST_LABELS:  # Transformers names each of them
             raise ValueError(f"num_labels={labels} must be at most {MOST_LABELS}.")
-        kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
-        with refusing_damage("the config"):
+        if not type(self).__module__.startswith("transformers_modules."):
+            # What names code of the file's folder, which is not running here, must not reach a folder saved from here.
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("auto_map", "custom_pipelines")}
+        where = [f"the config of {path}"] if path else ["LongNetConfig", "has a value of the wrong kind"]
+        with refusing_damage(*where):
+            kwargs["auto_map"] = self.auto_classes | (kwargs.get("auto_map") or {})
             super().__post_init__(**kwargs)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"dtype={self.dtype!r}: give a dtype of PyTorch or its name, such as 'float32'.")
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read the file as in Transformers; raise ValueError if it holds no JSON object."""
-        with refusing_damage("the config"):
-            return super().get_config_dict(*args, **kwargs)
+        with refusing_damage(f"the config of {pretrained_model_name_or_path}"):
+            found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            return found | {"_read_from": pretrained_model_name_or_path}, unused  # which `__post_init__` takes out
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -242,6 +252,9 @@ class LongNetConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """As in Transformers, but an interrupted save leaves the former files in place."""
+        # The folder gets its own code, and no longer names that of another repository ("OWNER/NAME--").
+        here = {name: code for name, code in (self.auto_map or {}).items() if "--" not in str(code)}
+        self.auto_map = self.auto_classes | here
         if push_to_hub:  # the upload reads the folder itself
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
         with merging(Path(save_directory)) as scratch:
@@ -310,19 +323,24 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def _refuse_near_misses(cls, kwargs: dict, is_saved: bool = False) -> None:
-        """Raise ValueError on a misspelt field: Transformers turns unknown keywords into attributes silently.
+        """Raise ValueError on a misspelt or read-only field: Transformers sets unknown keywords as attributes.
 
-        A saved config, which names its Transformers version, must load whatever other tools added: only warn.
+        A saved config, which names its Transformers version, must load whatever other tools added: only warn, and drop
+        what cannot be set.
         """
         own = [field.name for field in fields(cls)]
-        for key in kwargs:
+        for key in list(kwargs):
             close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
             meant = OTHER_NAMES.get(key) or (close[0] if close else None)
-            if key in OTHER_NAMES or (meant and not hasattr(cls, key)):
-                message = f"LongNetConfig has no field {key!r}; did you mean {meant!r}?"
+            is_read_only = getattr(inspect.getattr_static(cls, key, None), "fset", key) is None
+            if key in OTHER_NAMES or is_read_only or (meant and not hasattr(cls, key)):
+                hint = f"did you mean {meant!r}?" if meant else "it follows from the others."
+                message = f"LongNetConfig has no field {key!r}; {hint}"
                 if not is_saved:
                     raise ValueError(message)
                 logger.warning("%s The saved value is not used.", message)
+                if is_read_only:
+                    del kwargs[key]
 
     def validate_architecture(self):
         """Check sizes, branches and names, after every construction and before saving."""

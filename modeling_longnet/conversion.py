@@ -60,8 +60,9 @@ def read_state(source: Path) -> dict[str, Tensor]:
                 f"({reason}). Save only the state dict: torch.save(model.state_dict(), path)."
             ) from error
         raise ValueError(f"{source} is damaged, cut short, or not a file of plain tensors ({reason}).") from error
-    while isinstance(state, dict) and len(found := [k for k in ("model", "state_dict", "module") if k in state]) == 1:
-        state = state[found[0]]
+    for _ in range(4):  # not for ever: a dict may contain itself
+        found = [k for k in ("model", "state_dict", "module") if isinstance(state, dict) and k in state]
+        state = state[found[0]] if len(found) == 1 else state
     items = state.items() if isinstance(state, dict) else ()
     if not items or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in items):
         raise ValueError(f"{source} holds no state dict: expected tensors by name, alone or under 'model'.")
@@ -101,14 +102,16 @@ def _check_weights(state: dict[str, Tensor], progress: bool) -> None:
             f"weights must be dense, stored in full, and of {allowed}; found {found}. Convert them, or list them in "
             "`ignore`."
         )
-    empty, size = [], sum(x.nbytes for x in state.values())
+    if empty := [name for name, x in state.items() if not x.numel()]:
+        raise ValueError(f"no values at all in {', '.join(empty)}: the file is damaged, or its training was sharded.")
+    wrong, size = [], sum(x.nbytes for x in state.values())
     with tqdm(desc="Reading weights", total=size, unit="B", unit_scale=True, disable=not progress) as bar:
         for name, x in state.items():
-            if not x.is_meta and x.isnan().all():
-                empty.append(name)
+            if not x.is_meta and not x.isfinite().all():
+                wrong.append(name)
             bar.update(x.nbytes)
-    if empty:
-        raise ValueError(f"all values are NaN in {', '.join(empty)}: the training failed.")
+    if wrong:
+        raise ValueError(f"NaN or infinite values in {', '.join(wrong)}: the training failed, or the file is damaged.")
 
 
 def _make_config(format: CheckpointFormat, facts: dict, overrides: dict) -> LongNetConfig:
@@ -142,6 +145,12 @@ def _check_fit(format: CheckpointFormat, state: dict, model: LongNetPreTrainedMo
     shapes = {name: (tuple(state[name].shape), tuple(x.shape)) for name, x in expected.items()}
     if wrong := [f"{name} {found}, expected {shape}" for name, (found, shape) in shapes.items() if found != shape]:
         raise ValueError(f"tensors of the wrong shape: {'; '.join(wrong)}.")
+    for name, x in format.buffers(model).items():
+        given = x if name in ignored else state.get(name, x)
+        step = 2 * max(torch.finfo(x.dtype).eps, torch.finfo(given.dtype).eps)
+        if not given.is_meta and (given.shape != x.shape or (given.double() - x).abs().max() > step):
+            found, wanted = (y.double().round(decimals=4).tolist() for y in (given, x))
+            raise ValueError(f"{name} holds {found}, the config implies {wanted}; `ignore` it to use the latter.")
 
 
 def convert(

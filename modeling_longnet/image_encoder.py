@@ -3,6 +3,7 @@
 Letters: B images, C channels, L patches, E hidden size.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,9 @@ class LongNetImageConfig(LongNetConfig):
         if self.num_classes and self.id2label is None:
             kwargs.setdefault("num_labels", self.num_classes)
         super().__post_init__(**kwargs)
+        # Beside a saved file, `from_pretrained(num_labels=...)` replaces the number of classes.
+        if self.transformers_version is None and 0 < self.num_classes != self.num_labels:
+            raise ValueError(f"num_classes={self.num_classes} contradicts num_labels={self.num_labels}: give one.")
 
     def validate_image(self):
         """Check the sizes of image and patches, and that the model is bidirectional and has no vocabulary."""
@@ -149,6 +153,7 @@ class LongNetForImageClassification(LongNetImageEncoder):
     accepts_loss_kwargs = False  # a mean over the batch: Trainer divides it by the accumulation steps
 
     def __init__(self, config: LongNetImageConfig):
+        config = copy.deepcopy(config)  # the caller may build other models from theirs
         config.num_classes = config.num_labels
         super().__init__(config)
 

@@ -6,6 +6,7 @@ alone. Tags and other metadata of a replaced card are kept in the new one.
 """
 
 import hashlib
+import logging
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .pattern import Pattern
 from .saving import merging
 
+logger = logging.getLogger(__name__)
 DIGEST = "longnet_card"
 # From the cards that Transformers generates.
 GENERIC = "model card has been automatically generated"
@@ -161,7 +163,8 @@ def _parse(text: str) -> ModelCard | None:
         return None
     try:
         card = ModelCard(text)
-    except (ValueError, yaml.YAMLError):  # edited, and no longer valid
+    except (RecursionError, TypeError, ValueError, yaml.YAMLError) as error:  # edited, and no longer valid
+        logger.warning("README.md is kept as it is: its metadata cannot be read (%s).", error)
         return None
     if DIGEST in card.data:
         return card if card.data[DIGEST] == _digest(card.text) else None

@@ -1,6 +1,7 @@
 """Every bad field is refused where the config is made, saved or read; good ones survive the round trip."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from checks import make_config, make_model, refused
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern
 from modeling_longnet.pattern import Pattern, count_work
@@ -170,6 +171,54 @@ def test_what_a_tool_set_does_not_make_a_file_unreadable(name, value, tmp_path, 
         assert loaded.segment_lengths == config.segment_lengths
     saved_as = "rope_parameters" if name == "rope_scaling" else name
     assert f"LongNetConfig has no field '{saved_as}'" in caplog.text
+
+
+READ_ONLY = {"head_dim": 4, "position_period": 3, "base_model_fsdp_plan": {"layers.*": "free_full_weight"}}
+
+
+@pytest.mark.parametrize("read", [LongNetConfig.from_pretrained, AutoConfig.from_pretrained])
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_what_follows_from_other_fields_is_not_read(name, read, tmp_path, caplog):
+    """A tool may have written it; a user who sets it is told."""
+    config = make_config()
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {name: READ_ONLY[name]}))
+    assert read(tmp_path).to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert f"no field '{name}'" in caplog.text
+    assert "not used" in caplog.text
+    with refused(f"no field '{name}'"):
+        make_config(**{name: READ_ONLY[name]})
+    with refused(f"no field '{name}'"):
+        read(tmp_path, **{name: READ_ONLY[name]})
+
+
+def test_a_saved_head_dim_that_contradicts_the_sizes_is_refused(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"head_dim": 8}))
+    with refused("head_dim=8 contradicts hidden_size=24", "num_attention_heads=6"):
+        LongNetConfig.from_pretrained(tmp_path)
+
+
+def test_a_callers_mistake_is_not_blamed_on_the_files(tmp_path):
+    make_model(LongNetForCausalLM).save_pretrained(tmp_path)
+    for read in (LongNetForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(TypeError, match=rf"{re.escape(str(tmp_path))}: .*keyword argument 'foo'"):
+            read(tmp_path, foo=1)
+    with refused("LongNetConfig has a value of the wrong kind", "'list'"):
+        make_config(id2label=[1])
+
+
+@pytest.mark.parametrize("read", [
+    LongNetConfig.from_pretrained, AutoConfig.from_pretrained, LongNetForCausalLM.from_pretrained,
+])  # fmt: skip
+def test_the_error_of_a_damaged_config_names_its_folder(read, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"id2label": [1]}))
+    with refused(f"the config of {tmp_path} cannot be read", "'list'"):
+        read(tmp_path)
 
 
 def test_max_position_embeddings_is_the_longest_segment_unless_it_is_set(tmp_path):

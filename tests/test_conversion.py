@@ -247,6 +247,9 @@ BAD_STATES = {
     "float8": ({"embed_tokens__weight": torch.zeros(64, 32).to(torch.float8_e4m3fn)}, ["embed_tokens", "float8"]),
     "sparse": ({"embed_tokens__weight": torch.zeros(64, 32).to_sparse()}, ["embed_tokens.weight", "sparse"]),
     "nan": ({"layers__1__ffn__fc2__bias": torch.full((32,), torch.nan)}, ["NaN", "layers.1.ffn.fc2.bias"]),
+    "one-nan": ({"layers__1__ffn__fc2__bias": torch.ones(32).log().index_fill(0, torch.tensor(7), torch.nan)}, ["NaN"]),
+    "one-infinite": ({"layers__1__ffn__fc2__bias": torch.arange(32.0).log()}, ["infinite", "layers.1.ffn.fc2.bias"]),
+    "no-values": ({"layers__1__ffn__fc2__bias": torch.zeros(0)}, ["no values", "layers.1.ffn.fc2.bias"]),
     "unknown": ({"something__else": torch.zeros(2)}, ["unknown tensors", "something.else"]),
     "absurd-size": ({"embed_tokens__weight": torch.zeros(1).expand(1 << 40, 32)}, ["embed_tokens", "1099511627776"]),
     "absurd-layer": ({"layers__99999999__ffn__fc1__bias": torch.zeros(2)}, ["layer 99999999", "tensors"]),
@@ -292,6 +295,9 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
     torch.save([torch.zeros(1)], "list.pt")
     torch.save(weights | {3: torch.zeros(1)}, "number.pt")
     torch.save({"a": torch.zeros(1)}, "other.pt")
+    circle = {}
+    circle["model"] = circle
+    torch.save(circle, "circle.pt")
     before = sorted(Path().iterdir())
     for file, *words in (
         ("cut.safetensors", "cut short"),
@@ -303,6 +309,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch):
         ("list.pt", "no state dict"),
         ("number.pt", "no state dict"),
         ("other.pt", "not recognised", "Prov-GigaPath"),
+        ("circle.pt", "no state dict"),
     ):
         with refused(*words):
             convert_checkpoint(file, "folder", **given)
@@ -404,6 +411,26 @@ def test_overrides_that_do_not_fit_are_refused(override, words):
     notes, weights, _ = read_fixture("decoder_xpos")
     with refused(*words):
         convert(weights, **(overrides_of(notes, "a") | override))
+
+
+SCALE = "layers.1.self_attn.xpos.scale"
+
+
+@pytest.mark.parametrize("values", [[0.123] * 4, [0.2857], 0.2857], ids=["value", "shape", "no-dimension"])
+def test_other_scales_of_xpos_are_refused(values):
+    """Our scales follow from the head dimension, so that weights trained with others give wrong outputs."""
+    notes, weights, _ = read_fixture("decoder_xpos")
+    given, other = overrides_of(notes, "a"), weights | {SCALE: torch.tensor(values)}
+    with refused(SCALE, "0.2857", "`ignore`"):
+        convert(other, **given)
+    assert convert(other, ignore=[SCALE], **given).config.position_embedding == "xpos"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_scales_of_xpos_are_compared_to_rounding(dtype):
+    notes, weights, _ = read_fixture("decoder_xpos")
+    model = convert({name: x.to(dtype) for name, x in weights.items()}, **overrides_of(notes, "a"))
+    assert model.dtype == dtype
 
 
 def test_ignored_tensors_are_left_out():

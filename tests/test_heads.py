@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from modeling_longnet import LongNetForCausalLM, LongNetImageConfig, LongNetImageEncoder, LongNetModel
+from modeling_longnet.image_encoder import LongNetForImageClassification
 
 LENGTHS = [23, 9, 17]
 ENCODER = {"is_causal": False, "position_embedding": "rope"}
@@ -253,6 +254,21 @@ def test_images_are_classified(tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_a_classifier_leaves_the_callers_config_alone():
+    config = make_image_config()
+    assert LongNetForImageClassification(config).head.out_features == 2
+    assert config.num_classes == 0
+    assert LongNetImageEncoder(config)(torch.randn(1, 3, 8, 8)).logits is None
+
+
+def test_two_numbers_of_classes_are_refused():
+    with refused("num_classes=5 contradicts num_labels=3"):
+        make_image_config(num_classes=5, num_labels=3)
+    with refused("num_classes=2 contradicts num_labels=1"):
+        make_image_config(num_classes=2, id2label={0: "a"})
+    assert make_image_config(num_classes=3, num_labels=3).num_labels == 3
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if "MaskedLM" not in name])

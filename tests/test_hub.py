@@ -286,6 +286,16 @@ def test_an_edited_card_is_kept(tmp_path, edit):
     assert readme.read_text() == edited
 
 
+@pytest.mark.parametrize("line", ["tags: 5", "self: 1", "1: 2", "ignore_metadata_errors: true", "a: " + "[" * 3000])
+def test_metadata_that_are_no_model_cards_stop_no_save(line, tmp_path, caplog):
+    card = f"---\n{line}\n---\nThis model card has been automatically generated.\n"
+    (tmp_path / "README.md").write_text(card)
+    make_model(LongNetModel, torch.float32).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card
+    assert (tmp_path / "model.safetensors").exists()
+    assert "README.md is kept" in caplog.text
+
+
 def test_the_trainers_card_stays_behind_ours(tmp_path):
     """`Trainer.push_to_hub` replaces README.md right before the upload; the model's next save or push adds to it."""
     model = make_model(LongNetForCausalLM, torch.float32)

@@ -1,6 +1,7 @@
 """What SECURITY.md says of the code that a saved folder carries: no network, no processes, no writes elsewhere."""
 
 import ast
+import json
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from checks import make_model
 from test_hub import ROOT, run_python
+from transformers import AutoConfig
 
 from modeling_longnet import (
     LongNetForCausalLM,
@@ -115,6 +117,40 @@ def test_carried_code_opens_no_socket_starts_nothing_and_writes_nowhere_else(fol
     for line, expected in HARM.items():
         pattern = re.escape(expected).replace("FILE", re.escape(str(outside))).replace("CODE", ".*")
         assert any(re.fullmatch(pattern, event) for event in seen), f"{line} is not seen among {seen}"
+
+
+FOREIGN = {
+    "auto_map": {"AutoModel": "evil/repo--e.M", "AutoTokenizer": ["evil/repo--t.T", None], "AutoProcessor": "p.P"},
+    "custom_pipelines": {"text-generation": {"impl": "evil/repo--p.P", "pt": ["AutoModel"]}},
+}
+
+
+def test_code_that_an_untrusted_config_names_is_not_carried_on(folders, tmp_path):
+    bad = shutil.copytree(folders / "text", tmp_path / "bad")
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | FOREIGN))
+    LongNetForCausalLM.from_pretrained(bad).save_pretrained(tmp_path / "model")
+    AutoConfig.from_pretrained(bad).save_pretrained(tmp_path / "config")
+    for folder in ("model", "config"):
+        text = (tmp_path / folder / "config.json").read_text()
+        assert "evil" not in text
+        assert json.loads(text)["auto_map"] == config["auto_map"]
+
+
+def test_code_of_a_trusted_folder_is_carried_on_without_that_of_others(folders, tmp_path):
+    """Entries of a user's own class in the folder stay; the folder gets the code that `OWNER/NAME--` stood for."""
+    trusted = shutil.copytree(folders / "text", tmp_path / "trusted")
+    config = json.loads((trusted / "config.json").read_text())
+    entries = {"AutoModelForPreTraining": "modeling_longnet.LongNetForMaskedLM", "AutoModel": "you/code--modeling.M"}
+    (trusted / "config.json").write_text(json.dumps(config | {"auto_map": config["auto_map"] | entries}))
+    load = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/trusted", trust_remote_code=True)
+model.save_pretrained(sys.argv[1] + "/again")
+print(json.dumps([type(model.config).__module__, json.load(open(sys.argv[1] + "/again/config.json"))["auto_map"]]))
+"""
+    module, auto_map = run_python(load, tmp_path, home=tmp_path)
+    assert module.startswith("transformers_modules.")
+    assert auto_map == config["auto_map"] | {"AutoModelForPreTraining": "modeling_longnet.LongNetForMaskedLM"}
 
 
 def test_the_package_imports_nothing_of_the_network_and_runs_no_text():
