@@ -132,7 +132,10 @@ def plot(results: dict, baselines: list[dict], file: Path) -> None:
     if None not in error:
         low, high = (np.add(results["perplexity"], np.multiply(sign, error)) for sign in (-1, 1))
         left.fill_between(results["contexts"], low, high, color=COLORS["longnet"], alpha=0.12, linewidth=0)
-    left.set(title="Perplexity of held-out text (band: 1 standard error)" + repeated, ylim=(0.9 * min(results["perplexity"]), top))
+    left.set(
+        title="Perplexity of held-out text (band: 1 standard error)" + repeated,
+        ylim=(0.9 * min(results["perplexity"]), top),
+    )
     right.set(title="Keys that a query sees")
     scale_log(right.yaxis)
     for axis in (left, right):

@@ -265,7 +265,8 @@ def quality_table(results: dict[str, dict]) -> str:
     run is left empty.
     """
     lines = [
-        "| attention | keys per query, text | perplexity | keys per query, recall | recall, up to 256 tokens back | recall, 256 to 2,048 back |",
+        "| attention | keys per query, text | perplexity | keys per query, recall | recall, up to 256 tokens back "
+        "| recall, 256 to 2,048 back |",
         "| --- |" + " ---: |" * 5,
     ]
     recall, counts = recall_groups(results, "recall"), set()
@@ -282,7 +283,8 @@ def quality_table(results: dict[str, dict]) -> str:
             row += [_range([100 * _share_between(r["recall"], *ends) for r in found], ".0f", " %") for ends in ENDS]
         lines.append("| " + " | ".join([title, *row, *[""] * (5 - len(row))]) + " |")
         counts |= {len(cells), len(found)} - {0}
-    return "\n".join(lines) + f"\n\nMeans of {min(counts)} to {max(counts)} runs, the range in parentheses. Empty: not trained for so long."
+    means = f"Means of {min(counts)} to {max(counts)} runs, the range in parentheses."
+    return "\n".join(lines) + f"\n\n{means} Empty: not trained for so long."
 
 
 def _range(values: list[float], form: str, unit: str = "") -> str:
