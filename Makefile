@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help coverage demo try fuzz test test-distributed test-ecosystem test-faults test-notebooks test-transformers lint bench paper paper-quick figures notebooks docs docs-serve clean
+.PHONY: help coverage demo try fuzz test test-distributed test-ecosystem test-faults test-notebooks test-transformers lint bench paper paper-quick figures notebooks docs docs-serve matrix clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,6 +76,9 @@ figures: $(READY) ## rebuild every table and plot from the JSON files of benchma
 
 notebooks: $(READY) ## run the notebooks anew and keep their outputs; minutes
 	HF_HUB_OFFLINE=1 $(RUN) examples.notebooks.run $(ARGS)
+
+matrix: $(READY) ## run the tests with other versions of Python, PyTorch and Transformers; hours, gigabytes
+	$(RUN) tests.matrix $(ARGS)
 
 docs: $(READY) ## build the documentation and the API reference into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)

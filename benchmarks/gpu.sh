@@ -47,7 +47,8 @@ kernels() {
 patterns() {
     measure 60 patterns patterns --dtypes bfloat16 --lengths 2048 8192 32768 131072 1048576 --seconds 0.3 \
         --train-lengths 8192 32768 --contexts 32768 --patterns "$paper" 'w1024 4096/2 8192/4 16384/6 32768/12 rotate stagger' \
-        'w1024 4096/2 8192/4 16384/8 32768/8 rotate stagger once' 'w1024 32768/32:1 once' 'w1024' 'flex 1024'
+        'w1024 4096/2 8192/4 16384/8 32768/8 rotate stagger once' 'w1024 32768/32:1 once' 'w1024 32768/16:1 once every2' \
+        'w1024' 'flex 1024'
 }
 tune() {
     timeout 125 "$python" -m benchmarks.tune --output "$folder/tune-$machine.json" || failed=1

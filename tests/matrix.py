@@ -57,6 +57,10 @@ def run_row(name: str, tests: list[str], workers: str) -> dict:
     command = [folder / "bin" / "python", "-m", "pytest", "-q", "-n", workers, *tests]
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode not in (0, 1):  # no tests failed: pytest itself did
+        raise SystemExit(
+            f"row {name!r}: pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-400:])}
     failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     script = VERSIONS.format("transformers.__version__")

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_longnet import backend_flash, backend_strided, backend_torch, dilated_attention
+from modeling_longnet import backend_flash, backend_strided, backend_torch, dilated_attention, parse_pattern
 from modeling_longnet.attention_autograd import (
     AttentionPlan,
     backward_chunks,
@@ -812,6 +812,25 @@ def test_flash_attn_backend_with_a_prefix():
         grads = torch.autograd.grad(out, inputs, grad_out[:, cut:])
         results.append(dict(zip(NAMES, (out.detach(), *grads), strict=True)))
     assert_all_close(*results)
+
+
+@pytest.mark.usefixtures("fake_flash")
+@pytest.mark.parametrize(
+    "words", ["w5 24/4:1 once", "6/1 24/4 rotate stagger", "w7 14/2 28/4:2 rotate stagger once every2"]
+)
+def test_flash_attn_backend_beyond_the_paper(words):
+    for length in (1, 4, 13, 24, 50, 61):
+        torch.manual_seed(length)
+        inputs = [torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (6, 3, 3)]
+        grad_out = torch.randn_like(inputs[0])
+        for layer in range(4):
+            results = []
+            for backend in ("flash_attn", "eager"):
+                leaves = [x.clone().requires_grad_() for x in inputs]
+                out = dilated_attention(*leaves, **parse_pattern(words), layer=layer, backend=backend)
+                grads = torch.autograd.grad(out, leaves, grad_out)
+                results.append(dict(zip(NAMES, (out.detach(), *grads), strict=True)))
+            assert_all_close(*results)
 
 
 @pytest.mark.usefixtures("fake_flash")

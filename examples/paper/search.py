@@ -62,6 +62,10 @@ PAPER = "512/1 2048/2 8192/4 32768/8"
 PAPER_RECALL = "128/1 512/2 2048/4"
 # Most valuable first: task, number of seeds, learning rates, patterns.
 PLAN = [
+    ("larger-8k", 1, (2e-3,), [
+        PAPER, "w850", "w512", "w384 2048/8:1 8192/32:1 once every2", "w448 2048/8:1 8192/32:1 once every4",
+        "w256 2048/8:1 8192/32:1 once", "w512 8192/16:1 once", DENSE, "sparse 800 50",
+    ]),
     ("recall", 3, (1e-3, 2e-3), [
         PAPER_RECALL, "w204", "w136 2048/8:1 once every2", "w64 2048/8:1 once", "w128 2048/16:1 once",
         "w96 2048/12:1 once",
@@ -78,10 +82,6 @@ PLAN = [
         "w256 2048/8:1 8192/32:1 once", "w256 8192/32:1 once",
         "w256 2048/2 8192/4 32768/8 rotate stagger once", "w512 8192/16:1 once", DENSE,
     ]),
-    ("larger-8k", 1, (2e-3,), [
-        PAPER, "w850", "w512", "w384 2048/8:1 8192/32:1 once every2", "w448 2048/8:1 8192/32:1 once every4",
-        "w256 2048/8:1 8192/32:1 once", "w512 8192/16:1 once", DENSE,
-    ]),
     ("recall-8k", 1, (1e-3,), [
         "128/1 512/2 2048/4 8192/4", "w256", "w128 1024/4:1 8192/32:1 once every2", "w96 2048/12:1 8192/48:1 once",
         "w128 8192/64:1 once",
@@ -89,7 +89,7 @@ PLAN = [
     ("text-16k", 3, (2e-3,), [PAPER, "w896", "w256", "w256 2048/8:1 8192/32:1 32768/128:1 once"]),
     ("larger-32k", 1, (2e-3,), [
         PAPER, "w950", "w512", "w384 2048/8:1 8192/32:1 32768/128:1 once every2",
-        "w256 2048/8:1 8192/32:1 32768/128:1 once",
+        "w256 2048/8:1 8192/32:1 32768/128:1 once", DENSE,
     ]),
 ]  # fmt: skip
 

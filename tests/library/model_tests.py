@@ -1,4 +1,4 @@
-"""Transformers' own model tests on the four models: `make test-transformers`, minutes on one core.
+"""Transformers' own model tests on the models: `make test-transformers`, minutes on one core.
 
 `exceptions.py` lists what fails or is skipped, and why; `conftest.py` fails a run that differs from the list.
 """
@@ -11,6 +11,10 @@ from transformers.models.auto import modeling_auto
 from modeling_longnet import (
     LongNetConfig,
     LongNetForCausalLM,
+    LongNetForMaskedLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
     LongNetImageConfig,
     LongNetImageEncoder,
     LongNetModel,
@@ -32,6 +36,10 @@ modeling_auto.MODEL_MAPPING_NAMES |= {
     "longnet_image": "LongNetImageEncoder",
 }
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES |= {"longnet": "LongNetForCausalLM"}
+modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES |= {"longnet": "LongNetForMaskedLM"}
+modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES |= {"longnet": "LongNetForQuestionAnswering"}
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES |= {"longnet": "LongNetForSequenceClassification"}
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES |= {"longnet": "LongNetForTokenClassification"}
 # None: the distributed tests run for every model with a plan; on the CPU four processes may share a core.
 fsdp.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 fsdp._get_available_fsdp_workers = lambda: 4
@@ -133,6 +141,14 @@ class TestLongNet(
 class TestBidirectional(Suite, unittest.TestCase):
     shapes = EncoderTester
     all_model_classes = (LongNetModel,)
+    has_text_modality = True
+
+
+class TestHeads(Suite, unittest.TestCase):
+    shapes = EncoderTester
+    all_model_classes = (
+        LongNetForMaskedLM, LongNetForQuestionAnswering, LongNetForSequenceClassification, LongNetForTokenClassification
+    )  # fmt: skip
     has_text_modality = True
 
 
