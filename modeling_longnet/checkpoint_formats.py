@@ -106,7 +106,7 @@ class CheckpointFormat:
         return tensor
 
     def buffers(self, model: LongNetPreTrainedModel) -> dict[str, Tensor]:
-        """Return tensors that follow from the config: exported, and ignored by conversion."""
+        """Return tensors that follow from the config: exported, and compared by conversion."""
         return {}
 
     def check(self, config: LongNetConfig) -> None:
