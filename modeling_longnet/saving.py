@@ -26,8 +26,8 @@ _WEIGHTS = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(\..+)?\
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield where to write a new file or folder; it replaces `path` in one step unless the block raises."""
-    path = Path(path)
+    """Yield where to write a new file or folder; it replaces `path`, or what that links to, unless the block raises."""
+    path = Path(path).resolve()
     with _scratch(path, path.parent) as scratch:
         yield scratch / path.name
         os.replace(scratch / path.name, path)
