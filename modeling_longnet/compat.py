@@ -140,8 +140,8 @@ def refusing_damage(what: str):
         yield
     except OSError as error:
         for former in Path(what).glob(".*.saving/former"):
-            hint = f"A save was killed, or still runs. Move the files in {former.with_name('new')} to {what} to finish it"
-            raise OSError(f"{error}\n{hint}, or those in {former} to undo it.") from error
+            hint = f"A save was killed or still runs. Move the files of {former.with_name('new')} to {what} to finish"
+            raise OSError(f"{error}\n{hint}, or those of {former} to undo.") from error
         raise
     except (AttributeError, LookupError, OverflowError, RecursionError, SafetensorError, TypeError) as error:
         raise ValueError(f"{what} cannot be read; it may be damaged ({type(error).__name__}: {error}).") from error
