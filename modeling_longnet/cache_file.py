@@ -95,7 +95,7 @@ class StateFile:
     """The state file of one model and one text; each method raises ValueError for input that it cannot use."""
 
     def __init__(self, path: str | os.PathLike, model):
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # the check below is about the folder that is written to
         if self.path.is_dir() or not self.path.parent.is_dir() or not os.access(self.path.parent, os.W_OK):
             raise ValueError(f"state_file={str(path)!r} must be a file in a folder that exists and can be written to.")
         self.stamp = stamp(self.path)

@@ -8,6 +8,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -145,10 +146,16 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 def refusing_damage(what: str, reason: str = "cannot be read; it may be damaged"):
     """Raise a ValueError that names `what` for the errors of Transformers and safetensors on damaged files.
 
-    A damaged `config.json`, index or weights file may raise any of these, without the file's name.
+    A damaged `config.json`, index or weights file may raise any of these, without the file's name. An OSError about a
+    folder also names what a killed save left there.
     """
     try:
         yield
+    except OSError as error:
+        for former in Path(what).glob(".*.saving/former"):
+            hint = f"A save was killed or still runs. Move the files of {former.with_name('new')} to {what} to finish"
+            raise OSError(f"{error}\n{hint}, or those of {former} to undo.") from error
+        raise
     except (AttributeError, LookupError, OverflowError, RecursionError, SafetensorError, TypeError) as error:
         if "__init__() got an unexpected keyword argument" in str(error):  # the caller's; files give models none
             raise TypeError(f"{what}: {error}.") from error

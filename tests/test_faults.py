@@ -4,6 +4,8 @@ Tests marked `faults` take minutes: `make test-faults`. A child process is forke
 """
 
 import ast
+import errno
+import itertools
 import json
 import os
 import random
@@ -31,6 +33,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from examples import finetune
 from modeling_longnet import (
+    LongNetConfig,
     LongNetForCausalLM,
     Scored,
     convert_checkpoint,
@@ -48,6 +51,7 @@ forks = pytest.mark.skipif(
     not hasattr(os, "fork") or torch.cuda.is_available(), reason="needs os.fork, which CUDA does not survive"
 )
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")
+WEIGHTS = {"model.safetensors", "model.safetensors.index.json"}  # without one of them no weights load
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -146,13 +150,25 @@ class Saves(NamedTuple):
             return True
         for name, content in files.items():
             assert content in [other.get(name) for other in whole], f"{name} is neither the former nor the later"
-        if not {"model.safetensors", "model.safetensors.index.json"} & files.keys():
-            with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-                logits_of(target)
+        if not WEIGHTS & files.keys():
+            self.check_killed(target)
             return False
         found = logits_of(target)
         assert any(torch.equal(found, logits_of(path)) for path in folders)
         return True
+
+    def check_killed(self, target: Path) -> None:
+        """Raise unless the error names the folder that a kill left, whose files finish or undo the save."""
+        with pytest.raises(OSError, match=r"no file named model\.safetensors") as raised:
+            logits_of(target)
+        [left] = leftovers(target)
+        for name, model in (("new", "later"), ("former", "former")):
+            assert str(target / left / name) in str(raised.value)
+            mended = shutil.copytree(target, self.folder / "mended")
+            for path in (mended / left / name).iterdir():
+                path.replace(mended / path.name)
+            assert torch.equal(logits_of(mended), logits_of(self.folder / model))
+            shutil.rmtree(mended)
 
 
 def small_model(seed: int, **fields) -> LongNetForCausalLM:
@@ -185,20 +201,85 @@ def saves(request, tmp_path) -> Saves:
 @forks
 def test_a_kill_in_save_pretrained_leaves_the_former_or_the_new_model(saves):
     """At every change on disk; Transformers itself would load the former weights of one file beside new shards."""
-    change, refused = 1, 0
+    change, refused = 1, []
     while True:
         target = shutil.copytree(saves.folder / "former", saves.folder / str(change))
         was_killed = kill_at(change, saves.save, target)
-        refused += not saves.check(target)
+        if not saves.check(target):
+            refused.append(target)
         if not was_killed:
             break
         change += 1
     assert change > 8
-    assert (refused == 0) == saves.is_one_rename
+    assert (refused == []) == saves.is_one_rename
     assert read(target) == read(saves.folder / "later")
     assert leftovers(target) == []
-    saves.save(saves.folder / "1")  # what the kill left does not disturb a later save
-    assert read(saves.folder / "1") == read(saves.folder / "later")
+    for target in refused:  # the left folder holds the only weights until others are saved
+        LongNetConfig.from_pretrained(target).save_pretrained(target)
+        saves.check_killed(target)
+    for target in [saves.folder / "1", *(saves.folder / str(change // n) for n in (2, 3)), *refused]:
+        saves.save(target)
+        assert read(target) == read(saves.folder / "later")
+        assert leftovers(target) == []
+
+
+def save_with_errors(saves: Saves, target: Path, error: type, calls: range, after: bool = False) -> bool:
+    """Save while these calls of os.replace raise, before or after the rename; return whether the save raised."""
+    replace, number = os.replace, itertools.count(1)
+
+    def fail(*paths):
+        is_due = next(number) in calls
+        if after or not is_due:
+            replace(*paths)
+        if is_due:
+            raise error(errno.EIO, "on purpose")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        try:
+            saves.save(target)
+        except error as caught:
+            return "on purpose" in str(caught)
+    return False
+
+
+@pytest.mark.parametrize(("error", "after"), [(OSError, False), (KeyboardInterrupt, False), (KeyboardInterrupt, True)])
+def test_an_error_in_any_rename_leaves_all_of_one_model(error, after, saves):
+    whole = [read(saves.folder / name) for name in ("former", "later")]
+    for call in range(1, 100):
+        target = shutil.copytree(saves.folder / "former", saves.folder / str(call))
+        if not save_with_errors(saves, target, error, range(call, call + 1), after):
+            break
+        assert read(target) in whole
+        assert leftovers(target) == []
+    assert call > 4
+    assert read(target) == whole[1]
+
+
+def test_an_error_in_undoing_too_leaves_the_weights_in_the_folder_that_loading_names(saves):
+    refused = 0
+    for call in range(1, 100):
+        target = shutil.copytree(saves.folder / "former", saves.folder / str(call))
+        if not save_with_errors(saves, target, OSError, range(call, 100)):
+            break
+        refused += not saves.check(target)
+    assert call > 4
+    assert (refused == 0) == saves.is_one_rename
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "generation_config.json", "model.safetensors"])
+def test_a_folder_in_the_way_of_a_file_is_refused_and_left(name, saves):
+    target = shutil.copytree(saves.folder / "former", saves.folder / "target")
+    (target / name).unlink(missing_ok=True)
+    (target / name).mkdir()
+    (target / name / "mine").write_text("mine")
+    before = read(target)
+    if name in read(saves.folder / "later"):
+        with pytest.raises(OSError, match=f"could not save .*target.*{re.escape(name)}"):
+            saves.save(target)
+        assert read(target) == before
+    assert (target / name / "mine").read_text() == "mine"
+    assert leftovers(target) == []
 
 
 @pytest.fixture

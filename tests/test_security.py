@@ -29,7 +29,9 @@ caches = os.environ["HF_HOME"] + "/modules", os.environ["TORCHINDUCTOR_CACHE_DIR
 allowed = [os.path.realpath(path) for path in (work, *caches)]
 seen = []
 
-def is_inside(path):
+def is_inside(path, folder=-1):
+    if folder >= 0:  # shutil.rmtree names a file by its folder's descriptor
+        path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
     path = os.path.realpath(os.fsdecode(path))
     return any(path == folder or path.startswith(folder + os.sep) for folder in allowed)
 
@@ -44,7 +46,8 @@ def hook(event, arguments):
         if writes and os.fsdecode(arguments[0]) != os.devnull and not is_inside(arguments[0]):
             seen.append(f"open {os.fsdecode(arguments[0])}")
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.utime"):
-        if isinstance(arguments[0], (str, bytes, os.PathLike)) and not is_inside(arguments[0]):
+        folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+        if isinstance(arguments[0], (str, bytes, os.PathLike)) and not is_inside(arguments[0], folder):
             seen.append(f"{event} {arguments[0]}")
     elif event in ("os.rename", "os.link", "os.symlink"):
         if not is_inside(arguments[1]) or (event == "os.rename" and not is_inside(arguments[0])):

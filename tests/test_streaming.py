@@ -99,6 +99,26 @@ def test_goes_on_from_the_state_after_a_stop(model, tokens, expected, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_state_file_may_be_a_symbolic_link(exists, model, tokens, tmp_path):
+    for name in ("links", "real"):
+        (tmp_path / name).mkdir()
+    link, real = tmp_path / "links" / "state", tmp_path / "real" / "state"
+    if exists:
+        next(stream(model, tokens, chunk_size=50, state_file=real, save_seconds=0, progress=False))
+    link.symlink_to("../real/state")
+    finished_state(model, tokens, link)
+    assert link.is_symlink()
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["state"]
+    assert Scored.from_state_file(real).count == len(tokens) - 1
+
+
+def test_a_link_to_a_missing_folder_is_refused_at_once(model, tokens, tmp_path):
+    (tmp_path / "link").symlink_to("missing/state")
+    with pytest.raises(ValueError, match="must be a file in a folder that exists"):
+        stream(model, tokens, state_file=tmp_path / "link")
+
+
 def finished_state(model, tokens, path):
     for _ in stream(model, tokens, state_file=path, progress=False):
         pass
