@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checks import make_config, make_model, refused
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modeling_longnet import LongNetConfig, LongNetForCausalLM, parse_pattern
 from modeling_longnet.pattern import Pattern, count_work
 
+IS_OLDEST = transformers.__version__.startswith("5.17.")  # which checks the kinds of fields itself
 CONFIGURATIONS = sorted((Path(__file__).parent.parent / "configuration").glob("longnet-*.json"))
 
 BAD = [
@@ -206,7 +208,7 @@ def test_a_callers_mistake_is_not_blamed_on_the_files(tmp_path):
     for read in (LongNetForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(TypeError, match=rf"{re.escape(str(tmp_path))}: .*keyword argument 'foo'"):
             read(tmp_path, foo=1)
-    with refused("LongNetConfig has a value of the wrong kind", "'list'"):
+    with refused(*(["id2label"] if IS_OLDEST else ["LongNetConfig has a value of the wrong kind", "'list'"])):
         make_config(id2label=[1])
 
 
@@ -217,7 +219,7 @@ def test_the_error_of_a_damaged_config_names_its_folder(read, tmp_path):
     make_config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"id2label": [1]}))
-    with refused(f"the config of {tmp_path} cannot be read", "'list'"):
+    with refused(*(["id2label"] if IS_OLDEST else [f"the config of {tmp_path} cannot be read", "'list'"])):
         read(tmp_path)
 
 
