@@ -21,7 +21,7 @@ _SPLIT = 256
 # From so many queries on, the CPU kernel's gradient takes them 256 at a time, not 32 or 64.
 _QUERIES = 768
 # Larger windows take blocks of whole windows: the keys of bands overlap, which costs copies and memory
-# (benchmarks/README.md).
+# (docs/tried.md).
 _BAND, _HALF_BAND = 512, 256
 # With fewer keys than a vector register holds, the CPU kernel returns out 0 and lse 0 where all scores are NaN.
 _VECTOR = 16
