@@ -123,7 +123,7 @@ class LongNetConfig(PreTrainedConfig):
         query_rates: for each branch the rate at which queries are kept, a divisor of its dilation rate; 1 lets every
             query see the branch's keys. None: the dilation rates, as in the paper.
         rotate_offsets: queries and keys of a head are kept at two offsets, which change from layer to layer, so that
-            any two tokens of a segment meet in some head or layer, if heads times layers is at least r ** 2.
+            any two tokens of a segment meet in some head or layer of r * ceil(r / heads) layers with branches.
         stagger_segments: odd layers place segment borders half a segment earlier.
         keys_once: a branch leaves out the segment, or window, of the branch before it: no key counts twice. A text
             that fits into the first of them then gets dense attention. Causal models only.
@@ -255,6 +255,8 @@ class LongNetConfig(PreTrainedConfig):
         # The folder gets its own code, and no longer names that of another repository ("OWNER/NAME--").
         here = {name: code for name, code in (self.auto_map or {}).items() if "--" not in str(code)}
         self.auto_map = self.auto_classes | here
+        if pipelines := getattr(self, "custom_pipelines", None):
+            self.custom_pipelines = {name: x for name, x in pipelines.items() if "--" not in str(x)}
         if push_to_hub:  # the upload reads the folder itself
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
         with merging(Path(save_directory)) as scratch:

@@ -115,9 +115,12 @@ def _is_dilated(config) -> bool:
 def _pattern(config, groups: int | None = None) -> SimpleNamespace:
     """Return the setting and sizes of a switched model under LongNetConfig's names; `groups` are key/value heads."""
     groups = groups or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    _check_setting(config.num_hidden_layers, **config.dilated_attention)  # it may come from a file
+    setting = _DEFAULTS | config.dilated_attention  # it may come from a file
+    if unknown := sorted(set(setting) - set(_DEFAULTS)):
+        raise ValueError(f"the config's dilated_attention has unknown entries: {', '.join(unknown)}.")
+    _check_setting(config.num_hidden_layers, **setting)
     sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_hidden_layers")}
-    return SimpleNamespace(**config.dilated_attention, **sizes, num_key_value_heads=groups)
+    return SimpleNamespace(**setting, **sizes, num_key_value_heads=groups)
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ class Pattern(NamedTuple):
         query_rates: a query rate for each branch, a divisor of its r: a head keeps every query_rate-th token as a
             query. 1 lets every query see the branch (r times the work). None: r, as in the paper.
         rotate_offsets: a head keeps queries and keys at two offsets, which change from layer to layer, so that any two
-            tokens of a segment meet in some head or layer, if heads times layers is at least r ** 2.
+            tokens of a segment meet in some head or layer of r * ceil(r / heads) layers with branches.
         stagger_segments: odd layers place the borders of segments half a segment earlier.
         keys_once: a branch leaves out the region of the branch before it, so that no key counts twice.
         branch_layer_period: n for branches in every n-th layer; the others have only the window.

@@ -34,7 +34,8 @@ def test_without_the_kernels_the_backend_is_unavailable(monkeypatch):
 def test_transformers_has_what_models_record_outputs_with():
     for module, name in (("generic", "merge_with_config_defaults"), ("output_capturing", "capture_outputs")):
         found = getattr(importlib.import_module(f"transformers.utils.{module}"), name, None)
-        assert getattr(compat, name, None) is found or getattr(compat, f"_{name}", None) is found, (
+        ours = getattr(compat, name, None), getattr(compat, f"_{name}", None)
+        assert found in [x for x in ours if x is not None], (
             f"transformers.utils.{module}.{name} is gone from {transformers.__version__}: a config's use_cache and "
             "recorded hidden states need what replaced it; see modeling_llama.py there."
         )

@@ -271,7 +271,12 @@ def test_a_saved_model_knows_its_branches(tmp_path):
 
 @pytest.mark.parametrize(
     ("noted", "words"),
-    [({"dilation_rates": [9, 9, 9]}, "dilation_rates"), ({"segment_lengths": [8, 4, 2]}, "segment_lengths")],
+    [
+        ({"dilation_rates": [9, 9, 9]}, "dilation_rates"),
+        ({"segment_lengths": [8, 4, 2]}, "segment_lengths"),
+        ({"segment_lengths": None}, "segment_lengths"),
+        ({"windows": 3}, "unknown entries: windows"),
+    ],
 )
 def test_a_damaged_note_is_refused_when_it_is_used(noted, words, tmp_path):
     model = dilated()

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "modeling_longnet"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 CONFIGURATIONS = sorted(path.name for path in (ROOT / "configuration").glob("*.json"))
-MOST_LINES = 8124
+MOST_LINES = 8129
 # In two halves, so that this file does not hold what it looks for.
 REGISTRY_HOSTS = (
     "py" + "pi.org",

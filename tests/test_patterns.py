@@ -163,6 +163,8 @@ def test_one_layer_of_r_squared_heads_or_r_layers_of_r_heads_meet_every_pair():
     assert (meetings(True, 16, 1) == 1).all()
     assert (meetings(True, 4, 4) == 1).all()
     assert (meetings(True, 2, 8) == 1).all()  # fewer heads than the rate
+    assert (meetings(True, 3, 8) > 0).all()
+    assert (meetings(True, 6, 4) > 0).all()
     assert (meetings(False, 16, 4) == 0).sum() == 16 * 12
     itself = torch.eye(16, dtype=torch.int64)
     assert (meetings(True, 4, 12, period=3) - 12 * 4 * itself == 1).all()
