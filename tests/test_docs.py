@@ -117,6 +117,7 @@ def _fields(node: ast.AST) -> list[str]:
     return [part.target.id for part in node.body if isinstance(part, ast.AnnAssign)]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="mkdocstrings for Python 3.10 needs an older pymdown-extensions")
 def test_site_builds_offline(tmp_path):
     """No broken link, no page that the navigation lacks, and nothing that a browser would load from another host."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

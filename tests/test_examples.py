@@ -10,7 +10,6 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from transformers import (
     AutoModelForTokenClassification,
@@ -527,7 +526,7 @@ def test_serve_lets_the_server_find_the_class(monkeypatch):
     monkeypatch.setattr(manager.transformers, "LongNetForCausalLM", None, raising=False)
     serve.main()
     assert seen == ["serve", "serve", "--device", "cpu"]
-    name = f"{ROOT / 'pretrained'}{'@main' if transformers.__version__.startswith('5.17.') else ''}"
+    name = f"{ROOT / 'pretrained'}@main"
     model, tokenizer = manager.ModelManager(device="cpu").load_model_and_processor(name)
     ids = tokenizer("def main(", return_tensors="pt").input_ids
     assert type(model) is LongNetForCausalLM

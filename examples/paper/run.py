@@ -475,7 +475,8 @@ def run_missing(cells: dict[str, dict], settings: dict, folder: Path, text: Text
         return run_missing(cells, settings, folder, text, until) if bases else True
     # Each cell has one fresh process with one thread, `jobs` in parallel: small models gain little from more threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings["jobs"], mp_context=context, max_tasks_per_child=1) as pool:
+    fresh = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}  # Python 3.10 uses its processes again
+    with ProcessPoolExecutor(settings["jobs"], mp_context=context, **fresh) as pool:
         running = {}
         while waiting or running:
             while waiting and len(running) < settings["jobs"] and time.monotonic() < until:
