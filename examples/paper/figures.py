@@ -56,7 +56,7 @@ PAPER = """| the paper's own (arXiv 2307.02486, Table 2, The Stack) | 2K | 8K | 
 BEST = "w136_2048-8q1_once_every2"
 NAMES = {"dense": "dense", "longnet": "LongNet,\nthe paper's", "window": "window", "sparse": "Sparse"}
 NAMES[BEST] = "LongNet,\nthe best"
-POINTS = {"longnet": "paper", BEST: "longnet"}  # colours that are not the name
+LINE_COLORS = {"longnet": "paper", BEST: "longnet"}  # other names are keys of `COLORS` themselves
 MOST_LINES = 5  # in a panel
 DISTANCE = "tokens between passage and question"
 # Rows of the README's table of quality: title, pattern of the text cells, name of the recall cells.
@@ -343,7 +343,7 @@ def plot_text(results: dict[str, dict], path: Path) -> None:
     lengths = sorted({length for length, _ in groups})
     by_length, by_work, by_context, by_position = [], [], [], []
     for pattern in RIVALS:
-        name, color = NAMES[pattern], POINTS.get(pattern, pattern)
+        name, color = NAMES[pattern], LINE_COLORS.get(pattern, pattern)
         trained = {length: groups[length, pattern] for length in lengths if (length, pattern) in groups}
         if not trained:
             continue
@@ -384,7 +384,7 @@ def plot_recall(results: dict[str, dict], path: Path) -> None:
     for part, task in product(("recall", "far"), ("recall", "passkey")):
         groups = recall_groups(results, part)
         lines = [
-            _recall_line(groups[name], task, NAMES[name], POINTS.get(name, name))
+            _recall_line(groups[name], task, NAMES[name], LINE_COLORS.get(name, name))
             for name in (*RIVALS, BEST)
             if name in groups
         ]
