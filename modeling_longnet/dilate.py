@@ -89,7 +89,7 @@ def use_dilated_attention(
     given = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "head_offsets": head_offsets}
     given = {name: x for name, x in (given | {"backend": backend}).items() if x is not None} | beyond
     setting |= {name: list(x) if isinstance(x, list | tuple) else x for name, x in given.items()}
-    _check_setting(config.num_hidden_layers, **setting)
+    _check_setting(config.num_hidden_layers, setting)
     if setting["branch_layer_period"] > 1 and _has_windows(config):
         raise ValueError("branch_layer_period must be 1 in a model some of whose layers have a sliding window already.")
     config.dilated_attention = setting
@@ -100,11 +100,13 @@ def use_dilated_attention(
     return model
 
 
-def _check_setting(num_layers: int, backend, **pattern) -> None:
-    if not pattern["segment_lengths"] and not pattern["dilation_rates"] and pattern.get("window_size") is None:
+def _check_setting(num_layers: int, setting: dict) -> None:
+    if unknown := sorted(set(setting) - set(_DEFAULTS)):
+        raise ValueError(f"the config's dilated_attention has unknown entries: {', '.join(unknown)}.")
+    if not setting["segment_lengths"] and not setting["dilation_rates"] and setting["window_size"] is None:
         raise ValueError("give segment_lengths and dilation_rates: the model's config stores none.")
-    Pattern(**pattern).check(num_layers=num_layers)
-    if backend not in backend_names():
+    Pattern(*(setting[name] for name in Pattern._fields)).check(num_layers=num_layers)
+    if (backend := setting["backend"]) not in backend_names():
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, backend_names()))}.")
 
 
@@ -116,9 +118,7 @@ def _pattern(config, groups: int | None = None) -> SimpleNamespace:
     """Return the setting and sizes of a switched model under LongNetConfig's names; `groups` are key/value heads."""
     groups = groups or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     setting = _DEFAULTS | config.dilated_attention  # it may come from a file
-    if unknown := sorted(set(setting) - set(_DEFAULTS)):
-        raise ValueError(f"the config's dilated_attention has unknown entries: {', '.join(unknown)}.")
-    _check_setting(config.num_hidden_layers, **setting)
+    _check_setting(config.num_hidden_layers, setting)
     sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_hidden_layers")}
     return SimpleNamespace(**setting, **sizes, num_key_value_heads=groups)
 
