@@ -407,11 +407,10 @@ def plot_recall_variants(results: dict[str, dict], path: Path) -> None:
     kinds["Like the paper's: other choices"] = [x for x in shorter if not any(x in names for names in kinds.values())]
     panels = []
     for title, names in kinds.items():
-        most = -(-len(names) // max(1, -(-len(names) // MOST_LINES)))  # lines of each panel, evenly
-        for start in range(0, len(names), most or 1):
+        for part in np.array_split(names, math.ceil(len(names) / MOST_LINES)) if names else ():
             lines = [
                 _recall_line(groups[name], "recall", _short(name.removesuffix(LONGER)), f"C{number}")
-                for number, name in enumerate(names[start : start + most])
+                for number, name in enumerate(part.tolist())
             ]
             panels.append(Panel(title, lines, scale_share, DISTANCE))
     draw_panels(panels, path, columns=1, title="Share of a passage's tokens recalled, many passages in 2K")
