@@ -32,6 +32,7 @@ from modeling_longnet import (
     stream,
 )
 from modeling_longnet.attention_context import plan_branches
+from modeling_longnet.backends import BACKENDS
 from modeling_longnet.branches import Chunk, flatten_branch, unflatten_branches
 from modeling_longnet.conversion import convert, export_checkpoint, to_torchscale
 from modeling_longnet.dilate import DilatedCache, use_dilated_attention
@@ -625,6 +626,21 @@ def test_streaming_resumes(chunk_size, tmp_path):
     torch.testing.assert_close(log_probs, expected[rest[0].start - 1 :].float(), rtol=0, atol=1e-5)
     assert begun[0].start == 1
     assert rest[-1].total == pytest.approx(expected.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("window", "length"), [(512, 700), (513, 513), (513, 1200), (600, 1201)])
+def test_windows_by_bands_and_by_blocks(window, length):
+    """512 is the largest window that the CPU backend takes by bands; grouped heads, and far keys beside the window."""
+    assert BACKENDS["torch"].takes_bands(torch.empty(1, dtype=torch.float64), window) == (window <= 512)
+    pattern = Pattern((1024,), (8,), "interleaved", window, (1,), keys_once=True)._asdict()
+    inputs = [torch.randn(1, heads, length, 4, dtype=torch.float64) for heads in (2, 1, 1)]
+    grad_out, results = torch.randn_like(inputs[0]), []
+    for backend in ("torch", "eager"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = dilated_attention(*leaves, **pattern, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, grad_out)))
+    for name, actual, expected in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_close(name, actual, expected)
 
 
 # Other ways to run.
